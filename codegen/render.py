@@ -1,0 +1,45 @@
+"""The one Jinja2 environment: strict about names, with a quoting filter per output format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import jinja2
+import yaml
+
+
+def render(template: str, **values: Any) -> str:
+    """Render templates/`template`. Raises jinja2.UndefinedError on a name that has no value."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(  # noqa: S701 - the outputs are not HTML; each value has its own filter
+        loader=jinja2.PackageLoader("moeplan.templates", ""),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["python"] = repr
+    environment.filters["upper_names"] = _upper_names
+    environment.filters["yaml"] = yaml_scalar
+    return environment
+
+
+def _upper_names(names: Sequence[str]) -> str:
+    return ", ".join(name.upper() for name in names)
+
+
+def yaml_scalar(value: str | int | float | bool) -> str:
+    """A YAML flow scalar that YAML 1.1 and 1.2 parsers read back as `value`, type included.
+
+    Strings are JSON-quoted, which both accept, and so never look like a number, boolean or date.
+    """
+    if isinstance(value, float):
+        return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
+    return json.dumps(value)

@@ -1,0 +1,123 @@
+"""A model's architecture as the planner needs it: shape, parameter counts, bytes per parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+AttentionKind = Literal["gqa", "mla"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """The attention of one layer. MHA is GQA with as many KV heads as heads.
+
+    `head_dim` is the width of one query/key head and need not be hidden/heads. For MLA the cache holds
+    `kv_lora_dim + rope_dim` values a token instead of keys and values (DeepSeek-V2, section 2.1);
+    `head_dim` is then nope + rope and `value_dim` the width of one value head.
+    `window_tokens` bounds the context that `windowed_layers` of the layers look at; 0 means no window.
+    """
+
+    kind: AttentionKind
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    kv_lora_dim: int = 0
+    rope_dim: int = 0
+    window_tokens: int = 0
+    windowed_layers: int = 0
+
+    def kv_values_per_token(self) -> int:
+        """Numbers cached per token and layer."""
+        if self.kind == "mla":
+            return self.kv_lora_dim + self.rope_dim
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    def score_flops_per_pair(self) -> int:
+        """FLOPs of QK^T and PV for one query token against one cached token, all heads.
+
+        Absorbed MLA attends in the latent space: kv_lora + rope wide keys, kv_lora wide values.
+        """
+        if self.kind == "mla":
+            return 2 * self.heads * (2 * self.kv_lora_dim + self.rope_dim)
+        return 2 * self.heads * (self.head_dim + self.value_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """Parameter counts of the whole model, by what they do. Biases are with their matrices."""
+
+    embedding: int
+    lm_head: int  # 0 where tied to the embedding
+    attention: int
+    router: int
+    routed_experts: int
+    shared_experts: int
+    dense_mlp: int
+    norms: int
+
+    def total(self) -> int:
+        """Every parameter once."""
+        return (
+            self.embedding
+            + self.lm_head
+            + self.attention
+            + self.router
+            + self.routed_experts
+            + self.shared_experts
+            + self.dense_mlp
+            + self.norms
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """One decoder-only transformer.
+
+    Layers are `dense_layers` with an MLP of `dense_intermediate` and `moe_layers` with `experts` experts of
+    `expert_intermediate`, of which each token uses `experts_per_token`, beside shared experts whose widths
+    sum to `shared_intermediate`. A dense model has moe_layers = experts = 0.
+    `stored_bytes_per_*` are bytes per parameter in the checkpoint (2.0 bf16, 0.53 MXFP4 with its scales).
+    """
+
+    name: str
+    model_type: str
+    source: str
+    hidden: int
+    vocab: int
+    attention: Attention
+    dense_layers: int
+    dense_intermediate: int
+    moe_layers: int
+    experts: int
+    experts_per_token: int
+    expert_intermediate: int
+    shared_intermediate: int
+    parameters: Parameters
+    stored_bytes_per_expert_parameter: float
+    stored_bytes_per_other_parameter: float
+    max_context_tokens: int
+
+    @property
+    def layers(self) -> int:
+        return self.dense_layers + self.moe_layers
+
+    def active_parameters(self) -> int:
+        """Parameters one token uses, input embedding included."""
+        p = self.parameters
+        if not self.experts:
+            return p.total()
+        return p.total() - p.routed_experts + p.routed_experts * self.experts_per_token // self.experts
+
+    def expert_parameters(self) -> int:
+        """Parameters of one routed expert of one layer (0 for a dense model)."""
+        if not self.experts:
+            return 0
+        return self.parameters.routed_experts // (self.moe_layers * self.experts)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as stored in the checkpoint."""
+        p = self.parameters
+        routed = p.routed_experts * self.stored_bytes_per_expert_parameter
+        return round(routed + (p.total() - p.routed_experts) * self.stored_bytes_per_other_parameter)

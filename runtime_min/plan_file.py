@@ -1,0 +1,204 @@
+"""The contract between the compiler and the runtime: runtime.json, versioned. Standard library only.
+
+The compiler fills the records below and writes `to_json`; the runtime reads it back with `load`, which
+refuses an unknown version, a missing or ill-typed field, and a schedule.py whose bytes are not the ones
+the plan was made with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+import typing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+FORMAT = 1
+SCHEDULE_FORMAT = 1
+
+
+class PlanFileError(Exception):
+    """The runtime folder cannot be executed; the message says which file and why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPlan:
+    """The shape the plan was made for; a checkpoint that differs is refused.
+
+    `checkpoint` is the path as the spec has it, relative to the folder that holds the plan folder;
+    empty where the spec named a catalog model, and then the user says where the checkpoint is.
+    `compute_dtype` is what matrix products run in; pages keep the checkpoint's own dtype.
+    """
+
+    architecture: str
+    checkpoint: str
+    compute_dtype: Literal["bf16", "fp16", "float32"]
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    experts: int
+    experts_per_token: int
+    expert_intermediate: int
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """How requests are grouped.
+
+    `sequences` (N) run through the model together; attention takes `micro_batch` (μ) of them per call in
+    decode and about `prefill_tokens` prompt tokens per call in prefill (one sequence at least).
+    `prompt_tokens` is the longest prompt and `context_tokens` the longest prompt plus output that a sequence
+    may have; a request beyond them is answered with an error record.
+    """
+
+    sequences: int
+    micro_batch: int
+    prefill_tokens: int
+    prompt_tokens: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagePlan:
+    """How weights move.
+
+    Each layer has `pages_per_layer` pages: page 0 is the attention projections, page p > 0 holds the
+    experts [(p-1)·experts_per_page, p·experts_per_page). The first `resident_pages` pages of every layer
+    stay in memory; the others are read into `slots` slots of `slot_bytes` each by `readers` threads in
+    blocks of `block_bytes`.
+    """
+
+    pages_per_layer: int
+    experts_per_page: int
+    resident_pages: int
+    slots: int
+    slot_bytes: int
+    readers: int
+    block_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What the run may hold in host memory, item by item; the items sum to at most `budget_bytes`."""
+
+    budget_bytes: int
+    weights_bytes: int
+    slots_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    process_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """A predicted figure with its 90 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """What the plan expects, in tokens per second: prompt tokens read, tokens generated in decode steps,
+    and generated tokens over the whole run (prefill included)."""
+
+    prefill_tokens_per_s: Range
+    decode_tokens_per_s: Range
+    generated_tokens_per_s: Range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulePlan:
+    """Which schedule.py belongs to this plan. `kind` names the program, "stream" or "cgopipe"."""
+
+    kind: str
+    format: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimePlan:
+    """Everything the runtime executes. `device` is "cpu" or "accelerator"; `threads` are compute threads."""
+
+    format: int
+    name: str
+    device: Literal["cpu", "accelerator"]
+    threads: int
+    model: ModelPlan
+    batch: BatchPlan
+    pages: PagePlan
+    memory: MemoryPlan
+    schedule: SchedulePlan
+    predicted: Predicted
+
+
+def to_json(plan: RuntimePlan) -> str:
+    """The text of runtime.json: sorted keys, two spaces, one trailing newline."""
+    return json.dumps(asdict(plan), indent=2, sort_keys=True) + "\n"
+
+
+def load(folder: Path) -> RuntimePlan:
+    """Read and check `folder`/runtime.json and the digest of `folder`/schedule.py.
+
+    Raises PlanFileError; never runs anything from the folder.
+    """
+    path = folder / "runtime.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PlanFileError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else None
+        raise PlanFileError(
+            f"{path}: has format {found!r}, this runtime reads {FORMAT}: compile the spec again"
+        )
+    plan = _record(RuntimePlan, data, str(path))
+    _check_schedule(folder / "schedule.py", plan.schedule)
+    return plan
+
+
+def _check_schedule(path: Path, expected: SchedulePlan) -> None:
+    if expected.format != SCHEDULE_FORMAT:
+        raise PlanFileError(f"{path}: has format {expected.format}, this runtime runs {SCHEDULE_FORMAT}")
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise PlanFileError(f"{path}: cannot be read: {error}") from None
+    if digest != expected.sha256:
+        raise PlanFileError(f"{path}: is not the schedule this plan was made with: compile the spec again")
+
+
+_T = TypeVar("_T")
+
+
+def _record(cls: type[_T], data: object, where: str) -> _T:
+    if not isinstance(data, dict):
+        raise PlanFileError(f"{where}: expected an object")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for name in names:
+        if name not in data:
+            raise PlanFileError(f"{where}: {name} is missing")
+    for name in sorted(data):
+        if name not in names:
+            raise PlanFileError(f"{where}: {name} is unknown")
+    return cls(**{name: _value(hints[name], data[name], f"{where}: {name}") for name in names})
+
+
+def _value(hint: Any, value: object, where: str) -> Any:
+    if isinstance(hint, type) and hint not in (int, float, str):
+        return _record(hint, value, where)
+    if typing.get_origin(hint) in (Literal, types.UnionType):
+        if value not in typing.get_args(hint):
+            raise PlanFileError(f"{where} is {value!r}, expected one of {', '.join(typing.get_args(hint))}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else hint):
+        raise PlanFileError(f"{where} is {value!r}, expected {hint.__name__}")
+    return value
