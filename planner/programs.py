@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import networkx as nx
 
-from .ir.schedule import LANES, Buffer, Phase, Schedule, ScheduleKind, Task
+from moeplan.planner.ir.schedule import LANES, Buffer, Phase, Schedule, ScheduleKind, Task
 
 Waits = tuple[int, ...]
 Program = Callable[[Schedule, Phase, int, int], Iterator[Task]]
@@ -61,7 +61,7 @@ def _compute(
 
 
 def _cgopipe(s: Schedule, phase: Phase, micro_batches: int, number: int) -> Iterator[Task]:
-    """GPU, link, CPU. Source: MoE-Lightning (ASPLOS'25), Algorithm 1, with its index slips corrected.
+    """GPU, link, CPU. Source: MoE-Lightning (ASPLOS'25), Algorithm 1, its index slips corrected.
 
     Pages form one endless stream over all layers of all passes: while layer i computes, the pages of the
     layer that follows (the first layer of the next pass after the last) are copied, one a micro-batch.
@@ -175,7 +175,7 @@ def _decode_layer(
 
 
 def _attend(s: Schedule, layer: int, j: int, micro_batches: int) -> Iterator[Task]:
-    """QKV on the GPU, its way to the host, attention on the CPU; past the last micro-batch: the next layer."""
+    """QKV on the GPU, then to the host, attention on the CPU; past the last micro-batch: the next layer."""
     if j >= micro_batches:
         layer, j = layer + 1, j - micro_batches
     if layer >= s.layers:

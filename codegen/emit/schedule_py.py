@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeplan.planner.ir.schedule import LANES, OPS, Schedule
 from moeplan.runtime_min.plan_file import SCHEDULE_FORMAT
 
-from ..render import render
+from moeplan.codegen.render import render
 
 
 def schedule_text(schedule: Schedule) -> str:

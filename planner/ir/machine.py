@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .spec import Cloud
+from moeplan.planner.ir.spec import Cloud
 
 LevelName = Literal["gpu", "dram", "disk"]
 Provenance = Literal["datasheet", "analytic", "calibrated", "measured"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..diagnostics import Span
+from moeplan.planner.diagnostics import Span
 
 Dtype = Literal["bf16", "fp16", "float32"]
 Cloud = Literal["aws", "gcp", "azure"]
