@@ -18,7 +18,7 @@ def render(template: str, **values: Any) -> str:
 
 @cache
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(  # noqa: S701 - the outputs are not HTML; each value has its own filter
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("moeplan.templates", ""),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

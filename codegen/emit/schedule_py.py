@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from moeplan.codegen.render import render
 from moeplan.planner.ir.schedule import LANES, OPS, Schedule
 from moeplan.runtime_min.plan_file import SCHEDULE_FORMAT
-
-from moeplan.codegen.render import render
 
 
 def schedule_text(schedule: Schedule) -> str:
