@@ -375,7 +375,7 @@ def _mla(keys: _Keys, hidden: int) -> tuple[Attention, int, int]:
 
 
 def _deepseek(keys: _Keys) -> _Architecture:
-    """DeepSeek-V2 (arXiv 2405.04434), V3 (2412.19437) and Kimi-K2: MLA, dense first layers, shared experts."""
+    """DeepSeek-V2 (arXiv 2405.04434), V3 (2412.19437), Kimi-K2: MLA, dense first layers, shared experts."""
     hidden, layers = keys.size("hidden_size"), keys.size("num_hidden_layers")
     attention, count, norms = _mla(keys, hidden)
     first_moe = keys.size("first_k_dense_replace", least=0)
@@ -403,7 +403,7 @@ def _deepseek(keys: _Keys) -> _Architecture:
 
 
 def _glm4_moe(keys: _Keys) -> _Architecture:
-    """GLM-4.5: GQA with biases on the inputs only, optional head norms, dense first layers, shared experts."""
+    """GLM-4.5: biases on the inputs only, optional head norms, dense first layers, shared experts."""
     hidden, layers = keys.size("hidden_size"), keys.size("num_hidden_layers")
     heads = keys.size("num_attention_heads")
     head_dim = _head_dim(keys, hidden, heads)
@@ -438,7 +438,7 @@ def _glm4_moe(keys: _Keys) -> _Architecture:
 
 
 def _gpt_oss(keys: _Keys) -> _Architecture:
-    """gpt-oss: biases everywhere, one attention sink per head, every other layer windowed. arXiv 2508.10925."""
+    """gpt-oss: biases everywhere, a sink per head, every other layer windowed. arXiv 2508.10925."""
     hidden, layers = keys.size("hidden_size"), keys.size("num_hidden_layers")
     heads = keys.size("num_attention_heads")
     windowed = keys.layers_of_type("sliding_attention", layers)
@@ -614,7 +614,7 @@ _ADAPTERS: dict[str, Callable[[_Keys], _Architecture]] = {
 
 
 def _stored_bytes(keys: _Keys, architecture: _Architecture) -> tuple[float, float]:
-    """Mean bytes per parameter of the routed experts and of everything else, as the checkpoint stores them."""
+    """Mean bytes per parameter of the routed experts and of the rest, as the checkpoint stores them."""
     plain = keys.dtype_bytes()
     quantization = keys.optional_group("quantization_config")
     if quantization is None:
@@ -630,7 +630,7 @@ def _stored_bytes(keys: _Keys, architecture: _Architecture) -> tuple[float, floa
 
 
 def _mxfp4_bytes(architecture: _Architecture, plain: float) -> float:
-    """Experts only: 4 bits a weight and 8 bits of scale for 32 of them (OCP MX 1.0); biases stay as they are."""
+    """Experts only: 4 bits a weight, 8 bits of scale for 32 of them (OCP MX 1.0); biases stay as they are."""
     if not architecture.experts:
         return plain
     biases = architecture.expert_biases() / architecture.expert_parameters()
