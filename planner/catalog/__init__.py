@@ -1,6 +1,33 @@
 """Facts as data, a source beside each: models, GPUs, machines, offers."""
 
+from moeplan.planner.catalog.listing import (
+    catalog_digest,
+    facts_digest,
+    gpu_rows,
+    machine_rows,
+    model_rows,
+    offer_rows,
+    source_rows,
+)
 from moeplan.planner.catalog.load import Catalog, load_catalog, load_machine
 from moeplan.planner.catalog.machines import Gpu
+from moeplan.planner.catalog.offers import read_offers, write_offers
+from moeplan.planner.catalog.skypilot import SkypilotPrices, import_skypilot
 
-__all__ = ["Catalog", "Gpu", "load_catalog", "load_machine"]
+__all__ = [
+    "Catalog",
+    "Gpu",
+    "SkypilotPrices",
+    "catalog_digest",
+    "facts_digest",
+    "gpu_rows",
+    "import_skypilot",
+    "load_catalog",
+    "load_machine",
+    "machine_rows",
+    "model_rows",
+    "offer_rows",
+    "read_offers",
+    "source_rows",
+    "write_offers",
+]

@@ -46,10 +46,14 @@ class Problems:
         """Note what another step raised."""
         self._found.extend(error.diagnostics)
 
+    def found(self) -> tuple[Diagnostic, ...]:
+        """Everything noted, each once, in file order."""
+        return CompileError(*dict.fromkeys(self._found)).diagnostics
+
     def raise_all(self) -> None:
         """Raise CompileError if anything was noted."""
         if self._found:
-            raise CompileError(*dict.fromkeys(self._found))
+            raise CompileError(*self.found())
 
 
 def read_text(path: Path, where: Span, problems: Problems) -> str | None:
