@@ -15,11 +15,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from moeplan.runtime_min.errors import RunError
+
 FORMAT = 1
 SCHEDULE_FORMAT = 1
+ITEM_BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
+ALIGNMENT_BYTES = 4096  # of direct reads: their file offset, length and place in memory
 
 
-class PlanFileError(Exception):
+class PlanFileError(RunError):
     """The runtime folder cannot be executed; the message says which file and why."""
 
 
@@ -137,6 +141,83 @@ class RuntimePlan:
     memory: MemoryPlan
     schedule: SchedulePlan
     predicted: Predicted
+
+
+def page_parameters(model: ModelPlan, pages: PagePlan, page: int) -> int:
+    """How many parameters page `page` of a layer holds."""
+    if page == 0:
+        return 2 * model.hidden * model.head_dim * (model.heads + model.kv_heads)
+    first = (page - 1) * pages.experts_per_page
+    experts = min(model.experts, first + pages.experts_per_page) - first
+    return experts * 3 * model.hidden * model.expert_intermediate
+
+
+def page_tensors(model: ModelPlan, pages: PagePlan, page: int) -> int:
+    """How many tensors page `page` of a layer holds; each may lie in a place of its own in the file."""
+    return 4 if page == 0 else 3 * min(pages.experts_per_page, model.experts)
+
+
+def slot_bytes(model: ModelPlan, pages: PagePlan, stored_item_bytes: int) -> int:
+    """What a slot must hold so that every streamed page fits: its tensors as stored, each in whole blocks."""
+
+    def needed(page: int) -> int:
+        padding = 2 * ALIGNMENT_BYTES * page_tensors(model, pages, page)
+        return page_parameters(model, pages, page) * stored_item_bytes + padding
+
+    streamed = range(pages.resident_pages, pages.pages_per_layer)
+    return _align(max(map(needed, streamed), default=0))
+
+
+def weights_bytes(model: ModelPlan, pages: PagePlan) -> int:
+    """What stays in memory, in the compute dtype: resident pages, embeddings, head, norms and routers."""
+    per_layer = [page_parameters(model, pages, page) for page in range(pages.pages_per_layer)]
+    streamed = model.layers * sum(per_layer[pages.resident_pages :])
+    return (model.parameters - streamed) * ITEM_BYTES[model.compute_dtype]
+
+
+def kv_bytes(model: ModelPlan, batch: BatchPlan) -> int:
+    """Keys and values [layers, sequences, kv heads, context, head dim], twice, in the compute dtype."""
+    tokens = batch.sequences * batch.context_tokens
+    return 2 * model.layers * tokens * model.kv_heads * model.head_dim * ITEM_BYTES[model.compute_dtype]
+
+
+def call_tokens(batch: BatchPlan) -> int:
+    """The most tokens that one call of attention, router or expert takes; larger inputs go in pieces.
+
+    Never more than the largest pass has; otherwise at least 1,024, below which products lose speed.
+    """
+    largest_pass = batch.sequences * batch.prompt_tokens
+    return min(largest_pass, max(batch.prefill_tokens, batch.prompt_tokens, batch.micro_batch, 1024))
+
+
+def workspace_bytes(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
+    """What a run needs beside weights, slots and the KV cache. T = N · prompt_tokens, C = `call_tokens`.
+
+    pass      T tokens: hidden (float32) and normed (at most float32), `hidden` wide; per token 24 bytes of
+              identifiers and per expert choice 64 bytes of routing
+    call      C tokens in float32: attention 3 · hidden + 8 · (heads + kv_heads) · head_dim, or an expert
+              3 · hidden + 3 · expert_intermediate, or a router 4 · experts, whichever is largest
+    mask      micro_batch · context_tokens · 8 bytes
+    logits    (N + micro_batch) · vocab in float32
+    rope      2 · context_tokens · head_dim in float32, and as much again while it is made
+    weights   the largest page in float32: converted from the stored dtype, or packed by the kernels
+    loading   a block per reader, and 32 MiB for what the kernels and the allocator hold
+    """
+    tokens = batch.sequences * batch.prompt_tokens
+    per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token
+    attention = 3 * model.hidden + 8 * (model.heads + model.kv_heads) * model.head_dim
+    expert = 3 * model.hidden + 3 * model.expert_intermediate
+    call = 4 * call_tokens(batch) * max(attention, expert, 4 * model.experts)
+    mask = 8 * batch.micro_batch * batch.context_tokens
+    logits = 4 * (batch.sequences + batch.micro_batch) * model.vocab
+    rope = 4 * 4 * batch.context_tokens * model.head_dim
+    page = 4 * max(page_parameters(model, pages, p) for p in range(pages.pages_per_layer))
+    loading = pages.readers * (pages.block_bytes + 2 * ALIGNMENT_BYTES) + (32 << 20)
+    return tokens * per_token + call + mask + logits + rope + page + loading
+
+
+def _align(size: int) -> int:
+    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def to_json(plan: RuntimePlan) -> str:

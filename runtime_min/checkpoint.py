@@ -1,0 +1,153 @@
+"""A safetensors checkpoint: where each tensor lies, and whether it is the model the plan was made for.
+
+Nothing is loaded here, so that a missing, truncated or foreign checkpoint is named before any work is done.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeplan.runtime_min.errors import RunError
+
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER_BYTES = 100 << 20  # as the safetensors library has it
+
+
+class CheckpointError(RunError):
+    """The checkpoint cannot be used; `problems` holds one line per file or tensor at fault."""
+
+    def __init__(self, problems: list[str]) -> None:
+        shown = problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
+        super().__init__("\n".join(shown), "the checkpoint has to be the one that the plan was compiled for")
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """One tensor: `nbytes` bytes at `offset` of the file `path`, row-major, little-endian."""
+
+    name: str
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`; raises CheckpointError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError([f"{path}: cannot be read: {error}"]) from None
+    if not isinstance(data, dict):
+        raise CheckpointError([f"{path}: is not a JSON object"])
+    return data
+
+
+def find_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorRef]:
+    """Locate every tensor of `shapes` in `folder`; raises CheckpointError with all that is wrong."""
+    problems: list[str] = []
+    found: dict[str, TensorRef] = {}
+    for path in _shards(folder, shapes, problems):
+        refs = _read_header(path, problems)
+        problems += [f"{path}: {n}: is also in {found[n].path.name}" for n in refs if n in found]
+        found.update(refs)
+    readable = not problems
+    for name, shape in shapes.items():
+        if name not in found and readable:
+            problems.append(f"{folder}: {name}: is missing")
+        elif name in found:
+            problems += _tensor_problems(found[name], shape)
+    if problems:
+        raise CheckpointError(problems)
+    return {name: found[name] for name in shapes}
+
+
+def _shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], problems: list[str]) -> list[Path]:
+    """The files that hold the tensors, each existing."""
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            problems.append(f"{folder}: has neither {SINGLE} nor {INDEX}")
+            return []
+        return [folder / SINGLE]
+    where = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        problems.append(f"{folder / INDEX}: weight_map does not map tensors to files")
+        return []
+    problems += [f"{folder / INDEX}: {name}: is missing" for name in shapes if name not in where]
+    names = sorted({where[name] for name in shapes if name in where})
+    for name in names:
+        if Path(name).name != name:
+            problems.append(f"{folder / INDEX}: {name!r} is not a file of this folder")
+        elif not (folder / name).is_file():
+            lost = next(tensor for tensor in shapes if where.get(tensor) == name)
+            problems.append(f"{folder / name}: is missing; it holds {lost}")
+    return [folder / name for name in names if Path(name).name == name and (folder / name).is_file()]
+
+
+def _read_header(path: Path, problems: list[str]) -> dict[str, TensorRef]:
+    """The tensors that the header of `path` declares and the file has room for."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                problems.append(f"{path}: header length {length} does not fit a file of {size} bytes")
+                return {}
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path}: header cannot be read: {error}")
+        return {}
+    if not isinstance(header, dict):
+        problems.append(f"{path}: header is not a JSON object")
+        return {}
+    header.pop("__metadata__", None)
+    refs = {name: _ref(name, path, 8 + length, entry) for name, entry in header.items()}
+    problems += [f"{path}: {name}: has a malformed header entry" for name, ref in refs.items() if ref is None]
+    good = {name: ref for name, ref in refs.items() if ref is not None}
+    problems += _layout_problems(path, size, list(good.values()))
+    return good
+
+
+def _ref(name: str, path: Path, start: int, entry: object) -> TensorRef | None:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if (
+            0 <= begin <= end and all(type(n) is int and n >= 0 for n in shape)
+        ):
+            return TensorRef(name, path, start + begin, end - begin, dtype, tuple(shape))
+    return None
+
+
+def _layout_problems(path: Path, size: int, refs: list[TensorRef]) -> list[str]:
+    """Each tensor as long as its shape says, inside the file, and no two on the same bytes."""
+    problems = []
+    end, last = 0, ""
+    for ref in sorted(refs, key=lambda ref: (ref.offset, ref.nbytes)):
+        if ref.dtype in ITEM_BYTES and ref.nbytes != math.prod(ref.shape) * ITEM_BYTES[ref.dtype]:
+            problems.append(f"{path}: {ref.name}: {ref.nbytes} bytes are not {ref.dtype} {list(ref.shape)}")
+        if ref.offset + ref.nbytes > size:
+            problems.append(f"{path}: {ref.name}: ends at byte {ref.offset + ref.nbytes}, the file at {size}")
+        if ref.nbytes and ref.offset < end:
+            problems.append(f"{path}: {ref.name}: overlaps {last}")
+        if ref.nbytes:
+            end, last = max(end, ref.offset + ref.nbytes), ref.name
+    return problems
+
+
+def _tensor_problems(ref: TensorRef, shape: tuple[int, ...]) -> list[str]:
+    problems = []
+    if ref.dtype not in ITEM_BYTES:
+        problems.append(f"{ref.path}: {ref.name}: has dtype {ref.dtype}, expected {', '.join(ITEM_BYTES)}")
+    if ref.shape != shape:
+        problems.append(f"{ref.path}: {ref.name}: has shape {list(ref.shape)}, the plan {list(shape)}")
+    return problems

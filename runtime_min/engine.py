@@ -1,0 +1,208 @@
+"""Batches of sequences through the model: prefill once, then one token each per pass until all are done."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moeplan.runtime_min.attention import MicroBatch, decode_batch, prefill_batch
+from moeplan.runtime_min.checkpoint import find_tensors
+from moeplan.runtime_min.lanes import DECODE, PREFILL, DiskLane, Lanes, load_schedule
+from moeplan.runtime_min.limits import check_memory, check_numbers
+from moeplan.runtime_min.model_config import read_config
+from moeplan.runtime_min.models.mixtral import DTYPES, Mixtral, Pass, page_names, tensor_shapes
+from moeplan.runtime_min.pages import PageStore
+from moeplan.runtime_min.plan_file import PlanFileError, RuntimePlan
+from moeplan.runtime_min.sampling import Sampling, draw, generator, greedy
+
+
+@dataclass(slots=True)
+class Generation:
+    """A request under way. `ends` are tokens that finish it, `stopped` a test of the tokens so far."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: Sampling
+    ends: frozenset[int] = frozenset()
+    stopped: Callable[[Sequence[int]], bool] | None = None
+    tokens: list[int] = field(default_factory=list)
+    finish: Literal["", "stop", "length"] = ""
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+    def accept(self, token: int) -> None:
+        """Append the next token; set `finish` if it is the last."""
+        self.tokens.append(token)
+        if token in self.ends or (self.stopped is not None and self.stopped(self.tokens)):
+            self.finish = "stop"
+        elif len(self.tokens) >= self.max_tokens:
+            self.finish = "length"
+
+
+Active = Sequence[tuple[int, Generation]]  # (place in the KV cache, generation), places ascending
+
+
+@dataclass(slots=True)
+class Stats:
+    """Sums over the passes so far; `decode_tokens` leaves out the tokens that prefill passes gave."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    decode_tokens: int = 0
+    decode_passes: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class Engine:
+    """A plan with its checkpoint loaded. Use as a context manager: the reader threads end with it."""
+
+    def __init__(self, folder: Path, plan: RuntimePlan, checkpoint: Path) -> None:
+        m, pages = plan.model, plan.pages
+        if m.architecture not in ("mixtral", "MixtralForCausalLM"):
+            raise PlanFileError(
+                f"{folder / 'runtime.json'}: architecture {m.architecture!r} is not supported"
+            )
+        check_numbers(folder / "runtime.json", plan)
+        schedule = load_schedule(folder, plan)
+        self.config = read_config(checkpoint, m, plan.batch.context_tokens)
+        shapes = tensor_shapes(m, self.config.tied)
+        refs = find_tensors(checkpoint, shapes)
+        moving = {
+            name
+            for layer in range(m.layers)
+            for page in range(pages.resident_pages, pages.pages_per_layer)
+            for name in page_names(m, pages, layer, page)
+        }
+        check_memory(folder / "runtime.json", plan, shapes, moving)
+        torch.set_num_threads(plan.threads)
+        self.plan = plan
+        self.stats = Stats()
+        dtype = DTYPES[m.compute_dtype]
+        self._pages = PageStore(refs, m.layers, pages, lambda *at: page_names(m, pages, *at), dtype)
+        self.model = Mixtral(plan, self.config, self._pages)
+        self.disk = DiskLane(self._pages.blocks, pages.readers)
+        self._lanes = Lanes(schedule, self.disk)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disk.close()
+        self._pages.close()
+
+    @torch.inference_mode()
+    def run(
+        self,
+        generations: Sequence[Generation],
+        finished: Callable[[Generation], None] = lambda _: None,
+        more: bool = False,
+        after_pass: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Complete a batch of at most N generations, each handed to `finished` as soon as it is.
+
+        `more` says that another batch follows, for which weights may be read ahead.
+        """
+        order = pack([len(g.prompt) for g in generations], self.plan.batch.micro_batch)
+        active = [(place, generations[at]) for place, at in enumerate(order)]
+        sources = {id(g): generator(g.sampling) for g in generations}
+        phase = PREFILL
+        while active:
+            start = time.perf_counter()
+            step = self._prefill(active) if phase == PREFILL else self._decode(active)
+            goes_on = more or any(len(g.tokens) + 1 < g.max_tokens for _, g in active)
+            scores = self._forward(phase, step, goes_on)
+            for (_, generation), token in zip(active, choose(scores, active, sources), strict=True):
+                generation.accept(token)
+            self._count(phase, len(step.tokens), len(active), time.perf_counter() - start)
+            for _, generation in active:
+                if generation.finish:
+                    finished(generation)
+            active = [(place, g) for place, g in active if not g.finish]
+            phase = DECODE
+            after_pass()
+
+    def _forward(self, phase: int, step: Pass, more: bool) -> Tensor:
+        """The next-token scores of each sequence: float32 [N, vocab]."""
+        self.model.begin(step)
+        self._lanes.run(phase, len(step.micro_batches), self.model.execute, more)
+        return self.model.logits
+
+    def _prefill(self, active: Active) -> Pass:
+        """All prompts, in micro-batches of about `prefill_tokens` tokens of whole prompts."""
+        lengths = [len(g.prompt) for _, g in active]
+        batches: list[MicroBatch] = []
+        row = 0
+        for group in groups(lengths, self.plan.batch.prefill_tokens):
+            batches.append(prefill_batch(row, [place for place, _ in active[group]], lengths[group]))
+            row = batches[-1].rows.stop
+        tokens = torch.tensor([token for _, g in active for token in g.prompt])
+        return Pass(tokens, tuple(batches), torch.tensor(lengths).cumsum(0) - 1)
+
+    def _decode(self, active: Active) -> Pass:
+        """The newest token of each sequence, in micro-batches of at most μ."""
+        most = self.plan.batch.micro_batch
+        batches = []
+        for row in range(0, len(active), most):
+            part = active[row : row + most]
+            batches.append(decode_batch(row, [place for place, _ in part], [g.length for _, g in part]))
+        tokens = torch.tensor([g.tokens[-1] for _, g in active])
+        return Pass(tokens, tuple(batches), torch.arange(len(active)))
+
+    def _count(self, phase: int, tokens: int, sequences: int, seconds: float) -> None:
+        self.stats.generated_tokens += sequences
+        if phase == PREFILL:
+            self.stats.prompt_tokens += tokens
+            self.stats.prefill_s += seconds
+        else:
+            self.stats.decode_tokens += sequences
+            self.stats.decode_passes += 1
+            self.stats.decode_s += seconds
+
+
+def pack(lengths: Sequence[int], micro_batch: int) -> list[int]:
+    """The order of sequences in the batch: micro-batch after micro-batch, their tokens balanced.
+
+    Longest first, each into the micro-batch with the fewest tokens that has room; ties in request order.
+    Source: MoE-Lightning (ASPLOS'25), Algorithm 2.
+    """
+    bins: list[list[int]] = [[] for _ in range(-(-len(lengths) // micro_batch))]
+    room = [(0, number) for number in range(len(bins))]
+    for at in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
+        tokens, number = heapq.heappop(room)
+        bins[number].append(at)
+        if len(bins[number]) < micro_batch:
+            heapq.heappush(room, (tokens + lengths[at], number))
+    return [at for members in sorted(bins, key=len, reverse=True) for at in members]
+
+
+def groups(lengths: Sequence[int], most: int) -> list[slice]:
+    """Cut a row of sequences into groups of at most `most` tokens, or of one sequence."""
+    cuts, tokens = [0], 0
+    for at, length in enumerate(lengths):
+        if tokens and tokens + length > most:
+            cuts.append(at)
+            tokens = 0
+        tokens += length
+    return [slice(start, end) for start, end in zip(cuts, [*cuts[1:], len(lengths)], strict=True)]
+
+
+def choose(scores: Tensor, active: Active, sources: dict[int, torch.Generator]) -> list[int]:
+    """The next token of each active generation from scores [N, vocab]."""
+    tokens = greedy(scores)
+    for row, (_, g) in enumerate(active):
+        if g.sampling.temperature > 0:
+            tokens[row] = draw(scores[row], g.sampling, sources[id(g)])
+    return tokens

@@ -1,0 +1,62 @@
+"""The layers that Mixtral-like models share, on flat tokens: no sequence is padded to another's length.
+
+T tokens, H hidden, I inner width of an expert, E experts, K experts per token, D head dimension
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise float32 `x` [T, H]; the result has the dtype of `weight` [H]."""
+    return F.rms_norm(x, x.shape[-1:], None, eps).to(weight.dtype).mul_(weight)
+
+
+def expert(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """w2 · (silu(w1 · x) * (w3 · x)) for x [T, H], w1 and w3 [I, H], w2 [H, I]."""
+    inner = F.silu(F.linear(x, w1), inplace=True)  # [T, I]
+    return F.linear(inner.mul_(F.linear(x, w3)), w2)
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The choices of all tokens, sorted by expert: expert e has those from starts[e] to starts[e + 1]."""
+
+    tokens: Tensor  # [T * K]
+    weights: Tensor  # [T * K], float32
+    starts: list[int]  # [E + 1]
+
+
+def choose_experts(x: Tensor, gate: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The `top` experts of each token and their weights, which sum to 1: [T, K] float32, [T, K]."""
+    scores = F.softmax(F.linear(x, gate).float(), dim=-1)  # [T, E]
+    weights, experts = scores.topk(top, dim=-1)
+    return weights.div_(weights.sum(dim=-1, keepdim=True)), experts
+
+
+def sort_by_expert(weights: Tensor, experts: Tensor, count: int) -> Routing:
+    """Group the choices [T, K] of all tokens by expert, tokens in order within each."""
+    chosen = experts.flatten()
+    order = chosen.argsort(stable=True)
+    ends = torch.bincount(chosen, minlength=count).cumsum(0).tolist()
+    return Routing(order // experts.shape[1], weights.flatten()[order], [0, *ends])
+
+
+class Rope:
+    """Rotary position embedding for up to `context` positions."""
+
+    def __init__(self, head_dim: int, theta: float, context: int, dtype: torch.dtype) -> None:
+        inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angles = torch.outer(torch.arange(context, dtype=torch.float32), inverse).repeat(1, 2)
+        self._cos, self._sin = angles.cos().to(dtype), angles.sin().to(dtype)  # [context, D]
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate x [T, heads, D] to its positions [T]."""
+        low, high = x.chunk(2, dim=-1)
+        cos, sin = self._cos[positions, None], self._sin[positions, None]  # [T, 1, D]
+        return x * cos + torch.cat((-high, low), dim=-1) * sin

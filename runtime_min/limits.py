@@ -1,0 +1,74 @@
+"""What the plan asks of this runtime, checked before anything is allocated. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from moeplan.runtime_min.plan_file import (
+    ALIGNMENT_BYTES,
+    ITEM_BYTES,
+    PlanFileError,
+    RuntimePlan,
+    kv_bytes,
+    workspace_bytes,
+)
+
+
+def check_numbers(path: Path, plan: RuntimePlan) -> None:
+    """Raise PlanFileError where a figure of the plan cannot be executed."""
+    m, b, p = plan.model, plan.batch, plan.pages
+    positive = {
+        "threads": plan.threads,
+        "layers": m.layers,
+        "head_dim": m.head_dim,
+        "kv_heads": m.kv_heads,
+        "sequences": b.sequences,
+        "micro_batch": b.micro_batch,
+        "prefill_tokens": b.prefill_tokens,
+        "prompt_tokens": b.prompt_tokens,
+        "experts_per_page": p.experts_per_page,
+        "readers": p.readers,
+        "block_bytes": p.block_bytes,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise PlanFileError(f"{path}: {name} is {value}, expected at least 1")
+    rules = {
+        "context_tokens is not above prompt_tokens": b.context_tokens > b.prompt_tokens,
+        "heads are not a multiple of kv_heads": m.heads % m.kv_heads == 0,
+        "head_dim is odd": m.head_dim % 2 == 0,
+        "experts_per_token is not within experts": 1 <= m.experts_per_token <= m.experts,
+        "pages_per_layer does not hold the experts": p.pages_per_layer
+        == 1 + -(-m.experts // p.experts_per_page),
+        "resident_pages is not within pages_per_layer": 0 <= p.resident_pages <= p.pages_per_layer,
+        "no slots for pages that move": p.slots > 0 or p.resident_pages == p.pages_per_layer,
+        "block_bytes is not a multiple of 4096": p.block_bytes % ALIGNMENT_BYTES == 0,
+    }
+    for problem, holds in rules.items():
+        if not holds:
+            raise PlanFileError(f"{path}: {problem}")
+
+
+def check_memory(
+    path: Path, plan: RuntimePlan, shapes: Mapping[str, tuple[int, ...]], moving: Collection[str]
+) -> None:
+    """Raise PlanFileError where a need exceeds its item of the plan, or all together the budget."""
+    memory, pages = plan.memory, plan.pages
+    stay = sum(math.prod(shape) for name, shape in shapes.items() if name not in moving)
+    items = {
+        "weights": (stay * ITEM_BYTES[plan.model.compute_dtype], memory.weights_bytes),
+        "slots": (pages.slots * pages.slot_bytes if moving else 0, memory.slots_bytes),
+        "kv": (kv_bytes(plan.model, plan.batch), memory.kv_bytes),
+        "workspace": (workspace_bytes(plan.model, plan.batch, pages), memory.workspace_bytes),
+    }
+    total = sum(need for need, _ in items.values()) + memory.process_bytes
+    problems = [f"{name} {need:,} of {item:,} bytes" for name, (need, item) in items.items() if need > item]
+    if total > memory.budget_bytes:
+        problems.append(f"all {total:,} of {memory.budget_bytes:,} bytes")
+    if problems:
+        raise PlanFileError(
+            f"{path}: the run needs more memory than the plan allows: {', '.join(problems)}",
+            "compile the spec again: the plan was made for another runtime or checkpoint",
+        )

@@ -1,0 +1,251 @@
+"""Weights: pages that are read into slots past the page cache, and those that stay.
+
+A page is a set of tensors. In the file they lie anywhere; `PageLayout` covers them with aligned extents that
+fill a slot one after the other, and the tensors are views into it. Readers take the extents in blocks.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeplan.runtime_min.checkpoint import TensorRef
+from moeplan.runtime_min.errors import RunError
+from moeplan.runtime_min.plan_file import ALIGNMENT_BYTES, PagePlan
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+Names = Callable[[int, int], Sequence[str]]  # layer, page -> the names of its tensors
+Block = Callable[[], int]  # reads one block; returns its bytes
+
+
+class ReadError(RunError):
+    """A shard could not be read while the run was under way."""
+
+
+class Shard:
+    """One file, open for reads that leave the page cache alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            self._direct = True
+        except OSError:  # the file system knows no direct reads
+            self._file = os.open(path, os.O_RDONLY)
+            self._direct = False
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into` from `offset`, both aligned; what lies past the end of the file stays untouched."""
+        wanted = min(len(into), self.size - offset)
+        got = 0
+        while got < wanted:
+            count = self._read_some(offset + got, into[got:])
+            if count == 0:
+                raise EOFError(f"ends at byte {offset + got}, had {self.size}")
+            got += count
+        if not self._direct:
+            os.posix_fadvise(self._file, offset, len(into), os.POSIX_FADV_DONTNEED)
+
+    def _read_some(self, offset: int, into: memoryview) -> int:
+        try:
+            return os.preadv(self._file, [into], offset)
+        except OSError as error:
+            if not self._direct or error.errno != errno.EINVAL:
+                raise
+        # Direct reads are refused here (larger sectors, an overlay), or a read stopped off alignment.
+        self._direct = False
+        flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+        fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return os.preadv(self._file, [into], offset)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`nbytes` bytes of `shard` from `offset`, aligned, to be read to byte `at` of a slot."""
+
+    shard: Shard
+    offset: int
+    nbytes: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """How a page fills a slot: its extents, and (tensor, byte of the slot) by tensor name."""
+
+    extents: tuple[Extent, ...]
+    places: Mapping[str, tuple[TensorRef, int]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(extent.nbytes for extent in self.extents)
+
+    def name_at(self, extent: Extent, offset: int) -> str:
+        """The tensor whose bytes lie at or behind `offset` of the extent's file."""
+        refs = sorted((ref for ref, _ in self.places.values()), key=lambda ref: ref.offset)
+        behind = [r.name for r in refs if r.path == extent.shard.path and r.offset + r.nbytes > offset]
+        return behind[0] if behind else ""
+
+
+def layout_page(refs: Iterable[TensorRef], shards: Mapping[Path, Shard]) -> PageLayout:
+    """Cover `refs` with the fewest aligned extents that touch no unneeded block."""
+    extents: list[Extent] = []
+    places = {}
+    for ref in sorted(refs, key=lambda ref: (str(ref.path), ref.offset)):
+        low, high = _down(ref.offset), _up(ref.offset + ref.nbytes)
+        last = extents[-1] if extents else None
+        if last and last.shard.path == ref.path and low <= last.offset + last.nbytes:
+            high = max(high, last.offset + last.nbytes)
+            extents[-1] = Extent(last.shard, last.offset, high - last.offset, last.at)
+        else:
+            at = last.at + last.nbytes if last else 0
+            extents.append(Extent(shards[ref.path], low, high - low, at))
+        places[ref.name] = (ref, extents[-1].at + ref.offset - extents[-1].offset)
+    return PageLayout(tuple(extents), places)
+
+
+class PageView(Mapping[str, Tensor]):
+    """The tensors of a page that lies in a slot, each in the compute dtype when it is asked for.
+
+    No copy is made where the stored dtype is the compute dtype and the tensor starts on a whole element.
+    """
+
+    def __init__(self, layout: PageLayout, slot: Tensor, dtype: torch.dtype) -> None:
+        self._layout, self._slot, self._dtype = layout, slot, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        ref, at = self._layout.places[name]
+        return _typed(self._slot[at : at + ref.nbytes], ref).view(ref.shape).to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout.places)
+
+    def __len__(self) -> int:
+        return len(self._layout.places)
+
+
+class PageStore:
+    """All weights of a model: `resident` by name, and pages by layer, page and slot."""
+
+    def __init__(
+        self, refs: Mapping[str, TensorRef], layers: int, plan: PagePlan, names: Names, dtype: torch.dtype
+    ) -> None:
+        self._plan, self._dtype = plan, dtype
+        self._shards = {path: Shard(path) for path in {ref.path for ref in refs.values()}}
+        streamed = range(plan.resident_pages, plan.pages_per_layer)
+        self._layouts = {
+            (layer, page): layout_page((refs[name] for name in names(layer, page)), self._shards)
+            for layer in range(layers)
+            for page in streamed
+        }
+        self._check_slots()
+        self._memory = [_allocate(plan.slot_bytes) for _ in range(plan.slots if self._layouts else 0)]
+        self._slots = [torch.frombuffer(memory, dtype=torch.uint8) for memory in self._memory]
+        moving = {name for layout in self._layouts.values() for name in layout.places}
+        self.resident = self._load([ref for name, ref in refs.items() if name not in moving])
+
+    def view(self, layer: int, page: int, slot: int) -> Mapping[str, Tensor]:
+        """The tensors of a page: in `slot`, or resident where `slot` is -1."""
+        if slot < 0:
+            return self.resident
+        return PageView(self._layouts[layer, page], self._slots[slot], self._dtype)
+
+    def blocks(self, layer: int, page: int, slot: int) -> list[Block]:
+        """The reads that fill `slot` with a page, in blocks, in any order."""
+        layout = self._layouts[layer, page]
+        return [
+            self._block(layout, extent, start, min(self._plan.block_bytes, extent.nbytes - start), slot)
+            for extent in layout.extents
+            for start in range(0, extent.nbytes, self._plan.block_bytes)
+        ]
+
+    def _block(self, layout: PageLayout, extent: Extent, start: int, nbytes: int, slot: int) -> Block:
+        at, offset = extent.at + start, extent.offset + start
+
+        def read() -> int:
+            try:
+                extent.shard.read(offset, memoryview(self._memory[slot])[at : at + nbytes])
+            except (OSError, EOFError) as error:
+                name = layout.name_at(extent, offset)
+                raise ReadError(f"{extent.shard.path}: {name}: cannot be read: {error}") from None
+            return nbytes
+
+        return read
+
+    def close(self) -> None:
+        for shard in self._shards.values():
+            shard.close()
+
+    def _check_slots(self) -> None:
+        for (layer, page), layout in self._layouts.items():
+            if layout.nbytes > self._plan.slot_bytes:
+                raise RunError(
+                    f"{layout.extents[0].shard.path}: page {page} of layer {layer} takes "
+                    f"{layout.nbytes:,} bytes in memory, a slot of the plan holds {self._plan.slot_bytes:,}",
+                    "compile the spec again with this checkpoint",
+                )
+
+    def _load(self, refs: Sequence[TensorRef]) -> dict[str, Tensor]:
+        """Read `refs` into memory of their own, converted to the compute dtype."""
+        tensors = {ref.name: torch.empty(ref.shape, dtype=self._dtype) for ref in refs}
+        pieces = [(ref, *ends) for ref in refs for ends in _pieces(ref, self._plan.block_bytes)]
+        with ThreadPoolExecutor(self._plan.readers) as readers:
+            for _ in readers.map(lambda piece: self._load_piece(tensors[piece[0].name], *piece), pieces):
+                pass
+        return tensors
+
+    def _load_piece(self, tensor: Tensor, ref: TensorRef, first: int, last: int) -> None:
+        """Read the elements [first, last) of one tensor."""
+        item = DTYPES[ref.dtype].itemsize
+        low, high = ref.offset + first * item, ref.offset + last * item
+        start = _down(low)
+        memory = mmap.mmap(-1, _up(high) - start)
+        try:
+            self._shards[ref.path].read(start, memoryview(memory))
+        except (OSError, EOFError) as error:
+            raise ReadError(f"{ref.path}: {ref.name}: cannot be read: {error}") from None
+        data = torch.frombuffer(memory, dtype=torch.uint8)[low - start : high - start]
+        tensor.view(-1)[first:last] = _typed(data, ref)
+
+
+def _pieces(ref: TensorRef, block_bytes: int) -> list[tuple[int, int]]:
+    """Cut a tensor into ranges of elements of at most `block_bytes`."""
+    item = DTYPES[ref.dtype].itemsize
+    total, step = ref.nbytes // item, max(1, block_bytes // item)
+    return [(first, min(total, first + step)) for first in range(0, total, step)]
+
+
+def _typed(data: Tensor, ref: TensorRef) -> Tensor:
+    """Bytes as the tensor's stored dtype; copied where they start between elements."""
+    dtype = DTYPES[ref.dtype]
+    return (data if data.storage_offset() % dtype.itemsize == 0 else data.clone()).view(dtype)
+
+
+def _allocate(nbytes: int) -> mmap.mmap:
+    """Page-aligned memory, touched, in huge pages where the system grants them."""
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    torch.frombuffer(memory, dtype=torch.uint8).zero_()
+    return memory
+
+
+def _down(offset: int) -> int:
+    return offset // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+
+
+def _up(offset: int) -> int:
+    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

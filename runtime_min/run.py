@@ -1,0 +1,295 @@
+"""Run or time a plan: the functions behind the commands. Torch is imported when one of them is called."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeplan.runtime_min.batch_file import (
+    Answer,
+    Failure,
+    Request,
+    answer_record,
+    failure_record,
+    read_requests,
+)
+from moeplan.runtime_min.errors import RunError
+from moeplan.runtime_min.plan_file import Range, RuntimePlan, load
+from moeplan.runtime_min.prompts import PromptError, Prompts
+from moeplan.runtime_min.results import Results
+
+if TYPE_CHECKING:
+    from moeplan.runtime_min.engine import Engine, Generation
+
+Progress = Callable[[int, int, int], None]  # requests done, requests in all, tokens generated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a run did. `decode_tokens` came from decode passes, `generated_tokens` from all passes."""
+
+    answered: int
+    failed: int
+    resumed: int
+    prompt_tokens: int
+    generated_tokens: int
+    decode_tokens: int
+    decode_passes: int
+    prefill_s: float
+    decode_s: float
+    stall_s: float
+    bytes_read: int
+    peak_bytes: int
+
+
+def run_plan(
+    runtime_dir: Path,
+    checkpoint: Path | None,
+    input: Path,
+    output: Path,
+    progress: Progress = lambda done, total, tokens: None,
+) -> Report:
+    """Answer the requests of `input` in `output`, both OpenAI batch files; raises RunError.
+
+    Interrupted, it leaves OUTPUT.partial, and the next call with the same arguments goes on from there.
+    """
+    plan, folder = load(runtime_dir), _checkpoint(runtime_dir, checkpoint)
+    total = _count_lines(input)
+    from moeplan.runtime_min.engine import Engine
+
+    with Engine(runtime_dir, plan, folder) as engine:
+        prompts = Prompts(folder, plan.model.vocab)
+        results = Results(output, _identity(runtime_dir, folder, input))
+        try:
+            run = _Run(engine, prompts, results, total, progress)
+            run.all(read_requests(input))
+            results.finish()
+        finally:
+            results.close()
+        return _report(engine, run.answered, run.failed, run.resumed)
+
+
+def bench_plan(
+    runtime_dir: Path, checkpoint: Path | None, prompt_tokens: int, tokens: int, batches: int
+) -> Report:
+    """Time `batches` full batches of random prompts, `tokens` generated for each; raises RunError."""
+    plan, folder = load(runtime_dir), _checkpoint(runtime_dir, checkpoint)
+    prompt = prompt_tokens or plan.batch.prompt_tokens
+    if not 0 < prompt <= plan.batch.prompt_tokens or not 0 < tokens <= plan.batch.context_tokens - prompt:
+        raise RunError(
+            f"{runtime_dir}: {prompt} prompt and {tokens} new tokens do not fit the plan's "
+            f"{plan.batch.prompt_tokens} and {plan.batch.context_tokens - prompt}"
+        )
+    from moeplan.runtime_min.engine import Engine, Generation
+    from moeplan.runtime_min.sampling import Sampling
+
+    numbers = random.Random(0)
+    with Engine(runtime_dir, plan, folder) as engine:
+        for left in reversed(range(batches)):
+            texts = [numbers.choices(range(plan.model.vocab), k=prompt) for _ in range(plan.batch.sequences)]
+            engine.run([Generation(text, tokens, Sampling(0.0, 1.0, 0)) for text in texts], more=left > 0)
+        return _report(engine, plan.batch.sequences * batches, 0, 0)
+
+
+class _Run:
+    """Requests to batches, generations to records."""
+
+    def __init__(
+        self, engine: Engine, prompts: Prompts, results: Results, total: int, progress: Progress
+    ) -> None:
+        self._engine, self._prompts, self._results = engine, prompts, results
+        self._total, self._progress = total, progress
+        self.answered, self.failed, self.resumed = 0, 0, len(results.done)
+
+    def all(self, items: Iterator[Request | Failure]) -> None:
+        done = self._results.done
+        ready = self._ready(item for item in items if item.line not in done)
+        batch = list(islice(ready, self._engine.plan.batch.sequences))
+        while batch:
+            following = list(islice(ready, self._engine.plan.batch.sequences))
+            self._batch(batch, more=bool(following))
+            batch = following
+        self._tell()
+
+    def _ready(self, items: Iterator[Request | Failure]) -> Iterator[tuple[Request, Generation]]:
+        """The requests that can run; the others get their records on the way."""
+        for item in items:
+            ready = self._prepare(item) if isinstance(item, Request) else item
+            if isinstance(item, Request) and not isinstance(ready, Failure):
+                yield item, ready
+            elif isinstance(ready, Failure):
+                self._results.add(failure_record(ready))
+                self.failed += 1
+
+    def _prepare(self, request: Request) -> Generation | Failure:
+        from moeplan.runtime_min.engine import Generation
+        from moeplan.runtime_min.sampling import Sampling, default_seed
+
+        try:
+            prompt = self._prompts.encode(request)
+        except PromptError as error:
+            return Failure(request.line, request.custom_id, "invalid_prompt", f"line {request.line}: {error}")
+        batch = self._engine.plan.batch
+        room = batch.context_tokens - len(prompt)
+        new = room if request.max_tokens is None else request.max_tokens
+        if len(prompt) > batch.prompt_tokens or new > room:
+            message = (
+                f"line {request.line}: {len(prompt)} prompt and {new} new tokens do not fit the plan's "
+                f"{batch.prompt_tokens} prompt and {batch.context_tokens} context tokens"
+            )
+            return Failure(request.line, request.custom_id, "context_length_exceeded", message)
+        seed = default_seed(request.custom_id) if request.seed is None else request.seed
+        return Generation(
+            prompt=prompt,
+            max_tokens=new,
+            sampling=Sampling(request.temperature, request.top_p, seed),
+            ends=self._engine.config.eos,
+            stopped=self._stop_test(prompt, request.stop) if request.stop else None,
+        )
+
+    def _stop_test(self, prompt: list[int], stop: tuple[str, ...]) -> Callable[..., bool]:
+        def stopped(tokens: list[int]) -> bool:
+            text = self._prompts.decode(prompt, tokens)
+            return any(word in text for word in stop)
+
+        return stopped
+
+    def _batch(self, batch: list[tuple[Request, Generation]], more: bool) -> None:
+        requests = {id(generation): request for request, generation in batch}
+
+        def finished(generation: Generation) -> None:
+            request = requests[id(generation)]
+            record = answer_record(request, self._answer(request, generation), self._engine.plan.name)
+            self._results.add(record)
+            self.answered += 1
+
+        self._tell()
+        self._engine.run([generation for _, generation in batch], finished, more, self._tell)
+
+    def _answer(self, request: Request, generation: Generation) -> Answer:
+        said = [token for token in generation.tokens if token not in generation.ends]
+        text = self._prompts.decode(generation.prompt, said)
+        ends = [at for at in (text.find(word) for word in request.stop) if at >= 0]
+        return Answer(
+            text=text[: min(ends, default=len(text))],
+            finish="length" if generation.finish == "length" else "stop",
+            prompt_tokens=len(generation.prompt),
+            completion_tokens=len(generation.tokens),
+        )
+
+    def _tell(self) -> None:
+        done = self.answered + self.failed + self.resumed
+        self._progress(done, self._total, self._engine.stats.generated_tokens)
+
+
+def _checkpoint(runtime_dir: Path, given: Path | None) -> Path:
+    """The checkpoint's folder: as given, or as the plan names it from the folder that holds the plan's."""
+    if given is not None:
+        return given
+    named = load(runtime_dir).model.checkpoint
+    if not named:
+        raise RunError(
+            f"{runtime_dir}: the plan names no checkpoint", "say where it is with --checkpoint DIR"
+        )
+    return runtime_dir.resolve().parents[2] / named
+
+
+def _count_lines(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _identity(runtime_dir: Path, checkpoint: Path, input: Path) -> str:
+    """A digest of all that the records depend on; of the weights only names and sizes."""
+    digest = hashlib.sha256()
+    for path in (
+        input,
+        runtime_dir / "runtime.json",
+        checkpoint / "config.json",
+        checkpoint / "tokenizer.json",
+    ):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _report(engine: Engine, answered: int, failed: int, resumed: int) -> Report:
+    stats = engine.stats
+    return Report(
+        answered=answered,
+        failed=failed,
+        resumed=resumed,
+        prompt_tokens=stats.prompt_tokens,
+        generated_tokens=stats.generated_tokens,
+        decode_tokens=stats.decode_tokens,
+        decode_passes=stats.decode_passes,
+        prefill_s=stats.prefill_s,
+        decode_s=stats.decode_s,
+        stall_s=engine.disk.stall_s,
+        bytes_read=engine.disk.bytes_read,
+        peak_bytes=_peak_bytes(),
+    )
+
+
+def _peak_bytes() -> int:
+    """The most memory this process has held. Not getrusage: there a process inherits its parent's peak."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def summary(plan: RuntimePlan, report: Report) -> str:
+    """The run in lines of text, its speeds beside those that the plan expects."""
+    expected = plan.predicted
+    all_s = report.prefill_s + report.decode_s
+    speeds = (
+        ("prefill", report.prompt_tokens, report.prefill_s, expected.prefill_tokens_per_s),
+        ("decode", report.decode_tokens, report.decode_s, expected.decode_tokens_per_s),
+        ("generated", report.generated_tokens, all_s, expected.generated_tokens_per_s),
+    )
+    resumed = f" ({report.resumed} from the interrupted run)" if report.resumed else ""
+    failed = f", {report.failed} with an error record" if report.failed else ""
+    lines = (
+        f"{report.answered + report.failed + report.resumed} requests{resumed}{failed}",
+        "; ".join(_speed(*speed) for speed in speeds),
+        f"peak memory {_gib(report.peak_bytes)} of {_gib(plan.memory.budget_bytes)} GiB; "
+        f"{_gib(report.bytes_read)} GiB of pages read, {report.stall_s:.1f} of {all_s:.1f} s waited for them",
+    )
+    return "\n".join(lines)
+
+
+def _speed(name: str, tokens: int, seconds: float, plan: Range) -> str:
+    measured = f"{tokens / seconds:,.1f}" if seconds > 0 else "no"
+    return f"{name} {measured} tokens/s (plan {plan.value:,.1f}, {plan.low:,.1f} to {plan.high:,.1f})"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def show(input: Path, output: Path, count: int) -> str:
+    """The first `count` prompts of `input`, each with what `output` has for it."""
+    texts = []
+    with output.open(encoding="utf-8") as file:
+        for item, line in islice(zip(read_requests(input), file, strict=True), count):
+            record = json.loads(line)
+            if isinstance(item, Failure) or record["error"]:
+                texts.append(f"{record['custom_id']}: error: {record['error']['message']}")
+                continue
+            prompt = item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"]
+            choice = record["response"]["body"]["choices"][0]
+            answer = choice["text"] if "text" in choice else choice["message"]["content"]
+            texts.append(f"{item.custom_id}: {prompt} >>> {answer}")
+    return "\n".join(texts)
