@@ -30,6 +30,8 @@ class Level:
     compute_efficiency: float
     prefill_efficiency: float
     up_efficiency: float
+    # Prefill of offloaded weights reaches less than prefill in memory (fits of MoE-Lightning's runs).
+    offload_prefill_efficiency: float = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,120 @@
+"""Plan -> runtime/<replica>/: runtime.json and schedule.py of every replica that runtime_min executes."""
+
+from __future__ import annotations
+
+import hashlib
+
+from moeplan.codegen.data import rounded
+from moeplan.codegen.emit.schedule_py import schedule_text
+from moeplan.planner.ir.estimate import Estimate
+from moeplan.planner.ir.plan import Plan, Replica
+from moeplan.planner.ir.policy import Policy
+from moeplan.planner.ir.schedule import Schedule
+from moeplan.planner.ir.workload import RequestClass
+from moeplan.runtime_min import plan_file
+
+READERS = 4  # threads that read blocks of a page
+BLOCK_BYTES = 1 << 20
+
+
+def emit(plan: Plan) -> dict[str, str]:
+    """Return the two files of each of our replicas."""
+    files = {}
+    for replica in plan.replicas:
+        if replica.schedule is None:
+            continue
+        schedule = schedule_text(replica.schedule)
+        folder = f"runtime/{replica.name}"
+        files[f"{folder}/schedule.py"] = schedule
+        files[f"{folder}/runtime.json"] = plan_file.to_json(
+            _runtime_plan(plan, replica, replica.schedule, schedule)
+        )
+    return files
+
+
+def _runtime_plan(plan: Plan, replica: Replica, schedule: Schedule, text: str) -> plan_file.RuntimePlan:
+    policy = replica.policy
+    requests = next(r for r in plan.workload.classes if r.name == policy.serves)
+    return plan_file.RuntimePlan(
+        format=plan_file.FORMAT,
+        name=f"{plan.spec.name}/{replica.name}",
+        device="accelerator" if policy.gpus else "cpu",
+        threads=max(1, round(policy.machine.cpu_cores)),
+        model=_model_plan(plan, policy),
+        batch=_batch_plan(policy, requests),
+        pages=_page_plan(policy),
+        memory=_memory_plan(policy),
+        schedule=plan_file.SchedulePlan(
+            kind=schedule.kind,
+            format=plan_file.SCHEDULE_FORMAT,
+            sha256=hashlib.sha256(text.encode()).hexdigest(),
+        ),
+        predicted=plan_file.Predicted(
+            prefill_tokens_per_s=_range(policy.prefill_tokens_per_s),
+            decode_tokens_per_s=_range(policy.decode_tokens_per_s),
+            generated_tokens_per_s=_range(policy.generated_tokens_per_s),
+        ),
+    )
+
+
+def _model_plan(plan: Plan, policy: Policy) -> plan_file.ModelPlan:
+    model = plan.workload.model
+    return plan_file.ModelPlan(
+        architecture=model.model_type,
+        checkpoint=plan.spec.model.path,
+        compute_dtype=policy.dtype,
+        layers=model.layers,
+        hidden=model.hidden,
+        heads=model.attention.heads,
+        kv_heads=model.attention.kv_heads,
+        head_dim=model.attention.head_dim,
+        vocab=model.vocab,
+        experts=model.experts,
+        experts_per_token=model.experts_per_token,
+        expert_intermediate=model.expert_intermediate,
+        parameters=model.parameters.total(),
+    )
+
+
+def _batch_plan(policy: Policy, requests: RequestClass) -> plan_file.BatchPlan:
+    return plan_file.BatchPlan(
+        sequences=policy.sequences,
+        micro_batch=policy.micro_batch,
+        prefill_tokens=policy.prefill_tokens,
+        prompt_tokens=requests.prompt_tokens_max,
+        context_tokens=requests.context_tokens_max,
+    )
+
+
+def _page_plan(policy: Policy) -> plan_file.PagePlan:
+    pages = policy.pages
+    return plan_file.PagePlan(
+        pages_per_layer=pages.pages_per_layer,
+        experts_per_page=pages.experts_per_page,
+        resident_pages=pages.resident_pages,
+        slots=pages.slots,
+        slot_bytes=pages.slot_bytes,
+        readers=READERS,
+        block_bytes=BLOCK_BYTES,
+    )
+
+
+def _memory_plan(policy: Policy) -> plan_file.MemoryPlan:
+    """Host memory. Items that only one strategy has are added to the item they resemble."""
+    held = {use.item: use.bytes for use in policy.memory if use.level == "dram"}
+    return plan_file.MemoryPlan(
+        budget_bytes=next(limit.bytes for limit in policy.limits if limit.level == "dram"),
+        weights_bytes=held.get("weights", 0) + held.get("streamed weights", 0),
+        slots_bytes=held.get("page slots", 0) + held.get("pinned pages", 0),
+        kv_bytes=held["KV cache"],
+        workspace_bytes=held.get("workspace", 0) + held.get("parked hidden states", 0),
+        process_bytes=held["process"],
+    )
+
+
+def _range(estimate: Estimate) -> plan_file.Range:
+    return plan_file.Range(
+        value=rounded(estimate.value) or 0.0,
+        low=rounded(estimate.low) or 0.0,
+        high=rounded(estimate.high) or 0.0,
+    )

@@ -1,0 +1,132 @@
+"""The one place that writes files, and the check of what is on disk against what would be written."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from moeplan.codegen.data import to_json
+
+LOCK = "moeplan.lock"
+_LOCK_FORMAT = 1
+# Raised when the same plan is written in other bytes; a version of the tool itself would make every
+# upgrade look like drift.
+_GENERATOR = "1"
+
+DriftKind = Literal["missing", "stale", "edited by hand", "obsolete"]
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """One file that is not what the spec compiles to. `want` is empty for an obsolete file."""
+
+    path: str
+    kind: DriftKind
+    have: str
+    want: str
+
+    def diff(self) -> str:
+        """A unified diff from what is there to what should be."""
+        lines = difflib.unified_diff(
+            self.have.splitlines(keepends=True), self.want.splitlines(keepends=True), self.path, self.path
+        )
+        return "".join(lines)
+
+
+def with_lock(
+    files: Mapping[str, str], inputs: Mapping[str, str], solver: Mapping[str, object]
+) -> dict[str, str]:
+    """`files` and the moeplan.lock that describes them: digests of inputs and outputs, solver status."""
+    lock = {
+        "format": _LOCK_FORMAT,
+        "generator": _GENERATOR,
+        "inputs": dict(inputs),
+        "solver": dict(solver),
+        "files": {path: _digest(text.encode()) for path, text in files.items()},
+    }
+    return {**files, LOCK: to_json(lock)}
+
+
+def write(files: Mapping[str, str], folder: Path) -> list[str]:
+    """Make `folder` hold `files`; return the paths that changed.
+
+    A file is written to a temporary name and renamed, and only if its bytes differ. Files that the old
+    lock lists and `files` lacks are removed; others are never touched. The lock comes last.
+    Raises OSError.
+    """
+    obsolete = [path for path in _locked(folder) if path not in files]
+    changed = []
+    for path in sorted(files, key=lambda path: (path == LOCK, path)):
+        if _write_one(folder / path, files[path].encode()):
+            changed.append(path)
+    for path in obsolete:
+        (folder / path).unlink(missing_ok=True)
+        _remove_empty(folder / path, folder)
+    return changed + obsolete
+
+
+def check(files: Mapping[str, str], folder: Path) -> list[Drift]:
+    """Compare `folder` with `files` without writing; one Drift per file that differs."""
+    locked = _locked(folder)
+    found = []
+    for path, want in sorted(files.items()):
+        try:
+            on_disk = (folder / path).read_bytes()
+        except OSError:
+            found.append(Drift(path, "missing", "", want))
+            continue
+        if on_disk != want.encode():
+            edited = path in locked and _digest(on_disk) != locked[path]
+            have = on_disk.decode("utf-8", "replace")
+            found.append(Drift(path, "edited by hand" if edited else "stale", have, want))
+    for path in sorted(locked):
+        if path not in files and (folder / path).exists():
+            have = (folder / path).read_bytes().decode("utf-8", "replace")
+            found.append(Drift(path, "obsolete", have, ""))
+    return found
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _locked(folder: Path) -> dict[str, str]:
+    """{path: sha256} of the lock on disk; empty where there is none that can be read."""
+    try:
+        files = json.loads((folder / LOCK).read_text(encoding="utf-8"))["files"]
+        return {path: str(sha) for path, sha in files.items() if _is_inside(path)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _is_inside(path: str) -> bool:
+    """A lock is a file that anyone may edit: it must not make us remove files elsewhere."""
+    parts = PurePosixPath(path)
+    return not parts.is_absolute() and ".." not in parts.parts and bool(parts.parts)
+
+
+def _write_one(path: Path, data: bytes) -> bool:
+    if path.is_file() and path.read_bytes() == data:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _remove_empty(path: Path, folder: Path) -> None:
+    """Remove the folders that `path` leaves empty, up to `folder`."""
+    for parent in path.parents:
+        if parent == folder or any(parent.iterdir()):
+            return
+        parent.rmdir()

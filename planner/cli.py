@@ -1,0 +1,180 @@
+"""The command line: arguments, printing, exit codes. The one file that joins planner, codegen and runtime."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moeplan.planner.ir.plan import Plan
+    from moeplan.planner.pipeline import Trace
+
+app = typer.Typer(
+    name="moeplan",
+    help="Compile one spec.yaml into a deployment plan for a Mixture-of-Experts model, and run it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="the spec file")]
+OutFolder = Annotated[
+    Path | None, typer.Option("-o", "--output", help="plan folder [default: NAME.plan beside the spec]")
+]
+MachineFile = Annotated[
+    Path | None, typer.Option("--machine", help="compile for this machine file instead of the spec's machine")
+]
+
+
+def main() -> None:
+    """Console script. Exit codes: 0 done, 1 drift, 2 bad input, 3 infeasible, 70 internal error."""
+    from moeplan.planner.diagnostics import CompileError
+
+    try:
+        app()
+    except CompileError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"{error.filename or 'moeplan'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if os.environ.get("MOEPLAN_TRACEBACK"):
+            raise
+        print(f"moeplan: internal error: {type(error).__name__}: {error}", file=sys.stderr)
+        print("  hint: this is a bug; MOEPLAN_TRACEBACK=1 shows where", file=sys.stderr)
+        sys.exit(70)
+
+
+@app.command("compile")
+def compile_command(
+    spec: SpecPath,
+    output: OutFolder = None,
+    machine: MachineFile = None,
+    json: Annotated[bool, typer.Option("--json", help="print plan.json instead of the summary")] = False,
+    time_passes: Annotated[bool, typer.Option("--time-passes", help="print seconds per pass")] = False,
+    dump_ir: Annotated[
+        Path | None, typer.Option("--dump-ir", help="write every level to this folder")
+    ] = None,
+) -> None:
+    """Compile SPEC into its plan folder; only files whose bytes change are written."""
+    from moeplan.codegen.write import write
+    from moeplan.planner.pipeline import Trace
+
+    trace = Trace()
+    plan, files = _compile(spec, machine, trace)
+    folder = output or _default_folder(spec, plan)
+    changed = write(files, folder)
+    if dump_ir:
+        _dump(trace, dump_ir)
+    if time_passes:
+        for name, seconds in trace.seconds.items():
+            print(f"{seconds * 1e3:8.1f} ms  {name}", file=sys.stderr)
+    if json:
+        print(files["plan.json"], end="")
+    else:
+        from moeplan.codegen.summary import summary
+
+        print(summary(plan, str(folder), len(changed)))
+
+
+@app.command()
+def check(
+    spec: SpecPath,
+    output: OutFolder = None,
+    machine: MachineFile = None,
+    diff: Annotated[bool, typer.Option("--diff", help="show the differences")] = False,
+) -> None:
+    """Say which files of the plan folder are not what SPEC compiles to; write nothing. Exit 1 on drift."""
+    from moeplan.codegen.write import check as compare
+
+    plan, files = _compile(spec, machine, None)
+    folder = output or _default_folder(spec, plan)
+    drifts = compare(files, folder)
+    for drift in drifts:
+        print(f"{folder / drift.path}: {drift.kind}", file=sys.stderr)
+        if diff:
+            print(drift.diff(), end="")
+    if drifts:
+        print(f"  hint: moeplan compile {spec}", file=sys.stderr)
+        raise typer.Exit(1)
+    print(f"{folder}: {len(files)} files are current")
+
+
+@app.command()
+def run(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="the plan folder")],
+    input: Annotated[Path, typer.Option("--input", help="requests, OpenAI batch file (JSONL)")],
+    output: Annotated[Path, typer.Option("--output", help="where the answers go (JSONL)")],
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="the model's folder [default: as the spec says]")
+    ] = None,
+    show: Annotated[int, typer.Option("--show", help="print the first N answers")] = 0,
+) -> None:
+    """Execute the plan's batch replica on this machine with the bundled runtime."""
+    from moeplan.runtime_min.__main__ import main as runtime_main
+
+    folders = sorted(path.parent for path in plan.glob("runtime/*/runtime.json"))
+    if len(folders) != 1:
+        what = "holds no replica for" if not folders else "holds several replicas; name one to"
+        print(f"{plan}: {what} runtime_min: runtime_min run PLAN/runtime/REPLICA ...", file=sys.stderr)
+        raise typer.Exit(2)
+    arguments = ["run", str(folders[0]), "--input", str(input), "--output", str(output), "--show", str(show)]
+    raise typer.Exit(runtime_main(arguments + (["--checkpoint", str(checkpoint)] if checkpoint else [])))
+
+
+@app.command()
+def calibrate(
+    output: Annotated[Path, typer.Option("-o", "--output", help="the machine file")] = Path("machine.yaml"),
+) -> None:
+    """Measure this machine in a few seconds; the result is a machine that specs can name."""
+    from moeplan.runtime_min.calibrate import machine_yaml, measure
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = machine_yaml(measure(output.parent))
+    temporary = output.with_name(f".{output.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, output)
+    print(text, end="")
+    print(f"wrote {output}; use it with `machine: {{file: {output.name}}}` or `--machine {output}`")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the spec, for editors."""
+    import json
+
+    from moeplan.planner.schema import spec_schema
+
+    print(json.dumps(spec_schema(), indent=2, sort_keys=True, ensure_ascii=False))
+
+
+def _compile(spec: Path, machine: Path | None, trace: Trace | None) -> tuple[Plan, dict[str, str]]:
+    """The plan of a spec file and every file of its plan folder."""
+    from moeplan.codegen.emit import emit_all
+    from moeplan.codegen.write import with_lock
+    from moeplan.planner.inputs import input_digests
+    from moeplan.planner.pipeline import compile_plan
+
+    text = spec.read_bytes()
+    plan = compile_plan(text, str(spec), machine, trace)
+    digests = {**input_digests(plan.spec, text, machine), "catalog": plan.catalog_sha256}
+    solver = {"status": plan.fleet.solver_status, "gap": plan.fleet.gap}
+    return plan, with_lock(emit_all(plan), digests, solver)
+
+
+def _default_folder(spec: Path, plan: Plan) -> Path:
+    return spec.parent / f"{plan.spec.name}.plan"
+
+
+def _dump(trace: Trace, folder: Path) -> None:
+    from moeplan.codegen.data import to_json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (name, level) in enumerate(trace.levels.items()):
+        (folder / f"{number}-{name}.json").write_text(to_json(level), encoding="utf-8")

@@ -1,0 +1,108 @@
+"""The files a spec points at, read once and checked: catalog, model, machine, prompts, request trace."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from moeplan.planner.catalog import Catalog, load_catalog, load_machine
+from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
+from moeplan.planner.ir.machine import Machine
+from moeplan.planner.ir.model import Model
+from moeplan.planner.ir.spec import Spec
+from moeplan.planner.model_config import load_model
+from moeplan.planner.request_files import PromptsFile, Trace, read_prompts, read_trace
+from moeplan.planner.suggest import nearest
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Everything outside the spec text that a plan depends on. `machine` is the pinned one, if any."""
+
+    catalog: Catalog
+    model: Model
+    machine: Machine | None
+    prompts: PromptsFile | None
+    trace: Trace | None
+
+
+def load_inputs(spec: Spec, machine_file: Path | None = None) -> Inputs:
+    """Read what `spec` names, relative to its own folder; `machine_file` overrides its machine.
+
+    Raises CompileError with the problems of all files.
+    """
+    folder = Path(spec.path).parent
+    problems: list[Diagnostic] = []
+    catalog = _try(
+        problems, lambda: load_catalog(folder / spec.catalog if spec.catalog else None, spec.span("catalog"))
+    )
+    if catalog is None:
+        raise CompileError(*problems)
+    model = _try(problems, lambda: _model(spec, catalog, folder))
+    machine = _try(problems, lambda: _machine(spec, catalog, folder, machine_file))
+    prompts = _try(problems, lambda: read_prompts(spec, folder))
+    trace = _try(problems, lambda: read_trace(spec, folder))
+    if problems or model is None:
+        raise CompileError(*problems)
+    return Inputs(catalog=catalog, model=model, machine=machine, prompts=prompts, trace=trace)
+
+
+def _try(problems: list[Diagnostic], read: Callable[[], _T]) -> _T | None:
+    try:
+        return read()
+    except CompileError as error:
+        problems.extend(error.diagnostics)
+        return None
+
+
+def _model(spec: Spec, catalog: Catalog, folder: Path) -> Model:
+    if spec.model.path:
+        return load_model(folder / spec.model.path, spec.span("model.path"))
+    return _named("model", spec.model.name, catalog.models, spec.span("model.name"))
+
+
+def _machine(spec: Spec, catalog: Catalog, folder: Path, override: Path | None) -> Machine | None:
+    if override is not None:
+        return load_machine(override, Span(str(override)))
+    if spec.machine is None:
+        return None
+    if spec.machine.file:
+        return load_machine(folder / spec.machine.file, spec.span("machine.file"))
+    return _named("machine", spec.machine.name, catalog.machines, spec.span("machine.name"))
+
+
+def _named(kind: str, name: str, known: Mapping[str, _T], span: Span) -> _T:
+    if name in known:
+        return known[name]
+    raise CompileError(
+        Diagnostic(
+            code=f"unknown-{kind}",
+            span=span,
+            message=f"no {kind} named {name!r} in the catalog",
+            hint=nearest(name, known, f"`moeplan catalog {kind}s` lists them"),
+        )
+    )
+
+
+def input_digests(spec: Spec, text: bytes, machine_file: Path | None) -> dict[str, str]:
+    """sha256 of the spec and of every input file, by its key in the spec, for the lock."""
+    folder = Path(spec.path).parent
+    batch, online, machine = spec.workload.batch, spec.workload.online, spec.machine
+    named = {
+        "prompts": batch.prompts_file if batch else "",
+        "trace": online.trace_file if online else "",
+        "machine": machine.file if machine and machine_file is None else "",
+    }
+    paths = {key: folder / name for key, name in named.items() if name}
+    if machine_file is not None:
+        paths["machine"] = machine_file
+    if spec.model.path:
+        config = folder / spec.model.path
+        paths["model"] = config / "config.json" if config.is_dir() else config
+    contents = {"spec": text, **{key: path.read_bytes() for key, path in paths.items()}}
+    return {key: hashlib.sha256(content).hexdigest() for key, content in sorted(contents.items())}

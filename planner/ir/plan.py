@@ -1,0 +1,36 @@
+"""The Plan level: everything the emitters need, every level included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeplan.planner.ir.fleet import Fleet
+from moeplan.planner.ir.placement import Placement
+from moeplan.planner.ir.policy import Policy, Rejection
+from moeplan.planner.ir.roofline import Roofline
+from moeplan.planner.ir.schedule import Schedule
+from moeplan.planner.ir.spec import Spec
+from moeplan.planner.ir.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """One kind of replica of the chosen fleet, and the schedule it executes where the runtime is ours."""
+
+    name: str
+    policy: Policy
+    roofline: Roofline
+    schedule: Schedule | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A compiled spec."""
+
+    spec: Spec
+    workload: Workload
+    rejections: tuple[Rejection, ...]
+    fleet: Fleet
+    replicas: tuple[Replica, ...]
+    placement: Placement
+    catalog_sha256: str

@@ -1,0 +1,128 @@
+"""The Policy level: how one machine would run one request class, and how fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moeplan.planner.ir.estimate import Estimate
+from moeplan.planner.ir.machine import LevelName, Machine
+from moeplan.planner.ir.spec import Dtype
+from moeplan.planner.ir.workload import ClassName
+
+Engine = Literal["runtime_min", "vllm"]
+Where = Literal["gpu", "cpu"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Bytes that one item takes at one level."""
+
+    level: LevelName
+    item: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLimit:
+    """What a policy may use of one level: the machine's bytes times the safety share."""
+
+    level: LevelName
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneTime:
+    """Seconds that one resource is busy in one pass over all layers."""
+
+    lane: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassTime:
+    """One pass over the model: lanes overlap, so it takes as long as the busiest, plus `serial_s`."""
+
+    lanes: tuple[LaneTime, ...]
+    serial_s: float
+
+    @property
+    def seconds(self) -> float:
+        return max(lane.seconds for lane in self.lanes) + self.serial_s
+
+    @property
+    def bottleneck(self) -> str:
+        return max(self.lanes, key=lambda lane: lane.seconds).lane
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketRate:
+    """What one replica does with requests of one bucket alone; 0 requests/s where it cannot keep the SLO."""
+
+    bucket: int
+    requests_per_s: Estimate
+    batch: int
+    ttft_s: float
+    itl_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pages:
+    """How each layer's weights are cut: see runtime_min's PagePlan. All zero where an engine decides."""
+
+    pages_per_layer: int
+    experts_per_page: int
+    resident_pages: int
+    slots: int
+    slot_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """One way to run a class on a machine.
+
+    One copy of the model spans `gpus` GPUs (tensor parallelism); the machine runs `data_parallel` copies.
+    `sequences` (N) are in flight together, in `micro_batches` groups of `micro_batch` (μ). Weights rest at
+    `weights_on`, of which `resident_share` of the routed experts stays where they are computed.
+    """
+
+    machine: Machine
+    serves: ClassName
+    engine: Engine
+    gpus: int
+    data_parallel: int
+    dtype: Dtype
+    sequences: int
+    micro_batch: int
+    micro_batches: int
+    prefill_tokens: int
+    attention_on: Where
+    experts_on: Where
+    weights_on: LevelName
+    resident_share: float
+    staged: bool
+    pages: Pages
+    memory: tuple[MemoryUse, ...]
+    limits: tuple[MemoryLimit, ...]
+    prefill: PassTime
+    decode: PassTime
+    prefill_tokens_per_s: Estimate
+    decode_tokens_per_s: Estimate
+    generated_tokens_per_s: Estimate
+    rates: tuple[BucketRate, ...]
+    bottleneck: str
+
+    def used_bytes(self, level: LevelName) -> int:
+        """Sum of what the policy holds at `level`."""
+        return sum(use.bytes for use in self.memory if use.level == level)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """Why one machine cannot run one class: the constraint in numbers, and what would help."""
+
+    machine: str
+    serves: ClassName
+    constraint: str
+    message: str
+    hint: str

@@ -1,0 +1,105 @@
+"""The Workload level: request classes in size buckets, and every operator of the model as a cost law."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moeplan.planner.ir.model import Model
+from moeplan.planner.ir.spec import Dtype, Slo
+
+ClassName = Literal["batch", "online"]
+OperatorName = Literal[
+    "attention_projections",
+    "attention_core",
+    "windowed_attention_core",
+    "router",
+    "routed_experts",
+    "shared_experts",
+    "dense_mlp",
+    "lm_head",
+]
+
+BYTES_PER_VALUE: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Requests of about one size. `share` is the part of its class's requests; token counts are means."""
+
+    prompt_tokens: float
+    output_tokens: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestClass:
+    """Requests with one kind of promise.
+
+    A batch class has a number of requests and perhaps a deadline; an online class has a rate, the
+    coefficient of variation of its arrival gaps, and an SLO. `prompt_tokens_max` and `output_tokens_max`
+    bound every request. `basis` says in a phrase where the sizes come from.
+    """
+
+    name: ClassName
+    buckets: tuple[Bucket, ...]
+    prompt_tokens_max: int
+    output_tokens_max: int
+    requests: int
+    deadline_s: float | None
+    rate_per_s: float
+    arrival_cv: float
+    slo: Slo | None
+    basis: str
+
+    @property
+    def context_tokens_max(self) -> int:
+        return self.prompt_tokens_max + self.output_tokens_max
+
+    def mean_prompt_tokens(self) -> float:
+        return sum(b.share * b.prompt_tokens for b in self.buckets)
+
+    def mean_output_tokens(self) -> float:
+        return sum(b.share * b.output_tokens for b in self.buckets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """The cost law of one operator, summed over the `layers` in which it occurs.
+
+    For T tokens whose mean context is C (tokens): FLOPs = T·(flops_per_token + C·flops_per_context_token),
+    cache values read = T·C·kv_values_per_context_token, weight values read = parameters, or for routed
+    experts the share that T tokens hit. `activation_values_per_token` are read and written.
+    """
+
+    name: OperatorName
+    layers: int
+    parameters: int
+    flops_per_token: float
+    flops_per_context_token: float
+    kv_values_per_context_token: float
+    context_limit_tokens: int
+    activation_values_per_token: float
+    stored_bytes_per_parameter: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What must be computed: the model's operators and the request classes."""
+
+    model: Model
+    dtype: Dtype
+    operators: tuple[Operator, ...]
+    classes: tuple[RequestClass, ...]
+
+    def operator(self, name: OperatorName) -> Operator:
+        """The operator called `name`; raises KeyError where the model has none."""
+        for operator in self.operators:
+            if operator.name == name:
+                return operator
+        raise KeyError(name)
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one activation, cached or computed-with value."""
+        return BYTES_PER_VALUE[self.dtype]

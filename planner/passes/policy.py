@@ -1,0 +1,57 @@
+"""Workload, Roofline -> the policies one machine offers for each request class, or why it offers none.
+
+Three ways to run a model, each in a file of its own: in GPU memory under vLLM (`in_memory`), experts
+streamed from host memory to the GPU with attention on the CPU (`offload`), and streamed from disk on a
+machine without a GPU (`stream`).
+"""
+
+from __future__ import annotations
+
+from moeplan.planner.ir.policy import Policy, Rejection
+from moeplan.planner.ir.roofline import Roofline
+from moeplan.planner.ir.workload import RequestClass, Workload
+from moeplan.planner.strategies.in_memory import in_memory_policy
+from moeplan.planner.strategies.offload import offload_policy
+from moeplan.planner.strategies.stream import stream_policy
+
+
+def find_policies(
+    workload: Workload, roofline: Roofline, memory_limit_bytes: int | None
+) -> tuple[tuple[Policy, ...], tuple[Rejection, ...]]:
+    """Return every usable policy of this machine and every refusal, in the order of the request classes.
+
+    `memory_limit_bytes` lowers the host memory that a policy may use.
+    """
+    found: list[Policy] = []
+    refused: list[Rejection] = []
+    for requests in workload.classes:
+        for answer in _answers(workload, requests, roofline, memory_limit_bytes):
+            if isinstance(answer, Policy):
+                found.append(answer)
+            else:
+                refused.append(answer)
+    return tuple(found), tuple(refused)
+
+
+def _answers(
+    workload: Workload, requests: RequestClass, roofline: Roofline, memory_limit_bytes: int | None
+) -> list[Policy | Rejection]:
+    """Each strategy's answer. Offloaded replicas answer in seconds per token: batch work only."""
+    if not roofline.has("gpu"):
+        if requests.name == "online":
+            return [_no_online_without_gpu(roofline)]
+        return [stream_policy(workload, requests, roofline, memory_limit_bytes)]
+    answers = [in_memory_policy(workload, requests, roofline)]
+    if requests.name == "batch":
+        answers.append(offload_policy(workload, requests, roofline, memory_limit_bytes))
+    return answers
+
+
+def _no_online_without_gpu(roofline: Roofline) -> Rejection:
+    return Rejection(
+        machine=roofline.machine.name,
+        serves="online",
+        constraint="engine",
+        message="online requests need a GPU: the bundled runtime does batch work only",
+        hint="choose a machine with a GPU, or make the work a batch",
+    )

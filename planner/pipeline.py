@@ -1,0 +1,89 @@
+"""The compiler on one screen: spec text -> Plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moeplan.planner import verify
+from moeplan.planner.candidates import candidate_machines, candidate_offers
+from moeplan.planner.catalog import catalog_digest
+from moeplan.planner.inputs import load_inputs
+from moeplan.planner.ir.plan import Plan, Replica
+from moeplan.planner.ir.policy import Policy
+from moeplan.planner.passes.fleet import choose_fleet
+from moeplan.planner.passes.placement import place
+from moeplan.planner.passes.policy import find_policies
+from moeplan.planner.passes.roofline import find_roofline
+from moeplan.planner.passes.schedule import build_schedule
+from moeplan.planner.passes.workload import build_workload
+from moeplan.planner.spec import parse_spec
+
+_T = TypeVar("_T")
+
+
+class Trace:
+    """What the passes made and how long each took, for --dump-ir and --time-passes."""
+
+    def __init__(self) -> None:
+        self.levels: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, step: Callable[[], _T]) -> _T:
+        started = time.perf_counter()
+        self.levels[name] = result = step()
+        self.seconds[name] = time.perf_counter() - started
+        return result
+
+
+def compile_plan(
+    text: str | bytes, path: str, machine_file: Path | None = None, trace: Trace | None = None
+) -> Plan:
+    """Lower spec text to a Plan; `machine_file` replaces the spec's machine or market.
+
+    The same text and input files give the same Plan. Raises CompileError (bad input) or its subclass
+    InfeasibleError (no plan exists), and VerificationError on a bug of ours.
+    """
+    run = (trace or Trace()).run
+    spec = run("spec", lambda: parse_spec(text, path))
+    verify.verify_spec(spec)
+    inputs = run("inputs", lambda: load_inputs(spec, machine_file))
+    workload = run("workload", lambda: build_workload(spec, inputs))
+    verify.verify_workload(workload)
+    offers = candidate_offers(spec, inputs)
+    machines = candidate_machines(spec, inputs, offers)
+    rooflines = run("rooflines", lambda: tuple(find_roofline(workload, machine) for machine in machines))
+    for roofline in rooflines:
+        verify.verify_roofline(roofline)
+    limit = spec.machine.memory_bytes if spec.machine else None
+    found = run("policies", lambda: tuple(find_policies(workload, roofline, limit) for roofline in rooflines))
+    policies = tuple(policy for accepted, _ in found for policy in accepted)
+    rejections = tuple(refusal for _, refused in found for refusal in refused)
+    for policy in policies:
+        verify.verify_policy(policy)
+    fleet = run("fleet", lambda: choose_fleet(spec, workload, policies, rejections, offers))
+    verify.verify_fleet(spec, workload, fleet)
+
+    def replica(name: str, policy: Policy) -> Replica:
+        roofline = next(r for r in rooflines if r.machine == policy.machine)
+        ours = policy.engine == "runtime_min"
+        schedule = build_schedule(workload, policy) if ours else None
+        return Replica(name=name, policy=policy, roofline=roofline, schedule=schedule)
+
+    replicas = run("schedules", lambda: tuple(replica(c.column.name, c.column.policy) for c in fleet.choices))
+    for made in replicas:
+        if made.schedule:
+            verify.verify_schedule(made.schedule)
+    placement = run("placement", lambda: place(spec, workload, fleet, offers))
+    verify.verify_placement(fleet, placement)
+    return Plan(
+        spec=spec,
+        workload=workload,
+        rejections=rejections,
+        fleet=fleet,
+        replicas=replicas,
+        placement=placement,
+        catalog_sha256=catalog_digest(inputs.catalog),
+    )

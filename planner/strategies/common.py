@@ -1,0 +1,100 @@
+"""What the strategies share: predictions, memory tables, the choice on a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.planner.costs import Quantity
+from moeplan.planner.ir.estimate import Estimate
+from moeplan.planner.ir.machine import LevelName
+from moeplan.planner.ir.policy import BucketRate, LaneTime, MemoryUse, PassTime, Rejection
+from moeplan.planner.ir.roofline import Roofline
+from moeplan.planner.ir.workload import RequestClass
+from moeplan.planner.units import format_bytes
+
+# Shares of a memory that a plan may use, as MoE-Lightning's released optimiser has them: the rest is left to
+# fragmentation, the CUDA context and the operating system.
+GPU_SHARE = 0.86
+HOST_SHARE = 0.80
+# A throughput this close to the best counts as the best: then the smaller batch wins.
+PLATEAU = 0.005
+# Predictions over several GPUs leave out host contention (published runs: worst error 26 % in sample).
+_TENSOR_PARALLEL_SIGMA = 1.5
+
+
+def estimate(roofline: Roofline, value: float, gpus: int = 1) -> Estimate:
+    """A prediction made from this machine's figures."""
+    sigma = roofline.machine.sigma * (_TENSOR_PARALLEL_SIGMA if gpus > 1 else 1.0)
+    provenance = roofline.machine.provenance
+    return Estimate(
+        value=value, sigma=sigma, provenance="analytic" if provenance == "datasheet" else provenance
+    )
+
+
+def uses(level: LevelName, items: Iterable[tuple[str, float]]) -> tuple[MemoryUse, ...]:
+    """A memory table; items of zero bytes are left out."""
+    return tuple(
+        MemoryUse(level=level, item=item, bytes=int(np.ceil(size))) for item, size in items if size > 0
+    )
+
+
+def lanes(times: Iterable[tuple[str, float]]) -> tuple[LaneTime, ...]:
+    return tuple(LaneTime(lane=lane, seconds=float(seconds)) for lane, seconds in times)
+
+
+def smallest_of_best(speed: NDArray[np.float64], size: NDArray[np.float64]) -> int:
+    """The flat index of the smallest `size` whose `speed` is within PLATEAU of the best; ties: the faster."""
+    good = speed >= speed.max() * (1.0 - PLATEAU)
+    order = np.lexsort((-speed.ravel(), np.where(good, size, np.inf).ravel()))
+    return int(order[0])
+
+
+def run_seconds(
+    requests: RequestClass, sequences: Quantity, prefill_s: Quantity, decode_s: Quantity
+) -> NDArray[np.float64]:
+    """Seconds for all requests of a batch class, `sequences` at a time.
+
+    The last batch is not full: its prefill is shorter in proportion, its decode steps are taken as full.
+    """
+    count, output = max(1, requests.requests), requests.mean_output_tokens()
+    batches = np.ceil(count / np.asarray(sequences, dtype=float))
+    prefill = np.asarray(prefill_s) * count / np.asarray(sequences)
+    return np.asarray(prefill + batches * max(0.0, output - 1.0) * np.asarray(decode_s))
+
+
+def batch_rates(
+    roofline: Roofline, requests: RequestClass, sequences: int, prefill: PassTime, decode: PassTime, gpus: int
+) -> tuple[BucketRate, ...]:
+    """A batch class has one bucket: each batch is prefilled, then decoded to the end."""
+    seconds = float(run_seconds(requests, sequences, prefill.seconds, decode.seconds))
+    return (
+        BucketRate(
+            bucket=0,
+            requests_per_s=estimate(roofline, requests.requests / seconds, gpus),
+            batch=sequences,
+            ttft_s=prefill.seconds,
+            itl_s=decode.seconds,
+        ),
+    )
+
+
+def too_small(
+    roofline: Roofline,
+    requests: RequestClass,
+    level: LevelName,
+    need: float,
+    limit: float,
+    what: str,
+    hint: str,
+) -> Rejection:
+    """A refusal for want of memory, with the shortage in numbers."""
+    return Rejection(
+        machine=roofline.machine.name,
+        serves=requests.name,
+        constraint=f"{level} memory",
+        message=f"{what} needs {format_bytes(need)} of {level} memory, {format_bytes(limit)} may be used",
+        hint=hint,
+    )

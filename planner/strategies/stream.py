@@ -1,0 +1,290 @@
+"""A machine without a GPU: weights in memory, or streamed from disk page by page while the cores compute.
+
+One pass over the layers takes as long as the busier of disk and cores. The search maximises generated
+tokens per second, prefill included, over the number of sequences; what memory is left holds resident pages.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeplan.planner import costs
+from moeplan.planner.ir.policy import MemoryLimit, Pages, PassTime, Policy, Rejection
+from moeplan.planner.ir.roofline import Roofline
+from moeplan.planner.ir.workload import RequestClass, Workload
+from moeplan.planner.strategies.common import (
+    HOST_SHARE,
+    batch_rates,
+    estimate,
+    lanes,
+    run_seconds,
+    smallest_of_best,
+    too_small,
+    uses,
+)
+
+PROCESS_BYTES = 512 << 20  # Python, torch and its thread pools
+BLOCK_BYTES = 4096  # direct reads are aligned to this
+_MICRO_BATCH = 128
+_PREFILL_TOKENS = 2048
+_PAGE_BYTES = 1 << 20  # pages of at least a mebibyte read at the disk's full rate
+_SLOTS = 4
+_SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+# Small operators that the runtime launches: per attention call, per layer, per expert.
+_CALLS_ATTENTION, _CALLS_LAYER, _CALLS_EXPERT = 30, 12, 8
+
+
+def stream_policy(
+    workload: Workload, requests: RequestClass, roofline: Roofline, memory_limit_bytes: int | None
+) -> Policy | Rejection:
+    """Return the fastest policy of a machine without a GPU, or what memory is short."""
+    limit = float(memory_limit_bytes or roofline.roof("dram").bytes * HOST_SHARE)
+    sizes = [n for n in _SEQUENCES if n < requests.requests] + [requests.requests]
+    points = [_Point(workload, requests, roofline, limit, n) for n in sizes if n <= _SEQUENCES[-1]] or [
+        _Point(workload, requests, roofline, limit, _SEQUENCES[-1])
+    ]
+    feasible = [point for point in points if point.fits]
+    if not feasible:
+        return _refusal(points[0])
+    speed = np.array([point.generated_tokens_per_s for point in feasible])
+    return feasible[smallest_of_best(speed, np.array([float(p.sequences) for p in feasible]))].policy()
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One candidate: `sequences` in flight within `limit` bytes of memory."""
+
+    workload: Workload
+    requests: RequestClass
+    roofline: Roofline
+    limit: float
+    sequences: int
+
+    @property
+    def micro_batch(self) -> int:
+        return min(self.sequences, _MICRO_BATCH)
+
+    @property
+    def micro_batches(self) -> int:
+        return math.ceil(self.sequences / self.micro_batch)
+
+    @property
+    def prefill_tokens(self) -> int:
+        return max(_PREFILL_TOKENS, self.requests.prompt_tokens_max)
+
+    # Pages
+
+    @property
+    def experts_per_page(self) -> int:
+        model = self.workload.model
+        if not model.experts:
+            return 0
+        stored = model.expert_parameters() * model.stored_bytes_per_expert_parameter
+        return min(model.experts, math.ceil(_PAGE_BYTES / stored))
+
+    @property
+    def expert_pages(self) -> int:
+        return math.ceil(self.workload.model.experts / self.experts_per_page) if self.experts_per_page else 0
+
+    @property
+    def pages_per_layer(self) -> int:
+        return 1 + self.expert_pages
+
+    @property
+    def page_parameters(self) -> list[int]:
+        """Parameters of each page of one layer: attention, then experts."""
+        model = self.workload.model
+        experts, size = model.experts, self.experts_per_page
+        counts = [min(size, experts - first) for first in range(0, experts, size)] if size else []
+        return [model.parameters.attention // model.layers] + [n * model.expert_parameters() for n in counts]
+
+    @property
+    def slot_bytes(self) -> int:
+        """The largest page as stored, cut out in aligned blocks: each tensor run may cost two more."""
+        model = self.workload.model
+        attention, *experts = self.page_parameters
+        stored = [attention * model.stored_bytes_per_other_parameter]
+        stored += [n * model.stored_bytes_per_expert_parameter for n in experts]
+        runs = 3 * max(1, self.experts_per_page) + 4
+        return (math.ceil(max(stored) / BLOCK_BYTES) + 2 * runs) * BLOCK_BYTES
+
+    @property
+    def resident_pages(self) -> int:
+        """The most leading pages of every layer that memory holds; all of them if it can."""
+        layers, size = self.workload.model.layers, self.workload.value_bytes
+        held = np.cumsum([n * layers * size for n in self.page_parameters])
+        room = self.limit - self._fixed_bytes
+        if held[-1] <= room:
+            return self.pages_per_layer
+        return int(np.searchsorted(held, room - self._slots_bytes_if_streaming, side="right"))
+
+    @property
+    def slots(self) -> int:
+        streamed = self.pages_per_layer - self.resident_pages
+        return min(_SLOTS, streamed * self.workload.model.layers)
+
+    @property
+    def _slots_bytes_if_streaming(self) -> int:
+        return _SLOTS * self.slot_bytes
+
+    # Memory
+
+    @property
+    def always_bytes(self) -> int:
+        """Weights outside pages: embeddings, LM head, norms, routers, shared experts and dense MLPs."""
+        p = self.workload.model.parameters
+        return (p.total() - p.attention - p.routed_experts) * self.workload.value_bytes
+
+    @property
+    def kv_bytes(self) -> float:
+        return float(
+            np.asarray(costs.kv_bytes_held(self.workload, self.sequences, self.requests.context_tokens_max))
+        )
+
+    @property
+    def workspace_bytes(self) -> int:
+        return workspace_bytes(self)
+
+    @property
+    def _fixed_bytes(self) -> float:
+        return PROCESS_BYTES + self.always_bytes + self.kv_bytes + self.workspace_bytes
+
+    @property
+    def resident_page_bytes(self) -> int:
+        held = sum(self.page_parameters[: self.resident_pages])
+        return held * self.workload.model.layers * self.workload.value_bytes
+
+    @property
+    def used_bytes(self) -> float:
+        return self._fixed_bytes + self.resident_page_bytes + self.slots * self.slot_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.used_bytes <= self.limit
+
+    # Time
+
+    @property
+    def streamed_bytes(self) -> float:
+        """Bytes that every pass reads: whole pages, whichever experts are hit."""
+        model = self.workload.model
+        stored = [model.stored_bytes_per_other_parameter] + [
+            model.stored_bytes_per_expert_parameter
+        ] * self.expert_pages
+        pages = [n * size for n, size in zip(self.page_parameters, stored, strict=True)]
+        return sum(pages[self.resident_pages :]) * model.layers
+
+    @property
+    def _disk_s(self) -> float:
+        if not self.roofline.has("disk") or self.streamed_bytes == 0:
+            return 0.0 if self.streamed_bytes == 0 else math.inf
+        return self.streamed_bytes / self.roofline.roof("disk").up_bytes_per_s
+
+    def _launch_s(self, attention_calls: int, tokens: float) -> float:
+        model = self.workload.model
+        experts = model.experts * float(np.asarray(costs.touched_expert_share(model, tokens)))
+        calls = _CALLS_ATTENTION * attention_calls + _CALLS_LAYER + _CALLS_EXPERT * experts
+        return model.layers * calls * self.roofline.machine.launch_s
+
+    @property
+    def decode(self) -> PassTime:
+        requests, dram = self.requests, self.roofline.roof("dram")
+        context = requests.mean_prompt_tokens() + requests.mean_output_tokens() / 2
+        compute = float(
+            np.asarray(
+                costs.call_seconds(
+                    self.workload, self.workload.operators, dram, float(self.sequences), context
+                )
+            )
+        )
+        launch = self._launch_s(self.micro_batches, self.sequences)
+        return PassTime(lanes=lanes([("cores", compute + launch), ("disk", self._disk_s)]), serial_s=0.0)
+
+    @property
+    def prefill(self) -> PassTime:
+        prompt, dram = self.requests.mean_prompt_tokens(), self.roofline.roof("dram")
+        work = float(np.asarray(costs.prefill_flops(self.workload, float(self.sequences), prompt)))
+        tokens = self.sequences * prompt
+        calls = math.ceil(tokens / self.prefill_tokens) + self.sequences
+        compute = work / dram.prefill_flops_per_s + self._launch_s(calls, tokens)
+        return PassTime(lanes=lanes([("cores", compute), ("disk", self._disk_s)]), serial_s=0.0)
+
+    @property
+    def generated_tokens_per_s(self) -> float:
+        seconds = run_seconds(self.requests, self.sequences, self.prefill.seconds, self.decode.seconds)
+        return float(self.requests.requests * self.requests.mean_output_tokens() / seconds)
+
+    def policy(self) -> Policy:
+        roofline, requests = self.roofline, self.requests
+        prefill, decode = self.prefill, self.decode
+        streamed = self.streamed_bytes > 0
+        longer = (
+            "prefill" if prefill.seconds > (requests.mean_output_tokens() - 1) * decode.seconds else "decode"
+        )
+        lane = (prefill if longer == "prefill" else decode).bottleneck
+        return Policy(
+            machine=roofline.machine,
+            serves=requests.name,
+            engine="runtime_min",
+            gpus=0,
+            data_parallel=1,
+            dtype=self.workload.dtype,
+            sequences=self.sequences,
+            micro_batch=self.micro_batch,
+            micro_batches=self.micro_batches,
+            prefill_tokens=self.prefill_tokens,
+            attention_on="cpu",
+            experts_on="cpu",
+            weights_on="disk" if streamed else "dram",
+            resident_share=self.resident_pages / self.pages_per_layer,
+            staged=False,
+            pages=Pages(
+                pages_per_layer=self.pages_per_layer,
+                experts_per_page=self.experts_per_page,
+                resident_pages=self.resident_pages,
+                slots=self.slots,
+                slot_bytes=self.slot_bytes if streamed else 0,
+            ),
+            memory=uses("dram", self._memory()),
+            limits=(MemoryLimit(level="dram", bytes=int(self.limit)),),
+            prefill=prefill,
+            decode=decode,
+            prefill_tokens_per_s=estimate(
+                roofline, self.sequences * requests.mean_prompt_tokens() / prefill.seconds
+            ),
+            decode_tokens_per_s=estimate(roofline, self.sequences / decode.seconds),
+            generated_tokens_per_s=estimate(roofline, self.generated_tokens_per_s),
+            rates=batch_rates(roofline, requests, self.sequences, prefill, decode, gpus=0),
+            bottleneck=f"{longer}: {lane}",
+        )
+
+    def _memory(self) -> list[tuple[str, float]]:
+        return [
+            ("weights", self.always_bytes + self.resident_page_bytes),
+            ("page slots", self.slots * self.slot_bytes),
+            ("KV cache", self.kv_bytes),
+            ("workspace", self.workspace_bytes),
+            ("process", PROCESS_BYTES),
+        ]
+
+
+def workspace_bytes(point: _Point) -> int:
+    """Activations, logits and scratch, as runtime_min.plan_file.workspace_bytes counts them."""
+    model = point.workload.model
+    tokens = point.sequences * point.requests.prompt_tokens_max
+    return tokens * (8 * model.hidden + 12 * model.experts_per_token) + point.sequences * model.vocab * 4
+
+
+def _refusal(point: _Point) -> Rejection:
+    return too_small(
+        point.roofline,
+        point.requests,
+        "dram",
+        point.used_bytes,
+        point.limit,
+        f"{point.workload.model.name} streamed, one sequence in flight,",
+        "more memory, or shorter requests",
+    )

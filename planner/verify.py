@@ -1,0 +1,148 @@
+"""What each level promises, checked after the pass that makes it. A broken promise is our bug."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from moeplan.planner import programs
+from moeplan.planner.ir.fleet import Fleet
+from moeplan.planner.ir.placement import Placement
+from moeplan.planner.ir.policy import Policy
+from moeplan.planner.ir.roofline import Roofline
+from moeplan.planner.ir.schedule import LANES, Buffer, Schedule, Task
+from moeplan.planner.ir.spec import Spec
+from moeplan.planner.ir.workload import Workload
+
+_SLACK = 1e-6
+_ROUTING_SLACK = 1e-3  # shares are rounded to ten-thousandths
+
+
+class VerificationError(Exception):
+    """A level breaks its promise."""
+
+
+def _require(promise: bool, message: str) -> None:
+    if not promise:
+        raise VerificationError(message)
+
+
+def verify_spec(spec: Spec) -> None:
+    """A model, some work, a machine or a market."""
+    _require(bool(spec.model.name) != bool(spec.model.path), "a spec names one model")
+    _require(spec.workload.batch is not None or spec.workload.online is not None, "a spec has work")
+
+
+def verify_workload(workload: Workload) -> None:
+    """Shares sum to one, sizes and rates are positive, and the operators hold every matrix of the model."""
+    for requests in workload.classes:
+        _require(math.isclose(sum(b.share for b in requests.buckets), 1.0, abs_tol=_SLACK), "shares sum to 1")
+        _require(
+            all(b.prompt_tokens > 0 and b.output_tokens > 0 for b in requests.buckets), "sizes are positive"
+        )
+        work = requests.requests if requests.name == "batch" else requests.rate_per_s
+        _require(work > 0, f"the {requests.name} class has work")
+    p = workload.model.parameters
+    held = sum(operator.parameters for operator in workload.operators)
+    tied = 0 if p.lm_head else p.embedding
+    _require(
+        held - tied == p.total() - p.norms - p.embedding, "operators hold all matrices but the embedding"
+    )
+
+
+def verify_roofline(roofline: Roofline) -> None:
+    """Every roof is finite and positive, and no link outruns the memory that it feeds."""
+    for roof in roofline.roofs:
+        _require(0 < roof.bytes_per_s < math.inf and roof.bytes > 0, f"{roof.level} has a memory")
+    for fast, slow in itertools.pairwise(roofline.roofs):
+        _require(
+            0 < slow.up_bytes_per_s <= fast.bytes_per_s, f"the {slow.level} link is slower than {fast.level}"
+        )
+
+
+def verify_policy(policy: Policy) -> None:
+    """It fits, its batch adds up, and its predictions are positive numbers."""
+    for limit in policy.limits:
+        used = policy.used_bytes(limit.level)
+        _require(
+            used <= limit.bytes * (1 + _SLACK) + 1, f"{policy.machine.name}: {limit.level} holds the policy"
+        )
+    _require(
+        policy.micro_batch * (policy.micro_batches - 1)
+        < policy.sequences
+        <= policy.micro_batch * policy.micro_batches,
+        "micro-batches hold the sequences",
+    )
+    for figure in (policy.prefill_tokens_per_s, policy.decode_tokens_per_s, policy.generated_tokens_per_s):
+        _require(
+            0 < figure.value < math.inf and figure.low <= figure.value <= figure.high,
+            "predictions are positive",
+        )
+
+
+def verify_fleet(spec: Spec, workload: Workload, fleet: Fleet) -> None:
+    """Everything is routed, nothing is overloaded, nothing exceeds quota or budget."""
+    for requests in workload.classes:
+        for bucket in range(len(requests.buckets)):
+            routed = sum(r.share for r in fleet.routes if (r.serves, r.bucket) == (requests.name, bucket))
+            _require(math.isclose(routed, 1.0, abs_tol=_SLACK), f"{requests.name} bucket {bucket} is routed")
+    for choice in fleet.choices:
+        timed = choice.column.policy.serves == "online"
+        bound = fleet.target_utilisation if timed else 1.0
+        _require(choice.utilisation <= bound + _ROUTING_SLACK, f"{choice.column.name} is not overloaded")
+        _require(choice.replicas > 0, f"{choice.column.name} has replicas")
+    for gpu, most in spec.market.quota.items():
+        used = sum(
+            c.replicas * c.column.policy.machine.gpus
+            for c in fleet.choices
+            if c.column.policy.machine.gpu == gpu
+        )
+        _require(used <= most, f"the fleet keeps the {gpu} quota")
+    budget = spec.market.budget_usd_per_hour
+    _require(budget is None or fleet.usd_per_hour <= budget + _SLACK, "the fleet keeps the budget")
+
+
+def verify_schedule(schedule: Schedule) -> None:
+    """Race-freedom and progress, proved on consecutive passes by vector clocks.
+
+    With only the lanes' own orders and the emitted waits: every read happens after the write it needs, no
+    buffer is overwritten before its readers are done, and no task waits for a later one (no deadlock).
+    """
+    tasks = programs.passes(schedule, ["prefill", "decode", "decode", "decode"])
+    prove_race_free(schedule, tasks, programs.waits(schedule.kind, tasks))
+
+
+def prove_race_free(schedule: Schedule, tasks: Sequence[Task], waits: Sequence[programs.Waits]) -> None:
+    """Raise VerificationError unless `waits` order every conflicting pair of `tasks`."""
+    lanes = {lane: n for n, lane in enumerate(LANES[schedule.kind])}
+    done: list[list[list[int]]] = [[] for _ in lanes]  # per lane, each task's clock: what is complete with it
+    last_write: dict[Buffer, tuple[int, int]] = {}
+    reads_since: dict[Buffer, list[tuple[int, int]]] = {}
+    for task, row in zip(tasks, waits, strict=True):
+        lane = lanes[task.lane]
+        clock = list(done[lane][-1]) if done[lane] else [0] * len(lanes)
+        for other, count in enumerate(row):
+            _require(count <= len(done[other]), f"{task.op} of layer {task.layer} waits for a later task")
+            if count:
+                clock = [max(a, b) for a, b in zip(clock, done[other][count - 1], strict=True)]
+        for buffer in (*task.reads, *task.writes):
+            before = [last_write[buffer]] if buffer in last_write else []
+            if buffer in task.writes:
+                before += reads_since.get(buffer, [])
+            for other, number in before:
+                _require(clock[other] >= number, f"{task.op} of layer {task.layer} races on {buffer}")
+        clock[lane] = len(done[lane]) + 1
+        done[lane].append(clock)
+        for buffer in task.reads:
+            reads_since.setdefault(buffer, []).append((lane, clock[lane]))
+        for buffer in task.writes:
+            last_write[buffer], reads_since[buffer] = (lane, clock[lane]), []
+
+
+def verify_placement(fleet: Fleet, placement: Placement) -> None:
+    """Each replica of the fleet has a site, and rented ones have regions."""
+    for choice, site in zip(fleet.choices, placement.sites, strict=True):
+        _require(site.column == choice.column.name, "sites follow the fleet's order")
+        _require(site.replicas + site.spot_overprovision == choice.replicas, f"{site.column} is placed")
+        _require(bool(site.zones) == (site.market != "owned"), f"{site.column} has regions")
