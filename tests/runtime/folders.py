@@ -1,0 +1,195 @@
+"""Plan folders and small random checkpoints, made without the planner."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from moeplan.codegen.render import render
+from moeplan.planner.ir.schedule import LANES, OPS, Schedule
+from moeplan.runtime_min.limits import check_numbers
+from moeplan.runtime_min.plan_file import (
+    SCHEDULE_FORMAT,
+    BatchPlan,
+    MemoryPlan,
+    ModelPlan,
+    PagePlan,
+    Predicted,
+    Range,
+    RuntimePlan,
+    SchedulePlan,
+    kv_bytes,
+    slot_bytes,
+    to_json,
+    weights_bytes,
+    workspace_bytes,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import MixtralConfig, MixtralForCausalLM
+
+ANY_SPEED = Range(value=100.0, low=10.0, high=1000.0)
+VOCAB = 300
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A small Mixtral, its odd sizes chosen to break assumptions."""
+
+    layers: int = 2
+    hidden: int = 24
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 10
+    experts: int = 4
+    top: int = 2
+    inner: int = 36
+    tied: bool = False
+    stored: torch.dtype = torch.float32
+    shard: str = "5GB"
+
+
+def save_checkpoint(folder: Path, shape: Shape, seed: int = 0) -> MixtralForCausalLM:
+    """Write a random checkpoint with a byte tokenizer; return the model in float32."""
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=shape.top,
+        max_position_embeddings=256,
+        sliding_window=None,
+        tie_word_embeddings=shape.tied,
+        initializer_range=0.3,  # far from uniform scores, so that the best token is clear
+        bos_token_id=257,
+        eos_token_id=258,
+    )
+    model = MixtralForCausalLM(config).eval().to(shape.stored)
+    model.save_pretrained(folder, max_shard_size=shape.shard)
+    save_tokenizer(folder)
+    # Loaded anew: `model.float()` would keep rotary frequencies rounded to the stored dtype.
+    reference = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reference.set_experts_implementation("eager")  # the grouped kernel refuses odd sizes
+    return reference
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One token per byte, then three special ones; prompts begin with <s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {**{letter: number for number, letter in enumerate(alphabet)}, "<unk>": 256}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    start = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
+    """A plan that fits `shape`; `changes` are fields of the batch, the pages or the plan itself."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer = 2 * shape.hidden * (query + key) + shape.experts * shape.hidden * (3 * shape.inner + 1)
+    layer += 2 * shape.hidden
+    embeddings = VOCAB * shape.hidden * (1 if shape.tied else 2)
+    model = ModelPlan(
+        architecture="mixtral",
+        checkpoint="checkpoint",
+        compute_dtype=changes.pop("compute_dtype", "float32"),
+        layers=shape.layers,
+        hidden=shape.hidden,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab=VOCAB,
+        experts=shape.experts,
+        experts_per_token=shape.top,
+        expert_intermediate=shape.inner,
+        parameters=shape.layers * layer + embeddings + shape.hidden,
+    )
+    batch = _fields(
+        BatchPlan(sequences=4, micro_batch=2, prefill_tokens=16, prompt_tokens=48, context_tokens=64), changes
+    )
+    pages = _fields(
+        PagePlan(
+            pages_per_layer=1 + -(-shape.experts // changes.get("experts_per_page", 1)),
+            experts_per_page=1,
+            resident_pages=0,
+            slots=3,
+            slot_bytes=0,
+            readers=2,
+            block_bytes=4096,
+        ),
+        changes,
+    )
+    pages = replace(pages, slot_bytes=slot_bytes(model, pages, shape.stored.itemsize))
+    memory = MemoryPlan(
+        budget_bytes=8 << 30,
+        weights_bytes=weights_bytes(model, pages),
+        slots_bytes=pages.slots * pages.slot_bytes,
+        kv_bytes=kv_bytes(model, batch),
+        workspace_bytes=workspace_bytes(model, batch, pages),
+        process_bytes=500 << 20,
+    )
+    plan = RuntimePlan(
+        format=1,
+        name="small",
+        device="cpu",
+        threads=1,
+        model=model,
+        batch=batch,
+        pages=pages,
+        memory=memory,
+        schedule=SchedulePlan(kind="stream", format=1, sha256=""),
+        predicted=Predicted(
+            prefill_tokens_per_s=ANY_SPEED, decode_tokens_per_s=ANY_SPEED, generated_tokens_per_s=ANY_SPEED
+        ),
+    )
+    check_numbers(Path("plan"), plan)
+    return plan
+
+
+def in_memory(shape: Shape) -> dict[str, int]:
+    """The changes for a plan whose pages never move."""
+    return {"resident_pages": 1 + shape.experts, "slots": 0}
+
+
+def write_plan(folder: Path, plan: RuntimePlan) -> Path:
+    """Write the runtime folder `folder`/small.plan/runtime/replica; return it."""
+    pages = plan.pages
+    schedule = Schedule(
+        kind="stream",
+        layers=plan.model.layers,
+        micro_batches=-(-plan.batch.sequences // plan.batch.micro_batch),
+        pages_per_layer=pages.pages_per_layer,
+        resident_pages=pages.resident_pages,
+        slots=pages.slots,
+        lookahead=0,
+        staged=False,
+        tasks_per_decode_pass=0,
+        lane_tasks=(),
+        waits_per_decode_pass=0,
+    )
+    names = {"lanes": LANES["stream"], "ops": OPS["stream"]}
+    text = render("schedule/stream.py.j2", schedule=schedule, schedule_format=SCHEDULE_FORMAT, **names)
+    runtime_dir = folder / "small.plan" / "runtime" / "replica"
+    runtime_dir.mkdir(parents=True)
+    (runtime_dir / "schedule.py").write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    plan = replace(plan, schedule=replace(plan.schedule, sha256=digest))
+    (runtime_dir / "runtime.json").write_text(to_json(plan))
+    return runtime_dir
+
+
+def _fields(record: Any, changes: dict[str, Any]) -> Any:
+    """`record` with those of `changes` that are its fields."""
+    names = record.__dataclass_fields__
+    return replace(record, **{name: value for name, value in changes.items() if name in names})
