@@ -26,10 +26,14 @@ _BYTES_PER = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One value of a YAML file: a scalar, a list of entries or a mapping from keys to entries."""
+    """One value of a YAML file: a scalar, a list of entries or a mapping from keys to entries.
+
+    `key_span` is where its key stands, if it has one.
+    """
 
     value: object
     span: Span
+    key_span: Span | None = None
 
 
 class Problems:
@@ -128,7 +132,8 @@ class _Tree:
             elif key.value in entries:
                 self._problems.add(span, f"key '{key.value}' appears twice")
             else:
-                entries[key.value] = self.entry(value, depth - 1)
+                inner = self.entry(value, depth - 1)
+                entries[key.value] = Entry(inner.value, inner.span, span)
         return entries
 
     def _scalar(self, node: yaml.ScalarNode, span: Span) -> object:
@@ -292,7 +297,7 @@ class Fields:
         for key, entry in self._entries.items():
             if key not in self._read:
                 problem = f"{self.name}: unknown key '{_cut(key)}'"
-                self.problems.add(entry.span, problem, f"known keys: {names}")
+                self.problems.add(entry.key_span or entry.span, problem, f"known keys: {names}")
 
 
 def _finite(value: int | float) -> bool:
