@@ -37,12 +37,13 @@ _MOST_PARAMETERS = 10**15
 def load_model(path: Path, where: Span) -> Model:
     """The model described by a config.json, or by the one in a checkpoint folder.
 
-    The model is named after the folder that holds the file. Raises CompileError at `where`.
+    Name and source are those of the folder that holds the file, without the way there: the same checkpoint
+    makes the same plan wherever it lies. Raises CompileError at `where`.
     """
     file = path / "config.json" if path.is_dir() else path
     config = _read_json_object(file, where)
     name = file.parent.name if file.name == "config.json" and file.parent.name else file.stem
-    return model_from_config(config, name, str(path), where)
+    return model_from_config(config, name, f"{name}/{file.name}", where)
 
 
 def model_from_config(config: Mapping[str, object], name: str, source: str, where: Span) -> Model:

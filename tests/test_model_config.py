@@ -414,7 +414,7 @@ def test_load_from_file_and_from_folder(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(SMALL["mixtral"]))
     model = load_model(folder, WHERE)
     assert load_model(folder / "config.json", WHERE).parameters == model.parameters
-    assert model.name == "my-mixtral"
+    assert (model.name, model.source) == ("my-mixtral", "my-mixtral/config.json")
     assert model.parameters == build(SMALL["mixtral"]).parameters
 
 

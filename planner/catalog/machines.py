@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from moeplan.planner.catalog.yaml_tree import Entry, Fields, Problems
 from moeplan.planner.ir.machine import Level, Machine, Provenance
@@ -334,4 +335,5 @@ def _machine_source(fields: Fields, sources: Collection[str], host: Host | None,
         fields.wrong("source", f"source '{own}' is not under 'sources'")
     inherited = host.source.split(", ") if host else []
     names = [own or "", *inherited, *(gpu.sources.values() if gpu else ())]
-    return ", ".join(dict.fromkeys(name for name in names if name)) or fields.span.path
+    # The file's name alone: the same file makes the same plan wherever it lies.
+    return ", ".join(dict.fromkeys(name for name in names if name)) or Path(fields.span.path).name

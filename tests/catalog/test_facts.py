@@ -39,7 +39,7 @@ def test_machine_levels_run_from_fast_to_slow(name: str) -> None:
 def test_every_source_named_is_cited() -> None:
     named = {s for m in CATALOG.machines.values() for s in m.source.split(", ")}
     named |= {s for g in CATALOG.gpus.values() for s in g.sources.values()}
-    named |= {m.source for m in CATALOG.models.values()}
+    named |= {m.source for m in CATALOG.models.values()} | {o.source for o in CATALOG.offers}
     assert named <= set(CATALOG.sources)
 
 
