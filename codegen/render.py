@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -38,8 +38,7 @@ def _upper_names(names: Sequence[str]) -> str:
 def yaml_scalar(value: str | int | float | bool) -> str:
     """A YAML flow scalar that YAML 1.1 and 1.2 parsers read back as `value`, type included.
 
-    Strings are JSON-quoted, which both accept, and so never look like a number, boolean or date.
+    Strings are double-quoted and so never look like a number, boolean or date.
     """
-    if isinstance(value, float):
-        return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
-    return json.dumps(value)
+    style = '"' if isinstance(value, str) else None
+    return yaml.safe_dump(value, default_style=style, width=math.inf).splitlines()[0]

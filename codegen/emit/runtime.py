@@ -13,9 +13,6 @@ from moeplan.planner.ir.schedule import Schedule
 from moeplan.planner.ir.workload import RequestClass
 from moeplan.runtime_min import plan_file
 
-READERS = 4  # threads that read blocks of a page
-BLOCK_BYTES = 1 << 20
-
 
 def emit(plan: Plan) -> dict[str, str]:
     """Return the two files of each of our replicas."""
@@ -94,8 +91,8 @@ def _page_plan(policy: Policy) -> plan_file.PagePlan:
         resident_pages=pages.resident_pages,
         slots=pages.slots,
         slot_bytes=pages.slot_bytes,
-        readers=READERS,
-        block_bytes=BLOCK_BYTES,
+        readers=pages.readers,
+        block_bytes=pages.block_bytes,
     )
 
 

@@ -68,13 +68,26 @@ class BucketRate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pages:
-    """How each layer's weights are cut: see runtime_min's PagePlan. All zero where an engine decides."""
+    """How each layer's weights are cut and read: see runtime_min's PagePlan. All zero under vLLM."""
 
     pages_per_layer: int
     experts_per_page: int
     resident_pages: int
     slots: int
     slot_bytes: int
+    readers: int
+    block_bytes: int
+
+
+NO_PAGES = Pages(
+    pages_per_layer=0,
+    experts_per_page=0,
+    resident_pages=0,
+    slots=0,
+    slot_bytes=0,
+    readers=0,
+    block_bytes=0,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

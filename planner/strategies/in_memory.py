@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.planner import costs
-from moeplan.planner.ir.policy import BucketRate, MemoryLimit, Pages, PassTime, Policy, Rejection
+from moeplan.planner.ir.policy import NO_PAGES, BucketRate, MemoryLimit, PassTime, Policy, Rejection
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import Bucket, RequestClass, Workload
 from moeplan.planner.strategies.common import GPU_SHARE, estimate, lanes, too_small, uses
@@ -23,7 +23,6 @@ _MAX_SEQUENCES = 256  # vLLM's default max_num_seqs
 _PREFILL_TOKENS = 8192  # vLLM's chunk of prompt tokens per step
 _ALL_REDUCE_S = 20e-6  # fixed cost of one all-reduce; 12-25 µs were measured on NVLink machines
 _CALLS_PER_LAYER = 12  # kernels that vLLM launches per layer, fused where it fuses
-_NO_PAGES = Pages(pages_per_layer=0, experts_per_page=0, resident_pages=0, slots=0, slot_bytes=0)
 
 
 def in_memory_policy(workload: Workload, requests: RequestClass, roofline: Roofline) -> Policy | Rejection:
@@ -141,7 +140,7 @@ class _Copy:
             weights_on="gpu",
             resident_share=1.0,
             staged=False,
-            pages=_NO_PAGES,
+            pages=NO_PAGES,
             memory=uses("gpu", self._memory()),
             limits=(MemoryLimit(level="gpu", bytes=int(self.limit_bytes)),),
             prefill=prefill,

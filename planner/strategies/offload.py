@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moeplan.planner import costs
 from moeplan.planner.ir.machine import LevelName
-from moeplan.planner.ir.policy import MemoryLimit, Pages, PassTime, Policy, Rejection
+from moeplan.planner.ir.policy import NO_PAGES, MemoryLimit, Pages, PassTime, Policy, Rejection
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import OperatorName, RequestClass, Workload
 from moeplan.planner.strategies.common import (
@@ -307,13 +307,15 @@ class _Search:
         """The streamed experts of a layer in n_ub pages; the pinned ring holds one layer's pages, and one."""
         streamed = (self.workload.model.experts - point.resident_experts[0]) * self.expert_bytes
         if streamed == 0:
-            return Pages(pages_per_layer=0, experts_per_page=0, resident_pages=0, slots=0, slot_bytes=0)
+            return NO_PAGES
         return Pages(
             pages_per_layer=micro_batches,
             experts_per_page=0,
             resident_pages=0,
             slots=micro_batches + 2,
             slot_bytes=int(np.ceil(streamed / micro_batches)),
+            readers=0,
+            block_bytes=0,
         )
 
     def refusal(self, point: _Point) -> Rejection:

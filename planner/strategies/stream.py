@@ -27,7 +27,9 @@ from moeplan.planner.strategies.common import (
 )
 
 PROCESS_BYTES = 512 << 20  # Python, torch and its thread pools
-BLOCK_BYTES = 4096  # direct reads are aligned to this
+ALIGNMENT_BYTES = 4096  # of direct reads
+READERS = 4  # threads that read the blocks of a page: with 256 KiB to 4 MiB blocks, near a disk's full rate
+BLOCK_BYTES = 1 << 20
 _MICRO_BATCH = 128
 _PREFILL_TOKENS = 2048
 _PAGE_BYTES = 1 << 20  # pages of at least a mebibyte read at the disk's full rate
@@ -101,15 +103,19 @@ class _Point:
         counts = [min(size, experts - first) for first in range(0, experts, size)] if size else []
         return [model.parameters.attention // model.layers] + [n * model.expert_parameters() for n in counts]
 
+    def _stored_bytes_per_parameter(self, page: int) -> float:
+        model = self.workload.model
+        return model.stored_bytes_per_expert_parameter if page else model.stored_bytes_per_other_parameter
+
     @property
     def slot_bytes(self) -> int:
-        """The largest page as stored, cut out in aligned blocks: each tensor run may cost two more."""
-        model = self.workload.model
-        attention, *experts = self.page_parameters
-        stored = [attention * model.stored_bytes_per_other_parameter]
-        stored += [n * model.stored_bytes_per_expert_parameter for n in experts]
-        runs = 3 * max(1, self.experts_per_page) + 4
-        return (math.ceil(max(stored) / BLOCK_BYTES) + 2 * runs) * BLOCK_BYTES
+        """The largest page as stored, each of its tensors cut out in whole blocks."""
+        sizes = []
+        for number, parameters in enumerate(self.page_parameters):
+            tensors = 3 * self.experts_per_page if number else 4
+            stored = parameters * self._stored_bytes_per_parameter(number)
+            sizes.append(math.ceil(stored / ALIGNMENT_BYTES) + 2 * tensors)
+        return max(sizes) * ALIGNMENT_BYTES
 
     @property
     def resident_pages(self) -> int:
@@ -146,7 +152,25 @@ class _Point:
 
     @property
     def workspace_bytes(self) -> int:
-        return workspace_bytes(self)
+        """Item by item what runtime_min.plan_file.workspace_bytes counts; a test holds the two together."""
+        model, requests = self.workload.model, self.requests
+        attention = model.attention
+        tokens = self.sequences * requests.prompt_tokens_max
+        per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token
+        widest = max(
+            3 * model.hidden + 8 * (attention.heads + attention.kv_heads) * attention.head_dim,
+            3 * model.hidden + 3 * model.expert_intermediate,
+            4 * model.experts,
+        )
+        call_tokens = min(
+            tokens, max(self.prefill_tokens, requests.prompt_tokens_max, self.micro_batch, 1024)
+        )
+        mask = 8 * self.micro_batch * requests.context_tokens_max
+        logits = 4 * (self.sequences + self.micro_batch) * model.vocab
+        rope = 16 * requests.context_tokens_max * attention.head_dim
+        page = 4 * max(self.page_parameters)
+        loading = READERS * (BLOCK_BYTES + 2 * ALIGNMENT_BYTES) + (32 << 20)
+        return tokens * per_token + 4 * call_tokens * widest + mask + logits + rope + page + loading
 
     @property
     def _fixed_bytes(self) -> float:
@@ -170,12 +194,8 @@ class _Point:
     @property
     def streamed_bytes(self) -> float:
         """Bytes that every pass reads: whole pages, whichever experts are hit."""
-        model = self.workload.model
-        stored = [model.stored_bytes_per_other_parameter] + [
-            model.stored_bytes_per_expert_parameter
-        ] * self.expert_pages
-        pages = [n * size for n, size in zip(self.page_parameters, stored, strict=True)]
-        return sum(pages[self.resident_pages :]) * model.layers
+        pages = [n * self._stored_bytes_per_parameter(p) for p, n in enumerate(self.page_parameters)]
+        return sum(pages[self.resident_pages :]) * self.workload.model.layers
 
     @property
     def _disk_s(self) -> float:
@@ -247,6 +267,8 @@ class _Point:
                 resident_pages=self.resident_pages,
                 slots=self.slots,
                 slot_bytes=self.slot_bytes if streamed else 0,
+                readers=READERS,
+                block_bytes=BLOCK_BYTES,
             ),
             memory=uses("dram", self._memory()),
             limits=(MemoryLimit(level="dram", bytes=int(self.limit)),),
@@ -269,13 +291,6 @@ class _Point:
             ("workspace", self.workspace_bytes),
             ("process", PROCESS_BYTES),
         ]
-
-
-def workspace_bytes(point: _Point) -> int:
-    """Activations, logits and scratch, as runtime_min.plan_file.workspace_bytes counts them."""
-    model = point.workload.model
-    tokens = point.sequences * point.requests.prompt_tokens_max
-    return tokens * (8 * model.hidden + 12 * model.experts_per_token) + point.sequences * model.vocab * 4
 
 
 def _refusal(point: _Point) -> Rejection:

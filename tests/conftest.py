@@ -1,0 +1,49 @@
+"""Shared records: small, but each made by the real passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moeplan.planner.catalog import Catalog, load_catalog
+from moeplan.planner.diagnostics import Span
+from moeplan.planner.ir.plan import Plan
+
+BATCH = """\
+name: {name}
+model: {model}
+workload:
+  batch: {{requests: 2000, prompt: 77, output: 128{more}}}
+"""
+ONLINE = """\
+name: chat
+model: qwen3-30b-a3b
+workload:
+  online:
+    rate: 8/s
+    sizes:
+      - {prompt: 512, output: 128, share: 70%}
+      - {prompt: 2048, output: 256, share: 30%}
+    slo: {ttft: 2s, itl: 100ms}
+"""
+
+
+@pytest.fixture(scope="session")
+def catalog() -> Catalog:
+    return load_catalog(None, Span("spec.yaml"))
+
+
+@pytest.fixture
+def compile_text(tmp_path: Path) -> Callable[[str], Plan]:
+    """Compile spec text as if it lay in a folder of its own."""
+    from moeplan.planner.pipeline import compile_plan
+
+    return lambda text: compile_plan(text, str(tmp_path / "spec.yaml"))
+
+
+def batch_spec(machine: str = "", model: str = "mixtral-8x7b", more: str = "", name: str = "job") -> str:
+    """A batch spec, pinned to `machine` if one is given; `more` goes into the batch mapping."""
+    text = BATCH.format(name=name, model=model, more=more)
+    return text + (f"machine: {machine}\n" if machine else "")

@@ -1,0 +1,216 @@
+"""The fleet pass: Mélange's example, brute force on small cases, limits, infeasibility in words."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import pytest
+from conftest import ONLINE, batch_spec
+
+from moeplan.planner.catalog import Catalog
+from moeplan.planner.diagnostics import InfeasibleError
+from moeplan.planner.inputs import load_inputs
+from moeplan.planner.ir.estimate import Estimate
+from moeplan.planner.ir.fleet import Fleet
+from moeplan.planner.ir.machine import Machine, Offer
+from moeplan.planner.ir.policy import BucketRate, Policy
+from moeplan.planner.ir.spec import MarketSpec, Spec
+from moeplan.planner.ir.workload import Bucket, Workload
+from moeplan.planner.passes.fleet import choose_fleet
+from moeplan.planner.passes.policy import find_policies
+from moeplan.planner.passes.roofline import find_roofline
+from moeplan.planner.passes.workload import build_workload
+from moeplan.planner.spec import parse_spec
+from moeplan.planner.verify import verify_fleet
+
+ON_DEMAND = MarketSpec(purchase="on-demand")
+
+
+class Market:
+    """Columns with given throughputs and prices, and a workload of given shares, made of real records."""
+
+    def __init__(self, catalog: Catalog, rate_per_s: float, shares: list[float]) -> None:
+        self.spec = parse_spec(ONLINE, "spec.yaml")
+        workload = build_workload(self.spec, load_inputs(self.spec))
+        buckets = tuple(
+            Bucket(prompt_tokens=100.0 * (n + 1), output_tokens=100.0, share=s) for n, s in enumerate(shares)
+        )
+        requests = replace(workload.classes[0], buckets=buckets, rate_per_s=rate_per_s)
+        self.workload: Workload = replace(workload, classes=(requests,))
+        machine = catalog.machines["a2-ultragpu-1g"]
+        policies, _ = find_policies(workload, find_roofline(workload, machine), None)
+        self.template, self.machine = policies[0], machine
+        self.policies: list[Policy] = []
+        self.offers: list[Offer] = []
+
+    def add(
+        self, name: str, usd_per_hour: float, requests_per_s: list[float], spot: float | None = None
+    ) -> None:
+        machine: Machine = replace(self.machine, name=name, gpu=name)
+        rates = tuple(
+            BucketRate(
+                bucket=n,
+                requests_per_s=Estimate(value=t, sigma=0.1, provenance="measured"),
+                batch=1,
+                ttft_s=0.1,
+                itl_s=0.1,
+            )
+            for n, t in enumerate(requests_per_s)
+        )
+        measured = replace(self.template.generated_tokens_per_s, provenance="measured")
+        self.policies.append(
+            replace(self.template, machine=machine, rates=rates, generated_tokens_per_s=measured)
+        )
+        self.offers.append(
+            Offer(
+                cloud="gcp",
+                region="r",
+                machine=name,
+                on_demand_usd_per_hour=usd_per_hour,
+                spot_usd_per_hour=spot,
+                source="test",
+                date="2026-01-01",
+            )
+        )
+
+    def choose(self, market: MarketSpec = ON_DEMAND) -> Fleet:
+        spec: Spec = replace(self.spec, market=market)
+        fleet = choose_fleet(spec, self.workload, self.policies, (), self.offers)
+        verify_fleet(spec, self.workload, fleet)
+        return fleet
+
+
+def melange(catalog: Catalog) -> Market:
+    """The release's example input: 30 requests/s, four buckets, A10G and A100."""
+    market = Market(catalog, 30.0, [0.2, 0.1, 0.5, 0.2])
+    market.add("A10G", 1.01, [2, 1, 5, 2])
+    market.add("A100", 3.67, [20, 20, 40, 20])
+    return market
+
+
+def test_melange_example_at_085(catalog: Catalog) -> None:
+    """Fractional optimum at a target utilisation of 0.85 (that of measured figures): 3 A10G + 1 A100."""
+    fleet = melange(catalog).choose()
+    assert {c.column.policy.machine.name: c.replicas for c in fleet.choices} == {"A10G": 3, "A100": 1}
+    assert fleet.usd_per_hour == pytest.approx(6.70)
+
+
+def test_single_type_alternatives_are_priced(catalog: Catalog) -> None:
+    """A100 alone: loads 1.125/0.85 -> 2 replicas; A10G alone: 12/0.85 -> 15 replicas."""
+    costs = {a.column: a.cost_usd for a in melange(catalog).choose().alternatives}
+    assert costs["online-a100-on-demand"] == pytest.approx(2 * 3.67)
+    assert costs["online-a10g-on-demand"] == pytest.approx(15 * 1.01)
+
+
+def brute_force(market: Market, target: float) -> float:
+    """Cheapest replica counts for which the routing LP is feasible, tried one by one with two columns.
+
+    With two columns the LP is a fractional knapsack: fill column A with the buckets that are relatively
+    cheapest there, and see whether column B holds the rest.
+    """
+    rate = market.workload.classes[0].rate_per_s
+    shares = [b.share for b in market.workload.classes[0].buckets]
+    loads = [
+        [rate * s / r.requests_per_s.value for s, r in zip(shares, policy.rates, strict=True)]
+        for policy in market.policies
+    ]
+    prices = [offer.on_demand_usd_per_hour for offer in market.offers]
+    best = math.inf
+    for a, b in itertools.product(range(40), repeat=2):
+        cost = a * prices[0] + b * prices[1]
+        if cost < best and _holds(loads[0], loads[1], a * target, b * target):
+            best = cost
+    return best
+
+
+def _holds(first: list[float], second: list[float], room_first: float, room_second: float) -> bool:
+    order = sorted(range(len(first)), key=lambda n: first[n] / second[n])
+    rest = 0.0
+    for n in order:
+        part = min(1.0, room_first / first[n])
+        room_first -= part * first[n]
+        rest += (1.0 - part) * second[n]
+    return rest <= room_second + 1e-9
+
+
+def test_equals_brute_force_on_small_cases(catalog: Catalog) -> None:
+    draw = random.Random(1)
+    for _ in range(25):
+        weights = [draw.random() + 0.1 for _ in range(4)]
+        market = Market(catalog, draw.uniform(1, 20), [w / sum(weights) for w in weights])
+        market.add("a", draw.uniform(0.5, 2), [draw.uniform(1, 6) for _ in range(4)])
+        market.add("b", draw.uniform(2, 5), [draw.uniform(4, 20) for _ in range(4)])
+        assert market.choose().usd_per_hour == pytest.approx(brute_force(market, 0.85), abs=1e-4)
+
+
+def test_spot_pays_for_the_replica_to_spare(catalog: Catalog) -> None:
+    """One replica is needed. Spot at 60 % of on-demand needs two: dearer. At 40 %: cheaper."""
+    for spot, expected in ((0.6, "on-demand"), (0.4, "spot")):
+        market = Market(catalog, 1.0, [1.0])
+        market.add("x", 1.0, [4.0], spot=spot)
+        (choice,) = market.choose(MarketSpec()).choices
+        assert choice.column.market == expected
+
+
+def test_quota_and_budget_bind(catalog: Catalog) -> None:
+    assert all(
+        c.column.policy.machine.name == "A10G"
+        for c in melange(catalog).choose(replace(ON_DEMAND, quota={"A100": 0})).choices
+    )
+    with pytest.raises(InfeasibleError, match="the budget leaves no fleet"):
+        melange(catalog).choose(replace(ON_DEMAND, budget_usd_per_hour=5.0))
+    with pytest.raises(InfeasibleError, match="the GPU quota leaves no fleet"):
+        melange(catalog).choose(replace(ON_DEMAND, quota={"A100": 0, "A10G": 14}))
+    with pytest.raises(InfeasibleError, match="GPU quota and budget together"):
+        melange(catalog).choose(replace(ON_DEMAND, quota={"A100": 0, "A10G": 3}, budget_usd_per_hour=3.0))
+
+
+def test_a_bucket_that_a_column_cannot_serve_goes_elsewhere(catalog: Catalog) -> None:
+    """A throughput of 0 forbids the pair; it is never a tiny number."""
+    market = Market(catalog, 4.0, [0.5, 0.5])
+    market.add("small", 0.1, [10.0, 0.0])
+    market.add("large", 5.0, [10.0, 10.0])
+    routes = {(r.bucket, r.column): r.share for r in market.choose().routes}
+    assert routes.get((1, "online-large-on-demand")) == 1.0
+
+
+def test_order_of_columns_does_not_matter(catalog: Catalog) -> None:
+    market = melange(catalog)
+    first = market.choose()
+    market.policies.reverse()
+    market.offers.reverse()
+    assert market.choose() == first
+
+
+@pytest.mark.parametrize("hours", [0.5, 1, 2, 8])
+def test_batch_meets_its_deadline(hours: float) -> None:
+    text = batch_spec(more=f", deadline: {hours}h").replace("2000", "200000")
+    spec = parse_spec(text, "spec.yaml")
+    inputs = load_inputs(spec)
+    workload = build_workload(spec, inputs)
+    offers = inputs.catalog.offers
+    machines = [inputs.catalog.machines[n] for n in sorted({o.machine for o in offers})]
+    found = [find_policies(workload, find_roofline(workload, m), None) for m in machines]
+    policies = [p for accepted, _ in found for p in accepted]
+    fleet = choose_fleet(spec, workload, policies, (), offers)
+    verify_fleet(spec, workload, fleet)
+    assert all(choice.hours <= hours for choice in fleet.choices)
+    # No single column that meets the deadline is cheaper than the fleet.
+    bill = sum(choice.usd for choice in fleet.choices)
+    assert all(other.cost_usd >= bill - 1e-3 for other in fleet.alternatives)
+
+
+def test_one_owned_machine_that_is_too_slow_says_by_how_much() -> None:
+    text = batch_spec(machine="g4dn.16xlarge", more=", deadline: 1min")
+    spec = parse_spec(text, "spec.yaml")
+    inputs = load_inputs(spec)
+    workload = build_workload(spec, inputs)
+    assert inputs.machine is not None
+    policies, refused = find_policies(workload, find_roofline(workload, inputs.machine), None)
+    with pytest.raises(
+        InfeasibleError, match=r"spec.yaml:\d+:\d+: the deadline leaves no fleet .*\n.*is enough"
+    ):
+        choose_fleet(spec, workload, policies, refused, ())
