@@ -61,9 +61,9 @@ class Shard:
         try:
             return os.preadv(self._file, [into], offset)
         except OSError as error:
-            if not self._direct or error.errno != errno.EINVAL:
+            if error.errno != errno.EINVAL:
                 raise
-        # Direct reads are refused here (larger sectors, an overlay), or a read stopped off alignment.
+        # Direct reads are refused here (larger sectors, an overlay), or one ended off alignment.
         self._direct = False
         flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
         fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~os.O_DIRECT)

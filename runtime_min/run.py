@@ -61,6 +61,8 @@ def run_plan(
     """
     plan, folder = load(runtime_dir), _checkpoint(runtime_dir, checkpoint)
     total = _count_lines(input)
+    if not output.parent.is_dir():  # said now, not after the weights are loaded
+        raise RunError(f"{output}: its folder does not exist")
     from moeplan.runtime_min.engine import Engine
 
     with Engine(runtime_dir, plan, folder) as engine:

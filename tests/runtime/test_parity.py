@@ -53,7 +53,9 @@ def generate(
     return [(g.tokens, torch.stack([s[rows[at]] for s in scores])) for at, g in enumerate(generations)]
 
 
-def assert_same(reference: MixtralForCausalLM, text: Sequence[int], said: tuple[list[int], torch.Tensor]) -> None:
+def assert_same(
+    reference: MixtralForCausalLM, text: Sequence[int], said: tuple[list[int], torch.Tensor]
+) -> None:
     """Each token is the reference's best after those before it, by the same scores."""
     tokens, scores = said
     with torch.inference_mode():
@@ -156,7 +158,9 @@ def test_plain_python_schedule_gives_the_same_tokens(checkpoints, engine_for):
     issue = getattr(schedule.issue, "py_func", schedule.issue)
     same = {name: getattr(schedule, name) for name in ("new_clock", "max_rows", "COLUMNS", "__file__")}
     plain._lanes = lanes.Lanes(SimpleNamespace(issue=issue, **same), plain.disk)
-    assert [tokens for tokens, _ in generate(jitted, texts)] == [tokens for tokens, _ in generate(plain, texts)]
+    assert [tokens for tokens, _ in generate(jitted, texts)] == [
+        tokens for tokens, _ in generate(plain, texts)
+    ]
 
 
 def test_every_pass_reads_each_streamed_page_once(checkpoints, engine_for):

@@ -1,0 +1,75 @@
+"""The command line: exit codes, messages without traceback, and help without torch."""
+
+import json
+
+import pytest
+from moeplan.runtime_min import __main__ as command
+from moeplan.runtime_min import run
+
+from folders import Shape, make_plan, save_checkpoint, write_plan
+
+SHAPE = Shape(layers=1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_checkpoint(folder / "checkpoint", SHAPE)
+    body = {"prompt": "Once", "max_tokens": 3, "temperature": 0}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (folder / "in.jsonl").write_text(json.dumps(line) + "\n{\n")
+    return folder, write_plan(folder, make_plan(SHAPE))
+
+
+def arguments(folders, *more: str) -> list[str]:
+    folder, runtime_dir = folders
+    return ["run", str(runtime_dir), "--input", str(folder / "in.jsonl"), *more]
+
+
+def test_run(folders, capsys):
+    """Error records are counted, not an exit code; nothing on stderr when it is no terminal."""
+    output = folders[0] / "out.jsonl"
+    assert command.main(arguments(folders, "--output", str(output), "--show", "2")) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("a: Once >>> ")
+    assert "2 requests, 1 with an error record" in out and "decode" in out and err == ""
+    assert len(output.read_text().splitlines()) == 2
+
+
+def test_bench(folders, capsys):
+    assert command.main(["bench", str(folders[1]), "--prompt-tokens", "4", "--tokens", "3"]) == 0
+    assert "tokens/s (plan " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["runtime", "checkpoint", "input", "output"])
+def test_what_cannot_be_used_exits_2(folders, capsys, tmp_path, wrong):
+    folder, runtime_dir = folders
+    paths = {
+        "runtime": runtime_dir,
+        "checkpoint": folder / "checkpoint",
+        "input": folder / "in.jsonl",
+        "output": tmp_path / "out.jsonl",
+    }
+    paths[wrong] = tmp_path / "missing" / "thing"
+    options = [f"--{name}={paths[name]}" for name in ("checkpoint", "input", "output")]
+    assert command.main(["run", str(paths["runtime"]), *options]) == 2
+    _, err = capsys.readouterr()
+    assert str(paths[wrong]) in err and "Traceback" not in err
+
+
+def test_interruption_says_how_to_go_on(folders, capsys, monkeypatch, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Results, "finish", interrupt)
+    output = tmp_path / "out.jsonl"
+    assert command.main(arguments(folders, "--output", str(output))) == 130
+    assert f"{output}.partial is kept" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert command.main(arguments(folders, "--output", str(output))) == 0
+    assert "2 requests (2 from the interrupted run)" in capsys.readouterr().out
+
+
+def test_progress_bar(capsys):
+    command.progress_bar(1, 2, 1234)
+    assert capsys.readouterr().err == f"\r[{'#' * 15}{'-' * 15}] 1/2 requests, 1,234 tokens"
