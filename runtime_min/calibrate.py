@@ -93,7 +93,7 @@ def _gemm(dtype: Any) -> float:
 
 
 def _launch() -> float:
-    """Mean seconds of the torch calls that a layer makes, on so little data that only their overhead shows."""
+    """Mean seconds of the torch calls that a layer makes, on so little data that overhead is all they do."""
     import torch
     import torch.nn.functional as F
 

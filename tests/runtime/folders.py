@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import MixtralConfig, MixtralForCausalLM
+
 from moeplan.codegen.render import render
 from moeplan.planner.ir.schedule import LANES, OPS, Schedule
 from moeplan.runtime_min.limits import check_numbers
@@ -26,11 +29,11 @@ from moeplan.runtime_min.plan_file import (
     weights_bytes,
     workspace_bytes,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import MixtralConfig, MixtralForCausalLM
+from moeplan.runtime_min.sampling import Sampling
 
 ANY_SPEED = Range(value=100.0, low=10.0, high=1000.0)
 VOCAB = 300
+GREEDY = Sampling(temperature=0.0, top_p=1.0, seed=0)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Shape:
     experts: int = 4
     top: int = 2
     inner: int = 36
+    vocab: int = VOCAB
     tied: bool = False
     stored: torch.dtype = torch.float32
     shard: str = "5GB"
@@ -54,7 +58,7 @@ def save_checkpoint(folder: Path, shape: Shape, seed: int = 0) -> MixtralForCaus
     """Write a random checkpoint with a byte tokenizer; return the model in float32."""
     torch.manual_seed(seed)
     config = MixtralConfig(
-        vocab_size=VOCAB,
+        vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.inner,
         num_hidden_layers=shape.layers,
@@ -100,7 +104,7 @@ def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     layer = 2 * shape.hidden * (query + key) + shape.experts * shape.hidden * (3 * shape.inner + 1)
     layer += 2 * shape.hidden
-    embeddings = VOCAB * shape.hidden * (1 if shape.tied else 2)
+    embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)
     model = ModelPlan(
         architecture="mixtral",
         checkpoint="checkpoint",
@@ -110,7 +114,7 @@ def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        vocab=VOCAB,
+        vocab=shape.vocab,
         experts=shape.experts,
         experts_per_token=shape.top,
         expert_intermediate=shape.inner,

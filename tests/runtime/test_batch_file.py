@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moeplan.runtime_min.batch_file import (
     Answer,
     Failure,
@@ -144,16 +145,20 @@ def test_the_first_of_equal_custom_ids_runs(tmp_path):
 def test_records_have_the_api_form():
     answer = Answer(text=" upon", finish="stop", prompt_tokens=2, completion_tokens=3)
     record = answer_record(parse(COMPLETION), answer, "tiny")
-    assert record["error"] is None and record["custom_id"] == "a" and record_line(record) == 1
+    assert record["error"] is None
+    assert record["custom_id"] == "a"
+    assert record_line(record) == 1
     body = record["response"]["body"]
-    assert body["object"] == "text_completion" and body["model"] == "tiny"
+    assert body["object"] == "text_completion"
+    assert body["model"] == "tiny"
     assert body["choices"] == [{"index": 0, "text": " upon", "finish_reason": "stop", "logprobs": None}]
     assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
     chat = answer_record(parse(CHAT), answer, "tiny")["response"]["body"]
     assert chat["object"] == "chat.completion"
     assert chat["choices"][0]["message"] == {"role": "assistant", "content": " upon"}
     failure = failure_record(Failure(3, None, "invalid_json", "line 3: is not JSON"))
-    assert failure["response"] is None and failure["error"]["code"] == "invalid_json"
+    assert failure["response"] is None
+    assert failure["error"]["code"] == "invalid_json"
 
 
 JSON = st.recursive(
@@ -180,4 +185,7 @@ def test_any_line_gives_a_request_or_a_record(line):
     if isinstance(item, Failure):
         assert json.loads(json.dumps(failure_record(item)))["error"]["code"]
     else:
-        assert item.line == 5 and item.custom_id and 0 <= item.temperature <= 2 and 0 < item.top_p <= 1
+        assert item.line == 5
+        assert item.custom_id
+        assert 0 <= item.temperature <= 2
+        assert 0 < item.top_p <= 1

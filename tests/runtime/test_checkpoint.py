@@ -6,11 +6,11 @@ import struct
 from pathlib import Path
 
 import pytest
+from folders import Shape, make_plan, save_checkpoint
+
 from moeplan.runtime_min.checkpoint import CheckpointError, find_tensors
 from moeplan.runtime_min.model_config import read_config
 from moeplan.runtime_min.models.mixtral import tensor_shapes
-
-from folders import Shape, make_plan, save_checkpoint
 
 SHAPE = Shape()
 MODEL = make_plan(SHAPE).model
@@ -69,7 +69,8 @@ def test_truncated_file(folder):
     path = shard_of(folder, TENSOR)
     path.write_bytes(path.read_bytes()[:-10])
     [problem] = problems(folder)
-    assert problem.startswith(str(path)) and ": ends at byte" in problem
+    assert problem.startswith(str(path))
+    assert ": ends at byte" in problem
 
 
 def test_missing_tensor(folder):
@@ -142,7 +143,8 @@ def test_all_problems_at_once(saved, tmp_path):
     edit_header(shard_of(folder, TENSOR), lambda header: header[TENSOR].update(shape=[1, 864]))
     edit_header(shard_of(folder, other), lambda header: header[other].update(shape=[1, 960]))
     found = problems(folder)
-    assert len(found) == 2 and all(any(name in problem for problem in found) for name in (TENSOR, other))
+    assert len(found) == 2
+    assert all(any(name in problem for problem in found) for name in (TENSOR, other))
 
 
 def test_a_shard_outside_the_folder_is_refused(saved, tmp_path):
@@ -192,4 +194,6 @@ def test_rope_theta_in_either_place(saved, tmp_path, change, theta):
     path = Path(shutil.copytree(saved["single"], tmp_path / "checkpoint")) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     config = read_config(path.parent, MODEL, 64)
-    assert config.rope_theta == theta and config.eos == {258} and not config.tied
+    assert config.rope_theta == theta
+    assert config.eos == {258}
+    assert not config.tied

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from folders import Shape, make_plan, save_checkpoint, write_plan
+
 from moeplan.runtime_min import __main__ as command
 from moeplan.runtime_min import run
-
-from folders import Shape, make_plan, save_checkpoint, write_plan
 
 SHAPE = Shape(layers=1)
 
@@ -32,7 +32,9 @@ def test_run(folders, capsys):
     assert command.main(arguments(folders, "--output", str(output), "--show", "2")) == 0
     out, err = capsys.readouterr()
     assert out.startswith("a: Once >>> ")
-    assert "2 requests, 1 with an error record" in out and "decode" in out and err == ""
+    assert "2 requests, 1 with an error record" in out
+    assert "decode" in out
+    assert err == ""
     assert len(output.read_text().splitlines()) == 2
 
 
@@ -54,7 +56,8 @@ def test_what_cannot_be_used_exits_2(folders, capsys, tmp_path, wrong):
     options = [f"--{name}={paths[name]}" for name in ("checkpoint", "input", "output")]
     assert command.main(["run", str(paths["runtime"]), *options]) == 2
     _, err = capsys.readouterr()
-    assert str(paths[wrong]) in err and "Traceback" not in err
+    assert str(paths[wrong]) in err
+    assert "Traceback" not in err
 
 
 def test_interruption_says_how_to_go_on(folders, capsys, monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from moeplan.runtime_min.cpu import AMX_TILE, ISA, amx_is_hollow, is_hollow
 
 PALETTE = (8192 | 1024 << 16, 64 | 8 << 16, 16, 0)

@@ -5,10 +5,10 @@ import time
 from dataclasses import replace
 
 import pytest
+from folders import Shape, in_memory, make_plan, write_plan
+
 from moeplan.runtime_min.lanes import COMPUTE, DECODE, DISK, PREFILL, WAIT, DiskLane, Lanes, load_schedule
 from moeplan.runtime_min.plan_file import PlanFileError, load, to_json
-
-from folders import Shape, in_memory, make_plan, write_plan
 
 SHAPE = Shape()
 
@@ -43,7 +43,7 @@ class Recorder:
 @pytest.mark.parametrize("slots", [1, 2, 5, 11])
 @pytest.mark.parametrize("readers", [1, 4])
 def test_slots_hold_what_is_computed(tmp_path, slots, readers):
-    """Changing numbers of micro-batches from pass to pass; every page read once a pass, in its slot in time."""
+    """Changing numbers of micro-batches; every page is read once a pass and in its slot in time."""
     runtime_dir = write_plan(tmp_path, make_plan(SHAPE, slots=slots))
     schedule = load_schedule(runtime_dir, load(runtime_dir))
     recorder = Recorder()

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from folders import save_tokenizer
+from transformers import PreTrainedTokenizerFast
+
 from moeplan.runtime_min.batch_file import Request
 from moeplan.runtime_min.checkpoint import CheckpointError
 from moeplan.runtime_min.prompts import ChatTemplate, PromptError, Prompts
-from transformers import PreTrainedTokenizerFast
-
-from folders import save_tokenizer
 
 MESSAGES = (
     {"role": "system", "content": "Be <brief> & kind."},
@@ -19,7 +19,8 @@ MESSAGES = (
 TEMPLATES = {
     "inst": (
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-        "{% elif m['role'] == 'system' %}{{ m.content | trim }}\n{% else %}{{ m['content'] + eos_token }}{% endif %}"
+        "{% elif m['role'] == 'system' %}{{ m.content | trim }}\n"
+        "{% else %}{{ m['content'] + eos_token }}{% endif %}"
         "{% endfor %}"
     ),
     "blocks and loop controls": (
@@ -61,7 +62,8 @@ def test_chats_are_rendered_as_transformers_does(tmp_path, name, place):
 def test_completions_begin_with_the_tokenizers_own_start(tmp_path):
     save_tokenizer(tmp_path)
     ids = Prompts(tmp_path, 300).encode(request("Hi é"))
-    assert ids[0] == 257 and ids == PreTrainedTokenizerFast.from_pretrained(tmp_path)("Hi é")["input_ids"]
+    assert ids[0] == 257
+    assert ids == PreTrainedTokenizerFast.from_pretrained(tmp_path)("Hi é")["input_ids"]
 
 
 def test_answers_continue_the_prompt(tmp_path):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import Shape, make_plan, save_checkpoint, save_tokenizer, write_plan
+
 from moeplan.runtime_min import results, run
 from moeplan.runtime_min.batch_file import Failure, failure_record
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.plan_file import PlanFileError, load, to_json
 from moeplan.runtime_min.run import bench_plan, run_plan, show, summary
-
-from folders import Shape, make_plan, save_checkpoint, save_tokenizer, write_plan
 
 SHAPE = Shape()
 
@@ -85,15 +85,24 @@ def test_every_line_is_answered_in_order(answered):
     assert [r["id"] for r in records] == [f"batch_req_{n}" for n in range(1, len(LINES) + 1)]
     assert [r["custom_id"] for r in records][:3] == ["greedy", None, "chat"]
     codes = [r["error"] and r["error"]["code"] for r in records]
-    too_long = "context_length_exceeded"
     assert codes == [
-        None, "invalid_json", None, None, too_long, "duplicate_custom_id", None, too_long, "invalid_parameter", None
-    ]  # fmt: skip
+        None,
+        "invalid_json",
+        None,
+        None,
+        "context_length_exceeded",
+        "duplicate_custom_id",
+        None,
+        "context_length_exceeded",
+        "invalid_parameter",
+        None,
+    ]
     assert (report.answered, report.failed, report.resumed) == (5, 5, 0)
     assert report.generated_tokens == sum(
         r["response"]["body"]["usage"]["completion_tokens"] for r in records if r["response"]
     )
-    assert not list(output.parent.glob("*.partial")) and not list(output.parent.glob("*.tmp"))
+    assert not list(output.parent.glob("*.partial"))
+    assert not list(output.parent.glob("*.tmp"))
 
 
 def test_greedy_text_is_transformers_text(answered, checkpoint):
@@ -205,21 +214,24 @@ def test_show_and_summary(answered, runtime_dir):
     assert "None: error: line 2: is not JSON" in show(source, output, 3)
     text = summary(load(runtime_dir), report)
     assert text.startswith("10 requests, 5 with an error record\n")
-    assert "(plan 100.0, 10.0 to 1,000.0)" in text and "of 8.00 GiB" in text
+    assert "(plan 100.0, 10.0 to 1,000.0)" in text
+    assert "of 8.00 GiB" in text
 
 
 def test_progress_reaches_the_end(runtime_dir, tmp_path):
     seen: list[tuple[int, int, int]] = []
     source = write_input(tmp_path, LINES[:4])
     run_plan(runtime_dir, None, source, tmp_path / "o.jsonl", lambda *state: seen.append(state))
-    assert seen[-1][:2] == (4, 4) and seen == sorted(seen)
+    assert seen[-1][:2] == (4, 4)
+    assert seen == sorted(seen)
 
 
 def test_bench_times_full_batches(runtime_dir):
     report = bench_plan(runtime_dir, None, prompt_tokens=8, tokens=4, batches=2)
     assert report.prompt_tokens == 2 * 4 * 8
     assert (report.generated_tokens, report.decode_tokens, report.decode_passes) == (32, 24, 6)
-    assert report.bytes_read > 0 and report.decode_s > 0
+    assert report.bytes_read > 0
+    assert report.decode_s > 0
     with pytest.raises(RunError, match="8 prompt and 57 new tokens do not fit the plan's 48 and 56"):
         bench_plan(runtime_dir, None, prompt_tokens=8, tokens=57, batches=1)
 
@@ -233,7 +245,8 @@ def test_a_run_that_needs_more_than_planned_is_refused(checkpoint, tmp_path, ite
     with pytest.raises(PlanFileError, match="more memory than the plan allows: ") as caught:
         run_plan(runtime_dir, checkpoint, write_input(tmp_path, LINES[:1]), tmp_path / "out.jsonl")
     named = "all" if item == "budget" else item
-    assert f"{named} " in str(caught.value) and f"{short[f'{item}_bytes']:,} bytes" in str(caught.value)
+    assert f"{named} " in str(caught.value)
+    assert f"{short[f'{item}_bytes']:,} bytes" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from moeplan.runtime_min.sampling import Sampling, default_seed, draw, generator, greedy
 
 SCORES = torch.tensor([0.5, 2.0, -1.0, 1.0, -math.inf])
