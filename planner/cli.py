@@ -154,6 +154,38 @@ def schema() -> None:
     print(json.dumps(spec_schema(), indent=2, sort_keys=True, ensure_ascii=False))
 
 
+CATALOG_LISTS = ("models", "gpus", "machines", "offers", "sources")
+
+
+@app.command()
+def catalog(
+    what: Annotated[str, typer.Argument(metavar="LIST", help="|".join(CATALOG_LISTS))] = "machines",
+    folder: Annotated[Path | None, typer.Option("--folder", help="a folder of own entries")] = None,
+    skypilot: Annotated[
+        Path | None,
+        typer.Option("--skypilot", help="print the offers of this SkyPilot catalog folder as CSV"),
+    ] = None,
+) -> None:
+    """List what the catalog knows, or import prices from an installed SkyPilot's catalog."""
+    from moeplan.planner import catalog as known
+    from moeplan.planner.diagnostics import Span
+
+    loaded = known.load_catalog(folder, Span(str(folder or "catalog")))
+    if skypilot:
+        prices = known.import_skypilot(skypilot, Span(str(skypilot)), loaded.machines)
+        for problem in prices.problems:
+            print(problem, file=sys.stderr)
+        print(known.write_offers(prices.offers), end="")
+        return
+    if what not in CATALOG_LISTS:
+        print(f"moeplan: no list {what!r}: {', '.join(CATALOG_LISTS)}", file=sys.stderr)
+        raise typer.Exit(2)
+    rows = getattr(known, f"{what.removesuffix('s')}_rows")(loaded)
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
 def _compile(spec: Path, machine: Path | None, trace: Trace | None) -> tuple[Plan, dict[str, str]]:
     """The plan of a spec file and every file of its plan folder."""
     from moeplan.codegen.emit import emit_all
@@ -164,7 +196,10 @@ def _compile(spec: Path, machine: Path | None, trace: Trace | None) -> tuple[Pla
     text = spec.read_bytes()
     plan = compile_plan(text, str(spec), machine, trace)
     digests = {**input_digests(plan.spec, text, machine), "catalog": plan.catalog_sha256}
-    solver = {"status": plan.fleet.solver_status, "gap": plan.fleet.gap}
+    solver = {
+        "status": plan.fleet.solver_status,
+        "gap": 0.0 if plan.fleet.solver_status == "optimal" else None,
+    }
     return plan, with_lock(emit_all(plan), digests, solver)
 
 

@@ -11,6 +11,7 @@ from moeplan.planner.ir.spec import Cloud
 from moeplan.planner.ir.workload import ClassName
 
 Market = Literal["owned", "spot", "on-demand"]
+SolverStatus = Literal["optimal", "incumbent"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ class Fleet:
     """The cheapest replicas that serve every class.
 
     `usd_per_hour` is the bill while everything runs; `usd_per_million_tokens` is per generated token, per
-    class. `gap` is the solver's proven relative gap to the optimum.
+    class. An "incumbent" is the best fleet found within the solver's time limit, not proven cheapest.
     """
 
     choices: tuple[Choice, ...]
@@ -76,5 +77,4 @@ class Fleet:
     usd_per_hour: float
     usd_per_million_tokens: tuple[tuple[ClassName, Estimate], ...]
     target_utilisation: float
-    solver_status: str
-    gap: float
+    solver_status: SolverStatus

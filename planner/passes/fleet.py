@@ -16,7 +16,7 @@ import pulp
 from moeplan.planner import costs
 from moeplan.planner.diagnostics import Diagnostic, InfeasibleError, Span
 from moeplan.planner.ir.estimate import Estimate
-from moeplan.planner.ir.fleet import Alternative, Choice, Column, Fleet, Market, Route
+from moeplan.planner.ir.fleet import Alternative, Choice, Column, Fleet, Market, Route, SolverStatus
 from moeplan.planner.ir.machine import Offer
 from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.spec import MarketSpec, Spec
@@ -61,8 +61,7 @@ def choose_fleet(
         usd_per_hour=sum(choice.replicas * choice.column.usd_per_hour for choice in choices),
         usd_per_million_tokens=tuple(_token_price(requests, choices) for requests in workload.classes),
         target_utilisation=target,
-        solver_status="optimal",
-        gap=0.0,
+        solver_status="optimal" if all(answer.status == "optimal" for answer in answers) else "incumbent",
     )
 
 
@@ -89,6 +88,7 @@ class _Answer:
     choices: tuple[Choice, ...]
     routes: tuple[Route, ...]
     alternatives: tuple[Alternative, ...]
+    status: SolverStatus
 
 
 # Columns
@@ -172,7 +172,8 @@ def _solve_online(
 ) -> _Answer:
     """min Σ price·(replicas + spot extra), every bucket routed, no column loaded above `target`."""
     problem, replicas = _online_problem(requests, columns, target, limits)
-    if not _solve(problem):
+    status = _solve(problem)
+    if status is None:
         raise _binding_online(spec, requests, columns, target, limits)
     counts = {c.name: round(replicas[c.name].value()) for c in columns}
     used = [c for c in columns if counts[c.name]]
@@ -195,7 +196,9 @@ def _solve_online(
             for b in range(len(requests.buckets))
             if shares[b, column.name]
         ]
-    return _Answer(tuple(choices), tuple(routes), _online_alternatives(requests, columns, used, target))
+    return _Answer(
+        tuple(choices), tuple(routes), _online_alternatives(requests, columns, used, target), status
+    )
 
 
 def _load(requests: RequestClass, column: Column, bucket: int) -> float:
@@ -209,16 +212,16 @@ def _online_problem(
     requests: RequestClass, columns: Sequence[Column], target: float, limits: _Limits
 ) -> tuple[pulp.LpProblem, dict[str, pulp.LpVariable]]:
     problem = pulp.LpProblem("fleet", pulp.LpMinimize)
-    replicas = {c.name: pulp.LpVariable(f"x{i}", 0, None, pulp.LpInteger) for i, c in enumerate(columns)}
+    replicas = {c.name: problem.add_variable(f"x{i}", 0, None, pulp.LpInteger) for i, c in enumerate(columns)}
     extra = {
-        c.name: pulp.LpVariable(f"u{i}", 0, 1, pulp.LpInteger)
+        c.name: problem.add_variable(f"u{i}", 0, 1, pulp.LpInteger)
         for i, c in enumerate(columns)
         if c.market == "spot"
     }
     bought = {c.name: replicas[c.name] + SPOT_OVERPROVISION * extra.get(c.name, 0) for c in columns}
     buckets = range(len(requests.buckets))
     share = {
-        (b, c.name): pulp.LpVariable(f"y{b}_{i}", 0, 1)
+        (b, c.name): problem.add_variable(f"y{b}_{i}", 0, 1)
         for b in buckets
         for i, c in enumerate(columns)
         if math.isfinite(_load(requests, c, b))
@@ -253,8 +256,8 @@ def _balanced_shares(
     buckets = range(len(requests.buckets))
     pairs = [(b, c) for b in buckets for c in used if math.isfinite(_load(requests, c, b))]
     problem = pulp.LpProblem("routing", pulp.LpMinimize)
-    peak = pulp.LpVariable("peak", 0)
-    share = {(b, c.name): pulp.LpVariable(f"y{n}", 0, 1) for n, (b, c) in enumerate(pairs)}
+    peak = problem.add_variable("peak", 0)
+    share = {(b, c.name): problem.add_variable(f"y{n}", 0, 1) for n, (b, c) in enumerate(pairs)}
     order = {c.name: i + 1 for i, c in enumerate(used)}
     problem += peak + pulp.lpSum(1e-4 * order[name] * y for (_, name), y in share.items())
     for b in buckets:
@@ -361,7 +364,8 @@ def _most_batch_replicas(requests: RequestClass, column: Column) -> int | None:
 def _solve_batch(spec: Spec, batch: _Batch, columns: Sequence[Column], limits: _Limits) -> _Answer:
     """min the whole bill, all requests done; with a deadline, hours per replica stay within it."""
     problem, replicas, share = _batch_problem(batch, columns, limits)
-    if not _solve(problem):
+    status = _solve(problem)
+    if status is None:
         raise _binding_batch(spec, batch, columns, limits)
     choices, routes = [], []
     for column in columns:
@@ -383,7 +387,7 @@ def _solve_batch(spec: Spec, batch: _Batch, columns: Sequence[Column], limits: _
         routes.append(Route(serves="batch", bucket=0, column=column.name, share=part))
     chosen = {choice.column.name for choice in choices}
     others = _batch_alternatives(batch, [c for c in columns if c.name not in chosen])
-    return _Answer(tuple(choices), tuple(routes), others)
+    return _Answer(tuple(choices), tuple(routes), others, status)
 
 
 def _batch_problem(
@@ -391,10 +395,10 @@ def _batch_problem(
 ) -> tuple[pulp.LpProblem, dict[str, pulp.LpVariable], dict[str, pulp.LpVariable]]:
     problem = pulp.LpProblem("batch", pulp.LpMinimize)
     replicas = {
-        c.name: pulp.LpVariable(f"x{i}", 0, _most_batch_replicas(batch.requests, c), pulp.LpInteger)
+        c.name: problem.add_variable(f"x{i}", 0, _most_batch_replicas(batch.requests, c), pulp.LpInteger)
         for i, c in enumerate(columns)
     }
-    share = {c.name: pulp.LpVariable(f"w{i}", 0, 1) for i, c in enumerate(columns)}
+    share = {c.name: problem.add_variable(f"w{i}", 0, 1) for i, c in enumerate(columns)}
     # The tie-break prefers fewer machine hours, then columns earlier in the alphabet.
     problem += pulp.lpSum(
         (c.usd_per_hour + _TIE_BREAK) * batch.work_hours(c) * share[c.name]
@@ -459,14 +463,21 @@ def _add_limits(
         problem += pulp.lpSum(c.usd_per_hour * bought[c.name] for c in columns) <= limits.budget_usd_per_hour
 
 
-def _solve(problem: pulp.LpProblem) -> bool:
-    """Solve to the optimum; False where there is none. One thread: the same answer every time."""
+def _solve(problem: pulp.LpProblem) -> SolverStatus | None:
+    """Solve; None where there is no solution. One thread: the same answer every time.
+
+    After a time limit pulp's `status` still reads "Optimal"; `sol_status` tells an incumbent.
+    """
     problem.solve(pulp.PULP_CBC_CMD(msg=False, threads=1, timeLimit=_SOLVER_SECONDS))
-    return bool(problem.sol_status == pulp.LpSolutionOptimal)
+    found: dict[int, SolverStatus] = {
+        pulp.LpSolutionOptimal: "optimal",
+        pulp.LpSolutionIntegerFeasible: "incumbent",
+    }
+    return found.get(problem.sol_status)
 
 
 def _binding_limit(
-    spec: Spec, limits: _Limits, solvable: Callable[[_Limits], bool]
+    spec: Spec, limits: _Limits, solvable: Callable[[_Limits], object]
 ) -> tuple[Span, str, str] | None:
     """The quota or the budget, whichever alone makes the problem infeasible: (place, name, hint)."""
     budget = limits.budget_usd_per_hour

@@ -1,0 +1,100 @@
+"""runtime.json: the planner's memory items against the runtime's own count, digests, and refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from conftest import batch_spec
+
+from moeplan.codegen.emit import runtime
+from moeplan.planner.ir.plan import Plan
+from moeplan.runtime_min import plan_file
+
+Compile = Callable[[str], Plan]
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 96,
+    "intermediate_size": 136,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "vocab_size": 333,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
+
+def emitted(tmp_path: Path, compile_text: Compile, dtype: str, memory: str, **changes: int | str) -> Path:
+    """Compile a small Mixtral for a two-core box and write its runtime folder."""
+    (tmp_path / "config.json").write_text(json.dumps({**MIXTRAL, "torch_dtype": "bfloat16", **changes}))
+    text = (
+        f"name: small\nmodel: {{path: config.json, dtype: {dtype}}}\n"
+        "workload: {batch: {requests: 300, prompt: 50, output: 20}}\n"
+        f"machine: {{name: cpu-2core, memory: {memory}}}\n"
+    )
+    for path, content in runtime.emit(compile_text(text)).items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content)
+    return tmp_path / "runtime" / "batch-cpu-2core-owned"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("memory", ["2 GiB", "700 MiB"])
+@pytest.mark.parametrize("inner", [136, 7000])
+def test_memory_items_cover_what_the_runtime_counts(
+    tmp_path: Path, compile_text: Compile, dtype: str, memory: str, inner: int
+) -> None:
+    """plan_file's own functions, written for the runtime, never exceed the planner's items."""
+    plan = plan_file.load(emitted(tmp_path, compile_text, dtype, memory, intermediate_size=inner))
+    held = plan.memory
+    assert plan_file.weights_bytes(plan.model, plan.pages) == held.weights_bytes
+    assert plan_file.kv_bytes(plan.model, plan.batch) == held.kv_bytes
+    assert plan_file.workspace_bytes(plan.model, plan.batch, plan.pages) == held.workspace_bytes
+    assert plan_file.slot_bytes(plan.model, plan.pages, 2) <= plan.pages.slot_bytes or not plan.pages.slots
+    assert plan.pages.slots * plan.pages.slot_bytes == held.slots_bytes
+    items = asdict(held)
+    assert sum(items.values()) - items["budget_bytes"] <= items["budget_bytes"]
+
+
+def test_a_changed_schedule_is_refused(tmp_path: Path, compile_text: Compile) -> None:
+    folder = emitted(tmp_path, compile_text, "float32", "2 GiB")
+    with (folder / "schedule.py").open("a") as file:
+        file.write("# edited\n")
+    with pytest.raises(plan_file.PlanFileError, match=r"schedule\.py: is not the schedule"):
+        plan_file.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "has format 2"),
+        ({"schedule": {"kind": "stream", "format": 9, "sha256": "0"}}, "has format 9"),
+        ({"threads": "two"}, "threads is 'two'"),
+        ({"threads": True}, "threads is True"),
+        ({"extra": 1}, "extra is unknown"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"model": []}, "expected an object"),
+    ],
+)
+def test_a_broken_plan_file_is_named(
+    tmp_path: Path, compile_text: Compile, change: dict[str, object], message: str
+) -> None:
+    folder = emitted(tmp_path, compile_text, "float32", "2 GiB")
+    data = json.loads((folder / "runtime.json").read_text())
+    (folder / "runtime.json").write_text(json.dumps({**data, **change}))
+    with pytest.raises(plan_file.PlanFileError, match=message):
+        plan_file.load(folder)
+
+
+def test_gpu_plans_say_accelerator(compile_text: Compile) -> None:
+    files = runtime.emit(compile_text(batch_spec(machine="g4dn.16xlarge")))
+    data = json.loads(next(text for path, text in files.items() if path.endswith("runtime.json")))
+    assert (data["device"], data["schedule"]["kind"]) == ("accelerator", "cgopipe")
