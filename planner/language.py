@@ -24,7 +24,7 @@ class Scalar:
     examples: tuple[str, ...]
     number: str = ""  # "integer", "number", or none
     pattern: str = ""
-    units: Mapping[str, float] | None = None
+    units: units.Units | None = None
     low: float = 0.0
     high: float = float("inf")
     limits: str = ""

@@ -209,7 +209,7 @@ class _Reader:
             return self.problem(
                 "out-of-range", span, f"{key}: {text} is out of range", f"the range is {kind.limits}"
             )
-        return round(value) if kind.integral else value
+        return round(value) if kind.integral else float(value)
 
 
 def _inside(key: str) -> str:

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from fractions import Fraction
+
+Units = Mapping[str, Fraction]
 
 NUMBER = r"[0-9]{1,15}(\.[0-9]{1,15})?"
 
-BYTES: Mapping[str, float] = {
-    "B": 1,
-    "kB": 10**3,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
+BYTES: Units = {
+    "B": Fraction(1),
+    "kB": Fraction(10**3),
+    "KB": Fraction(10**3),
+    "MB": Fraction(10**6),
+    "GB": Fraction(10**9),
+    "TB": Fraction(10**12),
+    "KiB": Fraction(2**10),
+    "MiB": Fraction(2**20),
+    "GiB": Fraction(2**30),
+    "TiB": Fraction(2**40),
 }
-SECONDS: Mapping[str, float] = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-PER_SECOND: Mapping[str, float] = {"/s": 1.0, "/min": 1 / 60, "/h": 1 / 3600}
-USD_PER_HOUR: Mapping[str, float] = {"USD/h": 1.0, "$/h": 1.0}
-SHARE: Mapping[str, float] = {"%": 0.01}
-TOKENS: Mapping[str, float] = {"tokens": 1, "token": 1}
+SECONDS: Units = {
+    "ms": Fraction(1, 1000),
+    "s": Fraction(1),
+    "min": Fraction(60),
+    "h": Fraction(3600),
+    "d": Fraction(86400),
+}
+PER_SECOND: Units = {"/s": Fraction(1), "/min": Fraction(1, 60), "/h": Fraction(1, 3600)}
+USD_PER_HOUR: Units = {"USD/h": Fraction(1), "$/h": Fraction(1)}
+SHARE: Units = {"%": Fraction(1, 100)}
+TOKENS: Units = {"tokens": Fraction(1), "token": Fraction(1)}
 
 
-def pattern(units: Mapping[str, float]) -> str:
+def pattern(units: Units) -> str:
     """The regular expression of a number and one of `units`, as the spec's JSON Schema has it.
 
     Money may also have its sign in front: "$20/h".
@@ -38,24 +47,23 @@ def pattern(units: Mapping[str, float]) -> str:
     return f"^{suffixed}$"
 
 
-def parse(text: str, units: Mapping[str, float]) -> float | None:
-    """`text` in base units; None where it does not match `pattern(units)`."""
+def parse(text: str, units: Units) -> int | float | None:
+    """`text` in base units, an int where that is exact; None where it does not match `pattern(units)`."""
     if not re.fullmatch(pattern(units), text):
         return None
     if text.startswith("$"):
         text = text.removeprefix("$").removesuffix("/h").strip() + "$/h"
     found = re.match(NUMBER, text)
     assert found is not None  # the pattern starts with a number
-    number, scale = found.group(), units[text[found.end() :].strip()]
-    # Exact where both are whole: 3 TiB must not go through a float.
-    return int(number) * scale if number.isdigit() else float(number) * scale
+    value = Fraction(found.group()) * units[text[found.end() :].strip()]
+    return int(value) if value.denominator == 1 else float(value)
 
 
 def format_bytes(value: float) -> str:
     """Bytes for people: one decimal, binary units."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         if value >= BYTES[unit]:
-            return f"{value / BYTES[unit]:.1f} {unit}"
+            return f"{value / float(BYTES[unit]):.1f} {unit}"
     return f"{value:.0f} B"
 
 
@@ -63,5 +71,5 @@ def format_duration(seconds: float) -> str:
     """A duration for people: three digits, the largest unit that leaves at least one."""
     for unit in ("d", "h", "min", "s", "ms"):
         if seconds >= SECONDS[unit]:
-            return f"{seconds / SECONDS[unit]:.3g} {unit}"
+            return f"{seconds / float(SECONDS[unit]):.3g} {unit}"
     return f"{seconds * 1e6:.3g} µs"

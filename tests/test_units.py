@@ -27,7 +27,7 @@ from moeplan.planner import units
         ("512 tokens", units.TOKENS, 512),
     ],
 )
-def test_units(text: str, table: dict[str, float], value: float) -> None:
+def test_units(text: str, table: units.Units, value: float) -> None:
     assert units.parse(text, table) == pytest.approx(value, rel=1e-12)
 
 
@@ -44,7 +44,7 @@ def test_whole_bytes_are_exact(number: int, unit: str) -> None:
 
 
 @given(st.text(max_size=20), st.sampled_from([units.BYTES, units.SECONDS, units.USD_PER_HOUR, units.SHARE]))
-def test_any_text_is_a_number_or_nothing(text: str, table: dict[str, float]) -> None:
+def test_any_text_is_a_number_or_nothing(text: str, table: units.Units) -> None:
     value = units.parse(text, table)
     assert value is None or value >= 0
 
