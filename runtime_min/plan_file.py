@@ -190,11 +190,6 @@ def call_tokens(batch: BatchPlan) -> int:
     return min(largest_pass, max(batch.prefill_tokens, batch.prompt_tokens, batch.micro_batch, 1024))
 
 
-def head_rows(batch: BatchPlan) -> int:
-    """How many sequences one call of the head scores."""
-    return min(batch.sequences, max(batch.micro_batch, 64))
-
-
 def workspace_bytes(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
     """What a run needs beside weights, slots and the KV cache. T = N · prompt_tokens, C = `call_tokens`.
 
@@ -203,7 +198,7 @@ def workspace_bytes(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
     call      C tokens in float32: attention 3 · hidden + 8 · (heads + kv_heads) · head_dim, or an expert
               3 · hidden + 3 · expert_intermediate, or a router 4 · experts, whichever is largest
     mask      micro_batch · context_tokens · 8 bytes
-    logits    (N + `head_rows`) · vocab in float32
+    logits    (N + micro_batch) · vocab in float32
     rope      2 · context_tokens · head_dim in float32, and as much again while it is made
     weights   the largest page in float32: converted from the stored dtype, or packed by the kernels
     loading   a block per reader, and 32 MiB for what the kernels and the allocator hold
@@ -214,7 +209,7 @@ def workspace_bytes(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
     expert = 3 * model.hidden + 3 * model.expert_intermediate
     call = 4 * call_tokens(batch) * max(attention, expert, 4 * model.experts)
     mask = 8 * batch.micro_batch * batch.context_tokens
-    logits = 4 * (batch.sequences + head_rows(batch)) * model.vocab
+    logits = 4 * (batch.sequences + batch.micro_batch) * model.vocab
     rope = 4 * 4 * batch.context_tokens * model.head_dim
     page = 4 * max(page_parameters(model, pages, p) for p in range(pages.pages_per_layer))
     loading = pages.readers * (pages.block_bytes + 2 * ALIGNMENT_BYTES) + (32 << 20)

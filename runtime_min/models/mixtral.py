@@ -17,7 +17,7 @@ from moeplan.runtime_min.lanes import ATTENTION, EMBED, EXPERTS, HEAD, ROUTE, Ro
 from moeplan.runtime_min.layers import Rope, Routing, choose_experts, expert, linear, rms_norm, sort_by_expert
 from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.pages import PageStore
-from moeplan.runtime_min.plan_file import ModelPlan, PagePlan, RuntimePlan, call_tokens, head_rows
+from moeplan.runtime_min.plan_file import ModelPlan, PagePlan, RuntimePlan, call_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
@@ -86,7 +86,7 @@ class Mixtral:
         m, batch, dtype = plan.model, plan.batch, DTYPES[plan.model.compute_dtype]
         self._model, self._page_plan, self._config, self._pages = m, plan.pages, config, pages
         self._call = call_tokens(batch)
-        self._head_rows = head_rows(batch)
+        self._head_rows = batch.micro_batch
         tokens = batch.sequences * batch.prompt_tokens
         self._hidden = torch.empty(tokens, m.hidden)  # the residual stream, always float32
         self._normed = torch.empty(tokens, m.hidden, dtype=dtype)
