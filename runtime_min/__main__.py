@@ -26,11 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  hint: {error.hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = (
-            options.command == "run"
-            and f"; {options.output}.partial is kept: the same command goes on from there"
-        )
-        print(f"\ninterrupted{kept or ''}", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
+        if options.command == "run":
+            print(
+                f"  hint: {options.output}.partial keeps what is done; the same command goes on from there",
+                file=sys.stderr,
+            )
         return INTERRUPTED
 
 

@@ -74,7 +74,7 @@ def memory_bytes() -> int:
 def _rate(work: Callable[[], object], amount: float, seconds: float) -> float:
     """Median of `amount` per second over repetitions that fill `seconds`, after one to warm up."""
     work()
-    rates = []
+    rates: list[float] = []
     end = time.perf_counter() + seconds
     while len(rates) < 3 or time.perf_counter() < end:
         start = time.perf_counter()

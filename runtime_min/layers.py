@@ -17,10 +17,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None, eps).to(weight.dtype).mul_(weight)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in] times weight [out, in]."""
+    return F.linear(pad_rows(x), weight)[: len(x)]
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """Round the rows of a half precision product up to one of few numbers.
+
+    oneDNN compiles and keeps a kernel for each number of rows it meets: 2 ms and 0.7 MB each where it was
+    measured, more than most products take, and routing brings new numbers forever.
+    """
+    rows = len(x) if x.dtype == torch.float32 else round_rows(len(x))
+    return x if rows == len(x) else F.pad(x, (0, 0, 0, rows - len(x)))
+
+
+def round_rows(rows: int) -> int:
+    """The next power of two up to 16, then the next of about four steps to each power of two."""
+    power = 1 << max(0, rows - 1).bit_length()  # the next power of two
+    step = power if rows <= 16 else max(16, power // 8)
+    return -(-rows // step) * step
+
+
 def expert(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     """w2 · (silu(w1 · x) * (w3 · x)) for x [T, H], w1 and w3 [I, H], w2 [H, I]."""
-    inner = F.silu(F.linear(x, w1), inplace=True)  # [T, I]
-    return F.linear(inner.mul_(F.linear(x, w3)), w2)
+    padded = pad_rows(x)
+    inner = F.silu(F.linear(padded, w1), inplace=True)  # [T, I]
+    return F.linear(inner.mul_(F.linear(padded, w3)), w2)[: len(x)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +57,7 @@ class Routing:
 
 def choose_experts(x: Tensor, gate: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """The `top` experts of each token and their weights, which sum to 1: [T, K] float32, [T, K]."""
-    scores = F.softmax(F.linear(x, gate).float(), dim=-1)  # [T, E]
+    scores = F.softmax(linear(x, gate).float(), dim=-1)  # [T, E]
     weights, experts = scores.topk(top, dim=-1)
     return weights.div_(weights.sum(dim=-1, keepdim=True)), experts
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -202,24 +203,32 @@ class PageStore:
     def _load(self, refs: Sequence[TensorRef]) -> dict[str, Tensor]:
         """Read `refs` into memory of their own, converted to the compute dtype."""
         tensors = {ref.name: torch.empty(ref.shape, dtype=self._dtype) for ref in refs}
+        buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
+        for _ in range(self._plan.readers):
+            buffers.put(mmap.mmap(-1, self._plan.block_bytes + 2 * ALIGNMENT_BYTES))
+
+        def load(piece: tuple[TensorRef, int, int]) -> None:
+            buffer = buffers.get()
+            ref, first, last = piece
+            tensors[ref.name].view(-1)[first:last] = self._read_piece(buffer, ref, first, last)
+            buffers.put(buffer)
+
         pieces = [(ref, *ends) for ref in refs for ends in _pieces(ref, self._plan.block_bytes)]
         with ThreadPoolExecutor(self._plan.readers) as readers:
-            for _ in readers.map(lambda piece: self._load_piece(tensors[piece[0].name], *piece), pieces):
+            for _ in readers.map(load, pieces):
                 pass
         return tensors
 
-    def _load_piece(self, tensor: Tensor, ref: TensorRef, first: int, last: int) -> None:
-        """Read the elements [first, last) of one tensor."""
+    def _read_piece(self, buffer: mmap.mmap, ref: TensorRef, first: int, last: int) -> Tensor:
+        """The elements [first, last) of one tensor, in `buffer`."""
         item = DTYPES[ref.dtype].itemsize
         low, high = ref.offset + first * item, ref.offset + last * item
         start = _down(low)
-        memory = mmap.mmap(-1, _up(high) - start)
         try:
-            self._shards[ref.path].read(start, memoryview(memory))
+            self._shards[ref.path].read(start, memoryview(buffer)[: _up(high) - start])
         except (OSError, EOFError) as error:
             raise ReadError(f"{ref.path}: {ref.name}: cannot be read: {error}") from None
-        data = torch.frombuffer(memory, dtype=torch.uint8)[low - start : high - start]
-        tensor.view(-1)[first:last] = _typed(data, ref)
+        return _typed(torch.frombuffer(buffer, dtype=torch.uint8)[low - start : high - start], ref)
 
 
 def _pieces(ref: TensorRef, block_bytes: int) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ never continued with another input, plan or checkpoint. At the end OUT is writte
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
@@ -64,6 +65,11 @@ class Results:
             file = self._partial.open("r+b" if self._partial.exists() else "w+b")
         except OSError as error:
             raise RunError(f"{self._partial}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise RunError(f"{self._partial}: is being written by another run") from None
         first = file.readline()
         if first.endswith(b"\n") and first != header:
             file.close()

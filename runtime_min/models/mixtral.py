@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeplan.runtime_min.attention import KvCache, MicroBatch, attend
 from moeplan.runtime_min.lanes import ATTENTION, EMBED, EXPERTS, HEAD, ROUTE, Row
-from moeplan.runtime_min.layers import Rope, Routing, choose_experts, expert, rms_norm, sort_by_expert
+from moeplan.runtime_min.layers import Rope, Routing, choose_experts, expert, linear, rms_norm, sort_by_expert
 from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.pages import PageStore
 from moeplan.runtime_min.plan_file import ModelPlan, PagePlan, RuntimePlan, call_tokens
@@ -124,14 +124,14 @@ class Mixtral:
         residual = self.hidden[batch.rows]
         x = rms_norm(residual, self._layer(layer, "input_layernorm"), self._config.norm_eps)
         q, k, v = (
-            F.linear(x, weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"]).view(
+            linear(x, weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"]).view(
                 len(x), -1, self._model.head_dim
             )
             for name in "qkv"
         )  # [T, Q, D], [T, V, D], [T, V, D]
         q, k = self._rope(q, batch.positions), self._rope(k, batch.positions)
         out = attend(layer, batch, self._cache, q, k, v)
-        residual += F.linear(out, weights[f"model.layers.{layer}.self_attn.o_proj.weight"])
+        residual += linear(out, weights[f"model.layers.{layer}.self_attn.o_proj.weight"])
 
     def _route(self, layer: int) -> None:
         norm, gate = (
@@ -155,7 +155,8 @@ class Mixtral:
             w1, w2, w3 = (weights[name] for name in expert_names(layer, e))
             for rows in self._pieces(end - first, self._call, first):
                 tokens = routing.tokens[rows]
-                out = expert(self.normed[tokens], w1, w2, w3).float().mul_(routing.weights[rows, None])
+                x = self.normed.index_select(0, tokens)  # faster than indexing
+                out = expert(x, w1, w2, w3).float().mul_(routing.weights[rows, None])
                 self.hidden.index_add_(0, tokens, out)
 
     def _head(self) -> None:
@@ -163,7 +164,7 @@ class Mixtral:
         norm = self._resident("model.norm")
         for rows in self._pieces(len(self.logits), self._head_rows):
             x = rms_norm(self.hidden[self._step.last[rows]], norm, self._config.norm_eps)
-            self.logits[rows] = F.linear(x, weight)
+            self.logits[rows] = linear(x, weight)
 
     def _resident(self, name: str) -> Tensor:
         return self._pages.resident[name + ".weight"]

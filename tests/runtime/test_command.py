@@ -1,6 +1,9 @@
 """The command line: exit codes, messages without traceback, and help without torch."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 from folders import Shape, make_plan, save_checkpoint, write_plan
@@ -67,10 +70,40 @@ def test_interruption_says_how_to_go_on(folders, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(run.Results, "finish", interrupt)
     output = tmp_path / "out.jsonl"
     assert command.main(arguments(folders, "--output", str(output))) == 130
-    assert f"{output}.partial is kept" in capsys.readouterr().err
+    assert f"{output}.partial keeps what is done" in capsys.readouterr().err
     monkeypatch.undo()
     assert command.main(arguments(folders, "--output", str(output))) == 0
     assert "2 requests (2 from the interrupted run)" in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on(folders, tmp_path):
+    """A real process, ended without warning while it works; the same bytes as in one go."""
+    _, runtime_dir = folders
+    lines = [
+        {
+            "custom_id": str(n),
+            "url": "/v1/completions",
+            "body": {"prompt": f"Tale {n}", "max_tokens": 40, "seed": n},
+        }
+        for n in range(60)
+    ]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    options = [str(runtime_dir), "--input", str(source), "--output"]
+    partial = tmp_path / "out.jsonl.partial"
+    with subprocess.Popen(
+        [sys.executable, "-m", "moeplan.runtime_min", "run", *options, str(output)]
+    ) as process:
+        while process.poll() is None and not (partial.exists() and partial.read_bytes().count(b"\n") > 5):
+            time.sleep(0.005)
+        process.kill()
+    assert not output.exists()
+    done = partial.read_bytes().count(b"\n") - 1
+    assert 5 <= done < len(lines)
+    report = run.run_plan(runtime_dir, None, source, output)
+    assert (report.resumed, report.answered) == (done, len(lines) - done)
+    run.run_plan(runtime_dir, None, source, tmp_path / "whole.jsonl")
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_progress_bar(capsys):

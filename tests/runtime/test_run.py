@@ -179,6 +179,13 @@ def test_another_input_does_not_continue_it(runtime_dir, tmp_path):
         run_plan(runtime_dir, None, write_input(tmp_path, LINES[:1]), tmp_path / "out.jsonl")
 
 
+def test_two_runs_do_not_share_an_output(runtime_dir, tmp_path):
+    other = results.Results(tmp_path / "out.jsonl", "x")
+    with pytest.raises(RunError, match="is being written by another run"):
+        run_plan(runtime_dir, None, write_input(tmp_path, LINES[:1]), tmp_path / "out.jsonl")
+    other.close()
+
+
 @pytest.mark.parametrize("torn", [b"", b'{"moeplan_par', b'{"moeplan_partial": 1, "run": "x"}'])
 def test_a_partial_file_torn_in_its_first_line(tmp_path, torn):
     path = tmp_path / "out.jsonl.partial"
