@@ -35,10 +35,12 @@ def _upper_names(names: Sequence[str]) -> str:
     return ", ".join(name.upper() for name in names)
 
 
-def yaml_scalar(value: str | int | float | bool) -> str:
+def yaml_scalar(value: object) -> str:
     """A YAML flow scalar that YAML 1.1 and 1.2 parsers read back as `value`, type included.
 
     Strings are double-quoted and so never look like a number, boolean or date.
     """
+    if not isinstance(value, (str, int, float, bool)):
+        raise TypeError(f"{value} is not a scalar")  # a name without a value raises here as elsewhere
     style = '"' if isinstance(value, str) else None
     return yaml.safe_dump(value, default_style=style, width=math.inf).splitlines()[0]

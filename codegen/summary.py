@@ -30,7 +30,7 @@ def _choice_lines(choice: Choice) -> list[str]:
         engine = "from disk" if policy.weights_on == "disk" else "in memory"
     return [
         f"  deploy      {choice.replicas} × {column.policy.machine.name} ({column.market}{price}), {engine}",
-        f"  batch       {policy.sequences} sequences in {policy.micro_batches} micro-batches, {policy.dtype}",
+        f"  batch       {policy.sequences} sequences, micro-batches of {policy.micro_batch}, {policy.dtype}",
         f"  reaches     {interval(policy.generated_tokens_per_s, '', ' tokens/s generated')} per replica"
         f" [{policy.generated_tokens_per_s.provenance}]",
         f"  bottleneck  {policy.bottleneck}",

@@ -23,6 +23,7 @@ def emit(plan: Plan) -> dict[str, str]:
         "model": plan.workload.model,
         "classes": [_class_line(requests) for requests in plan.workload.classes],
         "deploy": [_deploy_row(c, s) for c, s in zip(plan.fleet.choices, plan.placement.sites, strict=True)],
+        "rented": plan.fleet.usd_per_hour > 0,
         "usd_per_hour": f"{plan.fleet.usd_per_hour:.2f}",
         "token_prices": [
             (name, interval(price, "$", "")) for name, price in plan.fleet.usd_per_million_tokens
@@ -40,11 +41,15 @@ def emit(plan: Plan) -> dict[str, str]:
     return {"report.md": render("report/report.md.j2", **values)}
 
 
+def figure(value: float) -> str:
+    """Three significant digits, thousands separated."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def interval(estimate: Estimate, before: str, after: str) -> str:
     """`value (low to high)` with the unit around the value."""
-    if estimate.sigma == 0:
-        return f"{before}{estimate.value:.3g}{after}"
-    return f"{before}{estimate.value:.3g}{after} ({estimate.low:.3g} to {estimate.high:.3g})"
+    text = f"{before}{figure(estimate.value)}{after}"
+    return f"{text} ({figure(estimate.low)} to {figure(estimate.high)})" if estimate.sigma else text
 
 
 def _class_line(requests: RequestClass) -> str:
@@ -99,7 +104,7 @@ def _replica(replica: Replica) -> dict[str, Any]:
         "points": [
             (p.level, f"{p.p1_flops_per_byte:.3g}", f"{p.p2_flops_per_byte:.3g}", f"{p.tokens_at_p2:.0f}")
             for p in replica.roofline.turning_points
-            if policy.engine == "runtime_min" and policy.gpus
+            if policy.engine == "runtime_min" and p.p1_flops_per_byte > 0
         ],
         "schedule": replica.schedule,
         "unrun": policy.engine == "runtime_min" and policy.gpus > 0,
@@ -110,7 +115,8 @@ def _how(policy: Policy) -> str:
     batch = f"{policy.sequences} sequences in flight, computed in {policy.dtype}"
     if policy.engine == "vllm":
         return f"vLLM, {policy.data_parallel} × {policy.gpus} GPUs, weights in GPU memory, at most {batch}"
-    groups = f"{policy.micro_batches} micro-batches of {policy.micro_batch}"
+    plural = "" if policy.micro_batches == 1 else "es"
+    groups = f"{policy.micro_batches} micro-batch{plural} of {policy.micro_batch}"
     if policy.gpus:
         way = "through a pinned ring" if policy.staged else "from pinned memory"
         return (

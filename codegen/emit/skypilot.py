@@ -24,13 +24,14 @@ def emit(plan: Plan) -> dict[str, str]:
     Nothing for machines that the user owns, and nothing for offloaded replicas: runtime_min does not
     execute accelerator plans yet, and a job that cannot run is worse than none.
     """
-    files = {}
+    files: dict[str, str] = {}
     for choice, site in zip(plan.fleet.choices, plan.placement.sites, strict=True):
         if site.market == "owned" or choice.column.policy.engine != "vllm":
             continue
         kind = "service" if site.serves == "online" else "job"
+        name = plan.spec.name if len(plan.fleet.choices) == 1 else f"{plan.spec.name}-{len(files) + 1}"
         files[f"skypilot/{site.column}.yaml"] = render(
-            f"skypilot/{kind}.yaml.j2", **_values(plan, choice, site)
+            f"skypilot/{kind}.yaml.j2", name=name, **_values(plan, choice, site)
         )
     return files
 
@@ -39,7 +40,6 @@ def _values(plan: Plan, choice: Choice, site: Site) -> dict[str, Any]:
     policy = choice.column.policy
     machine = policy.machine
     return {
-        "name": f"{plan.spec.name}-{site.serves}",
         "column": site.column,
         "gpu": machine.gpu,
         "gpus": machine.gpus,
