@@ -195,7 +195,7 @@ def _compile(spec: Path, machine: Path | None, trace: Trace | None) -> tuple[Pla
 
     text = spec.read_bytes()
     plan = compile_plan(text, str(spec), machine, trace)
-    digests = {**input_digests(plan.spec, text, machine), "catalog": plan.catalog_sha256}
+    digests = {**input_digests(plan.spec, text, machine), "facts": plan.facts_sha256}
     solver = {
         "status": plan.fleet.solver_status,
         "gap": 0.0 if plan.fleet.solver_status == "optimal" else None,

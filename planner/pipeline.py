@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from moeplan.planner import verify
 from moeplan.planner.candidates import candidate_machines, candidate_offers
-from moeplan.planner.catalog import catalog_digest
+from moeplan.planner.catalog import facts_digest
 from moeplan.planner.inputs import load_inputs
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import Policy
@@ -85,5 +85,5 @@ def compile_plan(
         fleet=fleet,
         replicas=replicas,
         placement=placement,
-        catalog_sha256=catalog_digest(inputs.catalog),
+        facts_sha256=facts_digest(inputs.model, *machines, *offers),
     )

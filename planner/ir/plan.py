@@ -25,7 +25,7 @@ class Replica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A compiled spec."""
+    """A compiled spec. `facts_sha256` is of the model, machines and offers that it was chosen from."""
 
     spec: Spec
     workload: Workload
@@ -33,4 +33,4 @@ class Plan:
     fleet: Fleet
     replicas: tuple[Replica, ...]
     placement: Placement
-    catalog_sha256: str
+    facts_sha256: str
