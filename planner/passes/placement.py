@@ -40,7 +40,7 @@ def _statement(spec: Spec, sites: Sequence[Site]) -> str:
             "one spot replica is to spare and on-demand replicas stand in"
         )
     if any(site.market == "spot" for site in sites):
-        return "batch work on spot machines: a preempted job starts again elsewhere and resumes"
+        return "batch work on spot machines: a preempted job is started again elsewhere, from its beginning"
     return "no spot machines: availability is that of on-demand or owned machines"
 
 
