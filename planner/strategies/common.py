@@ -57,12 +57,20 @@ def run_seconds(
 ) -> NDArray[np.float64]:
     """Seconds for all requests of a batch class, `sequences` at a time.
 
-    The last batch is not full: its prefill is shorter in proportion, its decode steps are taken as full.
+    A batch decodes until its longest output is done. The last batch is not full: its prefill is shorter in
+    proportion, its decode passes are taken as full.
     """
-    count, output = max(1, requests.requests), requests.mean_output_tokens()
+    count = max(1, requests.requests)
     batches = np.ceil(count / np.asarray(sequences, dtype=float))
     prefill = np.asarray(prefill_s) * count / np.asarray(sequences)
-    return np.asarray(prefill + batches * max(0.0, output - 1.0) * np.asarray(decode_s))
+    return np.asarray(prefill + batches * requests.decode_passes() * np.asarray(decode_s))
+
+
+def bottleneck(requests: RequestClass, prefill: PassTime, decode: PassTime) -> str:
+    """The lane that bounds the phase in which a batch spends most of its time."""
+    if prefill.seconds > requests.decode_passes() * decode.seconds:
+        return f"prefill: {prefill.bottleneck}"
+    return f"decode: {decode.bottleneck}"
 
 
 def batch_rates(

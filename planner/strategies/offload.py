@@ -22,6 +22,7 @@ from moeplan.planner.strategies.common import (
     GPU_SHARE,
     HOST_SHARE,
     batch_rates,
+    bottleneck,
     estimate,
     lanes,
     run_seconds,
@@ -267,7 +268,6 @@ class _Search:
         micro_batches = int(point.micro_batches[0])
         decode = _pass_time(point.decode)
         prefill = _pass_time(point.prefill)
-        output = requests.mean_output_tokens()
         gpu = self.gpu_items(point.sequences, point.micro_batch, point.resident_experts)
         host = self.host_items(point.sequences, point.resident_experts)
         return Policy(
@@ -297,10 +297,12 @@ class _Search:
             prefill_tokens_per_s=estimate(
                 roofline, sequences * requests.mean_prompt_tokens() / prefill.seconds, self.gpus
             ),
-            decode_tokens_per_s=estimate(roofline, sequences / decode.seconds, self.gpus),
+            decode_tokens_per_s=estimate(
+                roofline, sequences * requests.decode_occupancy() / decode.seconds, self.gpus
+            ),
             generated_tokens_per_s=estimate(roofline, float(point.generated_tokens_per_s[0]), self.gpus),
             rates=batch_rates(roofline, requests, sequences, prefill, decode, self.gpus),
-            bottleneck=_bottleneck(prefill, decode, output),
+            bottleneck=bottleneck(requests, prefill, decode),
         )
 
     def _pages(self, point: _Point, micro_batches: int) -> Pages:
@@ -343,10 +345,3 @@ def _pass_time(lane_seconds: dict[str, Array]) -> PassTime:
 
 def _first(items: list[tuple[str, Array]]) -> list[tuple[str, float]]:
     return [(item, float(size[0])) for item, size in items]
-
-
-def _bottleneck(prefill: PassTime, decode: PassTime, output: float) -> str:
-    """The lane that bounds the phase in which the run spends most of its time."""
-    if prefill.seconds > (output - 1.0) * decode.seconds:
-        return f"prefill: {prefill.bottleneck}"
-    return f"decode: {decode.bottleneck}"

@@ -18,6 +18,7 @@ from moeplan.planner.ir.workload import RequestClass, Workload
 from moeplan.planner.strategies.common import (
     HOST_SHARE,
     batch_rates,
+    bottleneck,
     estimate,
     lanes,
     run_seconds,
@@ -241,10 +242,6 @@ class _Point:
         roofline, requests = self.roofline, self.requests
         prefill, decode = self.prefill, self.decode
         streamed = self.streamed_bytes > 0
-        longer = (
-            "prefill" if prefill.seconds > (requests.mean_output_tokens() - 1) * decode.seconds else "decode"
-        )
-        lane = (prefill if longer == "prefill" else decode).bottleneck
         return Policy(
             machine=roofline.machine,
             serves=requests.name,
@@ -277,10 +274,12 @@ class _Point:
             prefill_tokens_per_s=estimate(
                 roofline, self.sequences * requests.mean_prompt_tokens() / prefill.seconds
             ),
-            decode_tokens_per_s=estimate(roofline, self.sequences / decode.seconds),
+            decode_tokens_per_s=estimate(
+                roofline, self.sequences * requests.decode_occupancy() / decode.seconds
+            ),
             generated_tokens_per_s=estimate(roofline, self.generated_tokens_per_s),
             rates=batch_rates(roofline, requests, self.sequences, prefill, decode, gpus=0),
-            bottleneck=f"{longer}: {lane}",
+            bottleneck=bottleneck(requests, prefill, decode),
         )
 
     def _memory(self) -> list[tuple[str, float]]:
