@@ -1,14 +1,18 @@
-# `make demo` and `make test` need nothing but python3 (3.11 or newer, with venv), make and gcc.
+# `make demo` and `make test` need nothing but python3 (3.11 or newer), make and gcc.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := build/demo
+# Debian packages venv apart from Python; in a fresh container there is a root to install it.
+GET_VENV := { test "$$(id -u)" = 0 && apt-get update -q && apt-get install -q -y python3-venv; }
 
 .PHONY: demo test test-all lint types check examples clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || \
-	  { echo 'moeplan needs Python 3.11 or newer with its venv module: apt install python3 python3-venv' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'moeplan needs Python 3.11 or newer' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(GET_VENV) || \
+	  { echo "Python's venv module is missing: sudo apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[runtime,dev]'
 	touch $@

@@ -111,6 +111,7 @@ def verify_schedule(schedule: Schedule) -> None:
     """
     tasks = programs.passes(schedule, ["prefill", "decode", "decode", "decode"])
     prove_race_free(schedule, tasks, programs.waits(schedule.kind, tasks))
+    prove_pages(tasks)
 
 
 def prove_race_free(schedule: Schedule, tasks: Sequence[Task], waits: Sequence[programs.Waits]) -> None:
@@ -138,6 +139,23 @@ def prove_race_free(schedule: Schedule, tasks: Sequence[Task], waits: Sequence[p
             reads_since.setdefault(buffer, []).append((lane, clock[lane]))
         for buffer in task.writes:
             last_write[buffer], reads_since[buffer] = (lane, clock[lane]), []
+
+
+def prove_pages(tasks: Sequence[Task]) -> None:
+    """Raise VerificationError unless every task that reads a page finds the page that it needs there."""
+    held: dict[Buffer, tuple[int, int]] = {}  # page buffer -> (layer, page) that it holds
+    for task in tasks:
+        page = (task.layer, 0 if task.op == "attention" else task.item)
+        for buffer in task.reads:
+            if buffer[0] in ("slot", "pinned"):
+                _require(
+                    held.get(buffer) == page, f"{task.op} of layer {task.layer} finds its page in {buffer}"
+                )
+            if buffer[0] == "weights":
+                _require(held.get(buffer) == (task.layer, buffer[2]), f"{task.op} finds layer {task.layer}")
+        for buffer in task.writes:
+            if buffer[0] in ("slot", "pinned", "weights"):
+                held[buffer] = page
 
 
 def verify_placement(fleet: Fleet, placement: Placement) -> None:
