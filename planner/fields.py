@@ -6,7 +6,7 @@ One table of these (`moeplan.planner.spec.SPEC`) drives the parser, the JSON Sch
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,6 +117,11 @@ class Group:
         """The field of that key."""
         return next(one for one in self.fields if one.key == key)
 
+    @property
+    def known_keys(self) -> str:
+        """A hint."""
+        return f"known keys: {', '.join(one.key for one in self.fields)}"
+
 
 Kind = Text | Choice | Whole | Measure | ListOf | TableOf | Group
 
@@ -143,7 +148,6 @@ class Reader:
     Where a problem is noted for a value, that value is None; nobody may use values if there are problems.
     """
 
-    path: str
     problems: list[Diagnostic] = field(default_factory=list)
     spans: dict[str, Span] = field(default_factory=dict)
 
@@ -257,16 +261,23 @@ class Reader:
             self._wrong(node, key, "a list", f"write it in brackets: [{cut(text)}]" if text else "")
             return ()
         self._check_count(len(node.items), kind.most, node, key)
-        values = []
+        values: list[Any] = []
         for number, item in enumerate(node.items):
             place = f"{key}.{number}"
             self.spans[place] = item.span
             values.append(self.read(kind.item, item, place))
             if kind.unique and values[-1] is not None and values[-1] in values[:-1]:
                 self.note("repeated-value", item.span, f"{key} has {shown(values[-1])} twice", "remove one")
-            if kind.several_need and len(node.items) > 1 and isinstance(item, Mapped):
-                self._need(item, kind.several_need, place, f"each of several {key} needs")
+            if len(node.items) > 1:
+                self._check_several(kind, item, key)
         return tuple(values)
+
+    def _check_several(self, kind: ListOf, item: Node, key: str) -> None:
+        """Note an item without the key that each of several items needs."""
+        if not kind.several_need or not isinstance(kind.item, Group) or not isinstance(item, Mapped):
+            return
+        if kind.several_need not in _given(kind.item, item):
+            self._missing(item.span, kind.several_need, f"each of several {key}")
 
     def _table(self, kind: TableOf, node: Node, key: str) -> dict[str, Any]:
         if not isinstance(node, Mapped):
@@ -292,49 +303,47 @@ class Reader:
         return self.read(kind, value, place)
 
     def _group(self, kind: Group, node: Node, key: str) -> dict[str, Any]:
-        known = [one.key for one in kind.fields]
         if kind.short_for and isinstance(node, Scalar) and node.form != "null":
             self.spans[joined(key, kind.short_for)] = node.span
             given = {kind.short_for: self.read(kind.field(kind.short_for).kind, node, key)}
             return _defaults(kind) | given
         if not isinstance(node, Mapped):
-            self._wrong(node, key, "a group of keys", f"its keys: {', '.join(known)}")
+            expected = "a name or a group of keys" if kind.short_for else "a group of keys"
+            self._wrong(node, key, expected, kind.known_keys)
             return {}
-        for name in node.entries.keys() - set(known):
-            where = f" in {key}" if key else ""
-            hint = nearest(name, known, f"known keys: {', '.join(known)}")
-            self.note("unknown-key", node.key_spans[name], f"unknown key {shown(name)}{where}", hint)
         self._check_keys(kind, node, key)
         fields = [one for one in kind.fields if one.key in node.entries]
         return _defaults(kind) | {one.key: self._entry(one.kind, node, one.key, key) for one in fields}
 
     def _check_keys(self, kind: Group, node: Mapped, key: str) -> None:
-        """Note the keys that are missing or do not go together."""
+        """Note the keys that are unknown, missing or do not go together."""
+        names = [one.key for one in kind.fields]
+        for name in _unknown(kind, node):
+            message = f"unknown key {shown(name)}{f' in {key}' if key else ''}"
+            self.note("unknown-key", node.key_spans[name], message, nearest(name, names, kind.known_keys))
+        place, given = self.spans.get(key, node.span), _given(kind, node)
         for one in kind.fields:
-            if one.required:
+            if one.required and one.key not in given:
                 hint = f"such as {one.key}: {one.examples[0]}"
-                self._need(node, one.key, key, f"{key or 'the spec'} needs", hint)
+                self._missing(place, one.key, key or "the spec", hint)
         for rule in kind.rules:
-            match rule:
-                case ExactlyOne(keys=keys):
-                    self._need_one(node, keys, key)
-                    self._refuse_all(node, keys, key)
-                case AtLeastOne(keys=keys):
-                    self._need_one(node, keys, key)
-                case NotTogether(keys=keys):
-                    self._refuse_all(node, keys, key)
-                case Needs(key=first, others=others) if first in node.entries:
-                    for other in others:
-                        self._need(node, other, key, f"{joined(key, first)} needs")
+            self._check_rule(rule, node, key, given)
 
-    def _need(self, node: Mapped, name: str, key: str, reason: str, hint: str = "") -> None:
-        if not _given(node, name):
-            self.note("missing-key", self._place(node, key), f"{reason} the key {name!r}", hint)
+    def _check_rule(self, rule: Rule, node: Mapped, key: str, given: Set[str]) -> None:
+        place = self.spans.get(key, node.span)
+        if isinstance(rule, Needs):
+            for other in rule.others if rule.key in given else ():
+                if other not in given:
+                    self._missing(place, other, joined(key, rule.key))
+            return
+        if not isinstance(rule, NotTogether) and not given & set(rule.keys):
+            message = f"{key or 'the spec'} needs one of the keys {_or(map(repr, rule.keys))}"
+            self.note("missing-key", place, message)
+        if not isinstance(rule, AtLeastOne):
+            self._refuse_all(node, rule.keys, key)
 
-    def _need_one(self, node: Mapped, names: tuple[str, ...], key: str) -> None:
-        if not any(_given(node, name) for name in names):
-            message = f"{key or 'the spec'} needs one of the keys {_or(repr(name) for name in names)}"
-            self.note("missing-key", self._place(node, key), message)
+    def _missing(self, place: Span, name: str, needy: str, hint: str = "") -> None:
+        self.note("missing-key", place, f"{needy} needs the key {name!r}", hint)
 
     def _refuse_all(self, node: Mapped, names: tuple[str, ...], key: str) -> None:
         if all(name in node.entries for name in names):
@@ -343,13 +352,17 @@ class Reader:
             place = max(node.key_spans[name] for name in names)
             self.note("conflicting-keys", place, message, "remove one of them")
 
-    def _place(self, node: Node, key: str) -> Span:
-        return self.spans.get(key, node.span)
+
+def _unknown(kind: Group, node: Mapped) -> list[str]:
+    names = {one.key for one in kind.fields}
+    return [name for name in node.entries if name not in names]
 
 
-def _given(node: Mapped, name: str) -> bool:
-    """Whether a key is there, or one that is noted as a misspelling of it."""
-    return name in node.entries or any(nearest(other, [name], "") for other in node.entries)
+def _given(kind: Group, node: Mapped) -> Set[str]:
+    """The keys that are there, and those that an unknown key seems to misspell: one error is enough."""
+    unknown = _unknown(kind, node)
+    misspelt = {one.key for one in kind.fields if any(nearest(name, [one.key], "") for name in unknown)}
+    return node.entries.keys() | misspelt
 
 
 def _defaults(kind: Group) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeplan.planner import units
-from moeplan.planner.diagnostics import CompileError
+from moeplan.planner.diagnostics import CompileError, Span
 from moeplan.planner.fields import (
     AtLeastOne,
     Choice,
@@ -328,7 +328,7 @@ Values = Mapping[str, Any]
 
 def parse_spec(text: str | bytes, path: str) -> Spec:
     """Read a spec file; raises CompileError with every problem of the file."""
-    document, reader = read_yaml(text, path), Reader(path=path)
+    document, reader = read_yaml(text, path), Reader()
     if document.root is None:
         raise CompileError(*document.problems)
     reader.spans[""] = document.root.span
@@ -337,7 +337,7 @@ def parse_spec(text: str | bytes, path: str) -> Spec:
     _check_regions(reader, values)
     if document.problems or reader.problems:
         raise CompileError(*document.problems, *reader.problems)
-    return _spec(values, reader)
+    return _spec(values, path, reader.spans)
 
 
 def _check_shares(reader: Reader, values: Values) -> None:
@@ -371,16 +371,16 @@ def _at(values: Values | None, *keys: str) -> Any:
     return values
 
 
-def _spec(values: Values, reader: Reader) -> Spec:
+def _spec(values: Values, path: str, spans: Mapping[str, Span]) -> Spec:
     return Spec(
-        path=reader.path,
+        path=path,
         name=values["name"],
         model=_model(values["model"]),
         workload=_workload(values["workload"]),
         machine=_machine(values["machine"]) if "machine" in values else None,
         market=_market(values.get("market", {})),
         catalog=values.get("catalog", ""),
-        spans=reader.spans,
+        spans=spans,
     )
 
 

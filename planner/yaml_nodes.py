@@ -245,15 +245,21 @@ class _Composer:
             raise _error("yaml-syntax", span, "this is not YAML", _SYNTAX_HINT) from None
 
     def _syntax_error(self, error: yaml.MarkedYAMLError) -> CompileError:
-        problem = str(error.problem or error.context)
-        span = self._mark_span(error.problem_mark or error.context_mark or self._loader.get_mark())
+        problem, start = str(error.problem or error.context), error.context_mark
+        span = self._mark_span(error.problem_mark or start or self._loader.get_mark())
         if "'\\t'" in problem:
             return _error("tab", span, "a tab where YAML allows only spaces", "indent with spaces")
         if "mapping values are not allowed" in problem:
-            hint = "a key starts on a line of its own; put text that has ': ' in it in quotes"
-            return _error("yaml-syntax", span, "a second ':' on this line", hint)
-        where = f" {error.context}" if error.context and error.context != problem else ""
-        return _error("yaml-syntax", span, f"not YAML:{where} {problem}", _SYNTAX_HINT)
+            return _error("yaml-syntax", span, "a ':' that follows no key", _COLON_HINT)
+        if start and ("stream end" in problem or "end of stream" in problem):
+            hint = "close the quote or bracket"
+            return _error("yaml-syntax", self._mark_span(start), "what starts here does not end", hint)
+        if unquoted := re.search("found character (.*) that cannot start any token", problem):
+            message = f"a value cannot start with {unquoted[1]}"
+            return _error("yaml-syntax", span, message, "put the value in quotes")
+        if found := re.search("but (?:found|got) (.*)", problem):
+            problem = f"unexpected {_TOKENS.get(found[1], found[1])}"
+        return _error("yaml-syntax", span, f"not YAML: {problem}", _SYNTAX_HINT)
 
     def _refuse(self, code: str, span: Span, message: str, hint: str = "") -> None:
         self.problems.append(Diagnostic(code=code, span=span, message=message, hint=hint))
@@ -267,6 +273,18 @@ class _Composer:
 
 
 _SMALLEST = "a spec has at least the keys name, model and workload"
+_COLON_HINT = "check the indentation and the blank after each colon; text that has ': ' in it needs quotes"
+# What the parser calls what it finds.
+_TOKENS = {
+    "'<scalar>'": "text",
+    "'?'": "key",
+    "'-'": "list item",
+    "'<block mapping start>'": "group of keys",
+    "'<block sequence start>'": "list",
+    "'<block end>'": "end of indentation",
+    "'<stream end>'": "end of the file",
+    r"'\x00'": "end of the file",
+}
 _SYNTAX_HINT = "look for a missing quote, bracket, colon or indentation here or just above"
 
 
