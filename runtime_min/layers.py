@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, in] times weight [out, in]."""
-    return F.linear(pad_rows(x), weight)[: len(x)]
+    return F.linear(pad_rows(x), weight)[: x.shape[0]]
 
 
 def pad_rows(x: Tensor) -> Tensor:
@@ -28,8 +28,10 @@ def pad_rows(x: Tensor) -> Tensor:
     oneDNN compiles and keeps a kernel for each number of rows it meets: 2 ms and 0.7 MB each where it was
     measured, more than most products take, and routing brings new numbers forever.
     """
-    rows = len(x) if x.dtype == torch.float32 else round_rows(len(x))
-    return x if rows == len(x) else F.pad(x, (0, 0, 0, rows - len(x)))
+    if x.dtype == torch.float32:
+        return x
+    extra = round_rows(x.shape[0]) - x.shape[0]
+    return F.pad(x, (0, 0, 0, extra)) if extra else x
 
 
 def round_rows(rows: int) -> int:
@@ -43,7 +45,7 @@ def expert(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     """w2 · (silu(w1 · x) * (w3 · x)) for x [T, H], w1 and w3 [I, H], w2 [H, I]."""
     padded = pad_rows(x)
     inner = F.silu(F.linear(padded, w1), inplace=True)  # [T, I]
-    return F.linear(inner.mul_(F.linear(padded, w3)), w2)[: len(x)]
+    return F.linear(inner.mul_(F.linear(padded, w3)), w2)[: x.shape[0]]
 
 
 @dataclass(frozen=True, slots=True)

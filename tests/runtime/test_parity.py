@@ -12,6 +12,7 @@ from transformers import MixtralForCausalLM
 
 from moeplan.runtime_min import lanes
 from moeplan.runtime_min.engine import Engine, Generation, pack
+from moeplan.runtime_min.layers import round_rows
 from moeplan.runtime_min.plan_file import RuntimePlan, load
 
 LENGTHS = (5, 48, 1, 7, 7, 30, 2)  # mixed, some equal, the longest the plan allows
@@ -187,3 +188,11 @@ def test_two_threads_give_the_same_tokens(checkpoints, engine_for):
     text = prompts([12])[0]
     assert_same(reference, text, generate(engine_for(folder, plan), [text])[0])
     torch.set_num_threads(1)
+
+
+def test_products_in_half_precision_have_few_row_counts():
+    """Rounded up by less than a third beyond a few tiles, and never down."""
+    counts = {rows: round_rows(rows) for rows in range(1, 1025)}
+    assert all(rows <= rounded for rows, rounded in counts.items())
+    assert all(rounded < 4 / 3 * rows for rows, rounded in counts.items() if rows > 48)
+    assert len(set(counts.values())) == 24
