@@ -137,11 +137,13 @@ class _Reader:
                 "empty-list", place(self.path, node.start_mark), f"{key} is empty", "leave it out"
             )
         items = [self.read(item, listing.item, f"{key}.{n}") for n, item in enumerate(node.value)]
-        for n, item in enumerate(items):
-            if listing.once and item is not _BAD and item in items[:n]:
+        seen: set[Any] = set()
+        for n, item in enumerate(items if listing.once else ()):
+            if item is not _BAD and item in seen:
                 self.problem(
                     "repeated-item", self.spans[f"{key}.{n}"], f"{item!r} comes twice in {key}", "keep one"
                 )
+            seen.add(item)
         return tuple(items)
 
     def _table(self, node: yaml.Node, table: Table, key: str) -> Any:
@@ -179,6 +181,10 @@ class _Reader:
         )
 
     def _text(self, text: str, kind: Scalar, span: Span, key: str) -> Any:
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            return self.problem(
+                "bad-value", span, f"{key} holds half a character", "write the character itself"
+            )
         if kind.choices:
             if text in kind.choices:
                 return text

@@ -58,22 +58,28 @@ def _decode(text: str | bytes, path: str) -> str:
 def _check_events(text: str, path: str) -> None:
     """Refuse what plain data does not need, before anything recurses over it."""
     depth = documents = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    problems: list[Diagnostic] = []
+
+    def refuse(code: str, message: str, hint: str) -> None:
         span = place(path, event.start_mark)
-        if isinstance(event, yaml.DocumentStartEvent):
-            documents += 1
-            if documents > 1:
-                raise _error("second-document", span, "a spec is one YAML document", "remove this `---`")
+        problems.append(Diagnostic(code=code, span=span, message=message, hint=hint))
+
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        documents += isinstance(event, yaml.DocumentStartEvent)
+        if documents > 1:
+            refuse("second-document", "a spec is one YAML document", "remove this `---`")
+            break
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise _error("anchor", span, "anchors and aliases are not supported", "write the value out")
+            refuse("anchor", "anchors and aliases are not supported", "write the value out")
         if tag := getattr(event, "tag", None):
-            raise _error("tag", span, f"the tag {tag} is not supported", "remove it")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > MOST_DEPTH:
-                raise _error("too-deep", span, f"nested more than {MOST_DEPTH} levels deep")
-        if isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
+            refuse("tag", f"the tag {tag} is not supported", "remove it")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_DEPTH:
+            refuse("too-deep", f"nested more than {MOST_DEPTH} levels deep", "a spec needs six")
+            break
+    if problems:
+        raise CompileError(*problems)
 
 
 def _syntax(path: str, error: yaml.MarkedYAMLError) -> Diagnostic:

@@ -123,6 +123,11 @@ BAD = {
     "name: a: b\n": "spec.yaml:1:8: mapping values are not allowed here [yaml]\n"
     "  hint: quote a value that holds a colon",
     "name: \x01\n": "character 1 is not allowed in YAML",
+    'name: "\\ud800"\n': "spec.yaml:1:7: name holds half a character [bad-value]",
+    "name: &a x\nmodel: *a\n": "spec.yaml:2:8: anchors and aliases are not supported [anchor]",
+    SHORT.replace(
+        "machine: {file: box.yaml, memory: 24 GiB}", f"market: {{gpus: [{'T4, ' * 20_000}]}}"
+    ): "comes twice",
     "? [a]\n: b\n": "spec.yaml:1:3: a key must be a word [bad-key]",
     "<<: {name: x}\n": "spec.yaml:1:1: unknown key '<<'",
     SHORT + "name: again\n": "spec.yaml:5:1: 'name' comes twice [duplicate-key]",
