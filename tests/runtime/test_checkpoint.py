@@ -6,11 +6,12 @@ import struct
 from pathlib import Path
 
 import pytest
-from folders import Shape, make_plan, save_checkpoint
 
 from moeplan.runtime_min.checkpoint import CheckpointError, find_tensors
 from moeplan.runtime_min.model_config import read_config
 from moeplan.runtime_min.models.mixtral import tensor_shapes
+
+from .folders import Shape, make_plan, save_checkpoint
 
 SHAPE = Shape()
 MODEL = make_plan(SHAPE).model

@@ -6,10 +6,11 @@ import sys
 import time
 
 import pytest
-from folders import Shape, make_plan, save_checkpoint, write_plan
 
 from moeplan.runtime_min import __main__ as command
 from moeplan.runtime_min import run
+
+from .folders import Shape, make_plan, save_checkpoint, write_plan
 
 SHAPE = Shape(layers=1)
 

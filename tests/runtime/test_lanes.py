@@ -5,10 +5,11 @@ import time
 from dataclasses import replace
 
 import pytest
-from folders import Shape, in_memory, make_plan, write_plan
 
 from moeplan.runtime_min.lanes import COMPUTE, DECODE, DISK, PREFILL, WAIT, DiskLane, Lanes, load_schedule
 from moeplan.runtime_min.plan_file import PlanFileError, load, to_json
+
+from .folders import Shape, in_memory, make_plan, write_plan
 
 SHAPE = Shape()
 

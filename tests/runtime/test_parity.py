@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from folders import GREEDY, VOCAB, Shape, in_memory, make_plan, save_checkpoint, write_plan
 from transformers import MixtralForCausalLM
 
 from moeplan.runtime_min import lanes
 from moeplan.runtime_min.engine import Engine, Generation, pack
 from moeplan.runtime_min.layers import round_rows
 from moeplan.runtime_min.plan_file import RuntimePlan, load
+
+from .folders import GREEDY, VOCAB, Shape, in_memory, make_plan, save_checkpoint, write_plan
 
 LENGTHS = (5, 48, 1, 7, 7, 30, 2)  # mixed, some equal, the longest the plan allows
 NEW = 6

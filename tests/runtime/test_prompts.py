@@ -3,12 +3,13 @@
 import json
 
 import pytest
-from folders import save_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from moeplan.runtime_min.batch_file import Request
 from moeplan.runtime_min.checkpoint import CheckpointError
 from moeplan.runtime_min.prompts import ChatTemplate, PromptError, Prompts
+
+from .folders import save_tokenizer
 
 MESSAGES = (
     {"role": "system", "content": "Be <brief> & kind."},

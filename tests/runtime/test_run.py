@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import Shape, make_plan, save_checkpoint, save_tokenizer, write_plan
 
 from moeplan.runtime_min import results, run
 from moeplan.runtime_min.batch_file import Failure, failure_record
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.plan_file import PlanFileError, load, to_json
 from moeplan.runtime_min.run import bench_plan, run_plan, show, summary
+
+from .folders import Shape, make_plan, save_checkpoint, save_tokenizer, write_plan
 
 SHAPE = Shape()
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from folders import GREEDY, Shape, in_memory, make_plan, write_plan
 from tokenizers import Tokenizer
 from transformers import MixtralForCausalLM
 
@@ -16,6 +15,8 @@ from moeplan.runtime_min.engine import Engine, Generation
 from moeplan.runtime_min.lanes import PREFILL
 from moeplan.runtime_min.models.mixtral import Pass
 from moeplan.runtime_min.plan_file import load
+
+from .folders import GREEDY, Shape, in_memory, make_plan, write_plan
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tinymoe"
 CHECKPOINT = EXAMPLE / "checkpoint"
