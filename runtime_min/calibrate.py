@@ -19,6 +19,8 @@ FILE_BYTES = 256 << 20
 DRAM_BYTES = 512 << 20
 BLOCK_BYTES = 1 << 20
 READERS = 4
+# Operator calls that the planner counts in a decode layer of eight experts: attention, routing, experts.
+CALLS_PER_LAYER = 30 + 12 + 8 * 8
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -93,22 +95,44 @@ def _gemm(dtype: Any) -> float:
 
 
 def _launch() -> float:
-    """Mean seconds of the torch calls that a layer makes, on so little data that overhead is all they do."""
+    """Mean seconds of one operator call: a decode layer of the runtime's own on so little data that calling
+    is all it does, divided by the calls that the planner counts for it.
+
+    On one thread: with more, and another process on their cores, each call can wait milliseconds for them.
+    """
     import torch
-    import torch.nn.functional as F
 
-    x, weight, total = torch.randn(1, 32), torch.randn(32, 32), torch.zeros(1, 32)
-    row = torch.zeros(1, dtype=torch.int64)
+    from moeplan.runtime_min.attention import KvCache, attend, decode_batch
+    from moeplan.runtime_min.layers import Rope, choose_experts, expert, linear, rms_norm, sort_by_expert
 
-    def calls() -> None:
-        for _ in range(200):
-            normed = F.rms_norm(x, (32,))
-            scores = F.softmax(F.linear(normed, weight), dim=-1)
-            scores.topk(2)[1].flatten().argsort(stable=True)
-            total.index_add_(0, row, F.silu(normed[row]))
+    sequences, hidden, experts, dim, context = 8, 64, 8, 16, 32
+    norm, square, gate = torch.ones(hidden), torch.randn(hidden, hidden) / 8, torch.randn(experts, hidden)
+    narrow, residual = torch.randn(2 * dim, hidden) / 8, torch.randn(sequences, hidden)
+    cache, rope = (
+        KvCache(1, sequences, 2, context, dim, torch.float32),
+        Rope(dim, 1e4, context, torch.float32),
+    )
+    batch = decode_batch(0, range(sequences), [context] * sequences)
 
+    def layer() -> None:
+        x = rms_norm(residual, norm, 1e-5)
+        q, k, v = (linear(x, w).view(sequences, -1, dim) for w in (square, narrow, narrow))
+        q, k = rope(q, batch.positions), rope(k, batch.positions)
+        y = residual + linear(attend(0, batch, cache, q, k, v), square)
+        normed = rms_norm(y, norm, 1e-5)
+        routing = sort_by_expert(*choose_experts(normed, gate, 2), experts)
+        for e in range(experts):
+            rows = slice(routing.starts[e], routing.starts[e + 1])
+            tokens = routing.tokens[rows]
+            out = expert(normed.index_select(0, tokens), square, square, square).float()
+            y.index_add_(0, tokens, out.mul_(routing.weights[rows, None]))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.inference_mode():
-        return 1 / _rate(calls, 200 * 9, 0.3)
+        seconds = 1 / _rate(layer, CALLS_PER_LAYER, 0.5)
+    torch.set_num_threads(threads)
+    return seconds
 
 
 def _dram() -> float:

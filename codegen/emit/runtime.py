@@ -36,7 +36,7 @@ def _runtime_plan(plan: Plan, replica: Replica, schedule: Schedule, text: str) -
         format=plan_file.FORMAT,
         name=f"{plan.spec.name}/{replica.name}",
         device="accelerator" if policy.gpus else "cpu",
-        threads=max(1, round(policy.machine.cpu_cores)),
+        threads=policy.threads,
         model=_model_plan(plan, policy),
         batch=_batch_plan(policy, requests),
         pages=_page_plan(policy),

@@ -95,8 +95,9 @@ class Policy:
     """One way to run a class on a machine.
 
     One copy of the model spans `gpus` GPUs (tensor parallelism); the machine runs `data_parallel` copies.
-    `sequences` (N) are in flight together, in `micro_batches` groups of `micro_batch` (μ). Weights rest at
-    `weights_on`, of which `resident_share` of the routed experts stays where they are computed.
+    `threads` compute on the host. `sequences` (N) are in flight together, in `micro_batches` groups of
+    `micro_batch` (μ). Weights rest at `weights_on`; `resident_share` of the routed experts stays where they
+    are computed.
     """
 
     machine: Machine
@@ -104,6 +105,7 @@ class Policy:
     engine: Engine
     gpus: int
     data_parallel: int
+    threads: int
     dtype: Dtype
     sequences: int
     micro_batch: int

@@ -34,6 +34,11 @@ def estimate(roofline: Roofline, value: float, gpus: int = 1) -> Estimate:
     )
 
 
+def host_threads(roofline: Roofline) -> int:
+    """A compute thread per physical core."""
+    return max(1, round(roofline.machine.cpu_cores))
+
+
 def uses(level: LevelName, items: Iterable[tuple[str, float]]) -> tuple[MemoryUse, ...]:
     """A memory table; items of zero bytes are left out."""
     return tuple(

@@ -16,7 +16,7 @@ from moeplan.planner import costs
 from moeplan.planner.ir.policy import NO_PAGES, BucketRate, MemoryLimit, PassTime, Policy, Rejection
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import Bucket, RequestClass, Workload
-from moeplan.planner.strategies.common import GPU_SHARE, estimate, lanes, too_small, uses
+from moeplan.planner.strategies.common import GPU_SHARE, estimate, host_threads, lanes, too_small, uses
 from moeplan.planner.units import format_duration
 
 _MAX_SEQUENCES = 256  # vLLM's default max_num_seqs
@@ -129,6 +129,7 @@ class _Copy:
             serves=requests.name,
             engine="vllm",
             gpus=tp,
+            threads=host_threads(roofline),
             data_parallel=copies,
             dtype=roofline.dtype,
             sequences=batch,

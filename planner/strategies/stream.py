@@ -20,6 +20,7 @@ from moeplan.planner.strategies.common import (
     batch_rates,
     bottleneck,
     estimate,
+    host_threads,
     lanes,
     run_seconds,
     smallest_of_best,
@@ -36,8 +37,11 @@ _PREFILL_TOKENS = 2048
 _PAGE_BYTES = 1 << 20  # pages of at least a mebibyte read at the disk's full rate
 _SLOTS = 4
 _SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+# An operator shorter than this runs on one thread: to start and join threads takes some microseconds, and
+# milliseconds while another process holds one of their cores.
+_WORTH_SHARING_S = 20e-6
 # Small operators that the runtime launches: per attention call, per layer, per expert.
-_CALLS_ATTENTION, _CALLS_LAYER, _CALLS_EXPERT = 30, 12, 8
+CALLS_ATTENTION, CALLS_LAYER, CALLS_EXPERT = 30, 12, 8
 
 
 def stream_policy(
@@ -207,22 +211,36 @@ class _Point:
     def _launch_s(self, attention_calls: int, tokens: float) -> float:
         model = self.workload.model
         experts = model.experts * float(np.asarray(costs.touched_expert_share(model, tokens)))
-        calls = _CALLS_ATTENTION * attention_calls + _CALLS_LAYER + _CALLS_EXPERT * experts
+        calls = CALLS_ATTENTION * attention_calls + CALLS_LAYER + CALLS_EXPERT * experts
         return model.layers * calls * self.roofline.machine.launch_s
 
     @property
-    def decode(self) -> PassTime:
+    def threads(self) -> int:
+        """All cores, or one where operators are so small that sharing them costs more than it saves."""
+        cores = host_threads(self.roofline)
+        calls = self._decode_launch_s / self.roofline.machine.launch_s
+        return 1 if self._decode_arithmetic_s * cores / calls < _WORTH_SHARING_S else cores
+
+    @property
+    def _slowdown(self) -> float:
+        """How much longer arithmetic takes on `threads` than on all cores."""
+        return host_threads(self.roofline) / self.threads
+
+    @property
+    def _decode_arithmetic_s(self) -> float:
         requests, dram = self.requests, self.roofline.roof("dram")
         context = requests.mean_prompt_tokens() + requests.mean_output_tokens() / 2
-        compute = float(
-            np.asarray(
-                costs.call_seconds(
-                    self.workload, self.workload.operators, dram, float(self.sequences), context
-                )
-            )
-        )
-        launch = self._launch_s(self.micro_batches, self.sequences)
-        return PassTime(lanes=lanes([("cores", compute + launch), ("disk", self._disk_s)]), serial_s=0.0)
+        tokens, operators = float(self.sequences), self.workload.operators
+        return float(np.asarray(costs.call_seconds(self.workload, operators, dram, tokens, context)))
+
+    @property
+    def _decode_launch_s(self) -> float:
+        return self._launch_s(self.micro_batches, self.sequences)
+
+    @property
+    def decode(self) -> PassTime:
+        compute = self._decode_arithmetic_s * self._slowdown + self._decode_launch_s
+        return PassTime(lanes=lanes([("cores", compute), ("disk", self._disk_s)]), serial_s=0.0)
 
     @property
     def prefill(self) -> PassTime:
@@ -230,7 +248,7 @@ class _Point:
         work = float(np.asarray(costs.prefill_flops(self.workload, float(self.sequences), prompt)))
         tokens = self.sequences * prompt
         calls = math.ceil(tokens / self.prefill_tokens) + self.sequences
-        compute = work / dram.prefill_flops_per_s + self._launch_s(calls, tokens)
+        compute = work / dram.prefill_flops_per_s * self._slowdown + self._launch_s(calls, tokens)
         return PassTime(lanes=lanes([("cores", compute), ("disk", self._disk_s)]), serial_s=0.0)
 
     @property
@@ -248,6 +266,7 @@ class _Point:
             engine="runtime_min",
             gpus=0,
             data_parallel=1,
+            threads=self.threads,
             dtype=self.workload.dtype,
             sequences=self.sequences,
             micro_batch=self.micro_batch,

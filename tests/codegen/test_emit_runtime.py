@@ -98,3 +98,20 @@ def test_gpu_plans_say_accelerator(compile_text: Compile) -> None:
     files = runtime.emit(compile_text(batch_spec(machine="g4dn.16xlarge")))
     data = json.loads(next(text for path, text in files.items() if path.endswith("runtime.json")))
     assert (data["device"], data["schedule"]["kind"]) == ("accelerator", "cgopipe")
+
+
+def test_calibration_counts_calls_as_the_planner_does() -> None:
+    """launch_s is measured per call of a layer of eight experts; the planner multiplies by its own count."""
+    from moeplan.planner.strategies import stream
+    from moeplan.runtime_min import calibrate
+
+    counted = stream.CALLS_ATTENTION + stream.CALLS_LAYER + 8 * stream.CALLS_EXPERT
+    assert counted == calibrate.CALLS_PER_LAYER
+
+
+@pytest.mark.parametrize(("inner", "threads"), [(136, 1), (14336, 2)])
+def test_tiny_operators_run_on_one_thread(
+    tmp_path: Path, compile_text: Compile, inner: int, threads: int
+) -> None:
+    plan = plan_file.load(emitted(tmp_path, compile_text, "float32", "2 GiB", intermediate_size=inner))
+    assert plan.threads == threads
