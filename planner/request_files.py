@@ -36,6 +36,7 @@ class PromptsFile:
     """What the planner learns from a file of requests, without a tokenizer."""
 
     requests: int
+    min_prompt_tokens: int
     mean_prompt_tokens: float
     max_prompt_tokens: int
     mean_output_tokens: float
@@ -83,6 +84,7 @@ def read_prompts(spec: Spec, folder: Path) -> PromptsFile | None:
     prompt_bytes, outputs = [p for p, _ in sizes], [o for _, o in sizes]
     return PromptsFile(
         requests=len(sizes),
+        min_prompt_tokens=max(1, math.floor(min(prompt_bytes) / _MEAN_BYTES_PER_TOKEN)),
         mean_prompt_tokens=max(1.0, sum(prompt_bytes) / len(sizes) / _MEAN_BYTES_PER_TOKEN),
         max_prompt_tokens=math.ceil(max(prompt_bytes) / _BOUND_BYTES_PER_TOKEN) + 8,
         mean_output_tokens=max(1.0, sum(outputs) / len(sizes)),

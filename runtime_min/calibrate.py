@@ -96,7 +96,7 @@ def _gemm(dtype: Any) -> float:
 
 def _launch() -> float:
     """Mean seconds of one operator call: a decode layer of the runtime's own on so little data that calling
-    is all it does, divided by the calls that the planner counts for it.
+    is nearly all it does, divided by the calls that the planner counts for it.
 
     On one thread: with more, and another process on their cores, each call can wait milliseconds for them.
     """
@@ -105,7 +105,7 @@ def _launch() -> float:
     from moeplan.runtime_min.attention import KvCache, attend, decode_batch
     from moeplan.runtime_min.layers import Rope, choose_experts, expert, linear, rms_norm, sort_by_expert
 
-    sequences, hidden, experts, dim, context = 8, 64, 8, 16, 32
+    sequences, hidden, experts, dim, context = 16, 128, 8, 16, 64
     norm, square, gate = torch.ones(hidden), torch.randn(hidden, hidden) / 8, torch.randn(experts, hidden)
     narrow, residual = torch.randn(2 * dim, hidden) / 8, torch.randn(sequences, hidden)
     cache, rope = (

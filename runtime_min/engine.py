@@ -20,7 +20,7 @@ from moeplan.runtime_min.limits import check_memory, check_numbers
 from moeplan.runtime_min.model_config import read_config
 from moeplan.runtime_min.models.mixtral import DTYPES, Mixtral, Pass, page_names, tensor_shapes
 from moeplan.runtime_min.pages import PageStore
-from moeplan.runtime_min.plan_file import PlanFileError, RuntimePlan
+from moeplan.runtime_min.plan_file import RuntimePlan
 from moeplan.runtime_min.sampling import Sampling, draw, generator, greedy
 
 
@@ -69,10 +69,6 @@ class Engine:
 
     def __init__(self, folder: Path, plan: RuntimePlan, checkpoint: Path) -> None:
         m, pages = plan.model, plan.pages
-        if m.architecture not in ("mixtral", "MixtralForCausalLM"):
-            raise PlanFileError(
-                f"{folder / 'runtime.json'}: architecture {m.architecture!r} is not supported"
-            )
         check_numbers(folder / "runtime.json", plan)
         schedule = load_schedule(folder, plan)
         self.config = read_config(checkpoint, m, plan.batch.context_tokens)

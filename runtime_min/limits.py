@@ -15,6 +15,22 @@ from moeplan.runtime_min.plan_file import (
     workspace_bytes,
 )
 
+ARCHITECTURES = ("mixtral",)
+
+
+def check_supported(path: Path, plan: RuntimePlan) -> None:
+    """Raise PlanFileError where this version of the runtime has no way to execute the plan."""
+    if plan.device != "cpu" or plan.schedule.kind != "stream":
+        raise PlanFileError(
+            f"{path}: is a {plan.schedule.kind!r} plan for device {plan.device!r}; "
+            "this version executes stream plans on the CPU only"
+        )
+    if plan.model.architecture not in ARCHITECTURES:
+        raise PlanFileError(
+            f"{path}: architecture {plan.model.architecture!r} is not supported",
+            f"this version runs {', '.join(ARCHITECTURES)}",
+        )
+
 
 def check_numbers(path: Path, plan: RuntimePlan) -> None:
     """Raise PlanFileError where a figure of the plan cannot be executed."""

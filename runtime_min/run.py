@@ -20,6 +20,7 @@ from moeplan.runtime_min.batch_file import (
     read_requests,
 )
 from moeplan.runtime_min.errors import RunError
+from moeplan.runtime_min.limits import check_supported
 from moeplan.runtime_min.plan_file import Range, RuntimePlan, load
 from moeplan.runtime_min.prompts import PromptError, Prompts
 from moeplan.runtime_min.results import Results
@@ -59,7 +60,7 @@ def run_plan(
 
     Interrupted, it leaves OUTPUT.partial, and the next call with the same arguments goes on from there.
     """
-    plan, folder = load(runtime_dir), _checkpoint(runtime_dir, checkpoint)
+    plan, folder = _open(runtime_dir, checkpoint)
     total = _count_lines(input)
     if not output.parent.is_dir():  # said now, not after the weights are loaded
         raise RunError(f"{output}: its folder does not exist")
@@ -81,7 +82,7 @@ def bench_plan(
     runtime_dir: Path, checkpoint: Path | None, prompt_tokens: int, tokens: int, batches: int
 ) -> Report:
     """Time `batches` full batches of random prompts, `tokens` generated for each; raises RunError."""
-    plan, folder = load(runtime_dir), _checkpoint(runtime_dir, checkpoint)
+    plan, folder = _open(runtime_dir, checkpoint)
     prompt = prompt_tokens or plan.batch.prompt_tokens
     if not 0 < prompt <= plan.batch.prompt_tokens or not 0 < tokens <= plan.batch.context_tokens - prompt:
         raise RunError(
@@ -190,16 +191,16 @@ class _Run:
         self._progress(done, self._total, self._engine.stats.generated_tokens)
 
 
-def _checkpoint(runtime_dir: Path, given: Path | None) -> Path:
-    """The checkpoint's folder: as given, or as the plan names it from the folder that holds the plan's."""
-    if given is not None:
-        return given
-    named = load(runtime_dir).model.checkpoint
-    if not named:
+def _open(runtime_dir: Path, given: Path | None) -> tuple[RuntimePlan, Path]:
+    """A plan that this version can execute, and the checkpoint's folder: as given, or as the plan names it
+    from the folder that holds the plan's."""
+    plan = load(runtime_dir)
+    check_supported(runtime_dir / "runtime.json", plan)
+    if given is None and not plan.model.checkpoint:
         raise RunError(
             f"{runtime_dir}: the plan names no checkpoint", "say where it is with --checkpoint DIR"
         )
-    return runtime_dir.resolve().parents[2] / named
+    return plan, given or runtime_dir.resolve().parents[2] / plan.model.checkpoint
 
 
 def _count_lines(path: Path) -> int:

@@ -38,11 +38,12 @@ class RequestClass:
 
     A batch class has a number of requests and perhaps a deadline; an online class has a rate, the
     coefficient of variation of its arrival gaps, and an SLO. `prompt_tokens_max` and `output_tokens_max`
-    bound every request. `basis` says in a phrase where the sizes come from.
+    bound every request, `prompt_tokens_min` is an estimate. `basis` says where the sizes come from.
     """
 
     name: ClassName
     buckets: tuple[Bucket, ...]
+    prompt_tokens_min: int
     prompt_tokens_max: int
     output_tokens_max: int
     requests: int

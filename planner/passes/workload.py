@@ -27,6 +27,7 @@ def _batch(batch: BatchSpec, inputs: Inputs) -> RequestClass:
     return RequestClass(
         name="batch",
         buckets=(Bucket(prompt_tokens=prompt, output_tokens=output, share=1.0),),
+        prompt_tokens_min=min(round(prompt), listed.min_prompt_tokens) if listed else round(prompt),
         prompt_tokens_max=max(round(prompt), listed.max_prompt_tokens if listed else 0),
         output_tokens_max=max(round(output), listed.max_output_tokens if listed else 0),
         requests=listed.requests if listed else batch.requests,
@@ -51,6 +52,7 @@ def _online(online: OnlineSpec, inputs: Inputs) -> RequestClass:
     return RequestClass(
         name="online",
         buckets=buckets,
+        prompt_tokens_min=round(min(bucket.prompt_tokens for bucket in buckets)),
         prompt_tokens_max=trace.max_prompt_tokens if trace else max(s.prompt_tokens for s in online.sizes),
         output_tokens_max=trace.max_output_tokens if trace else max(s.output_tokens for s in online.sizes),
         requests=0,

@@ -42,6 +42,8 @@ _SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 
 _WORTH_SHARING_S = 20e-6
 # Small operators that the runtime launches: per attention call, per layer, per expert.
 CALLS_ATTENTION, CALLS_LAYER, CALLS_EXPERT = 30, 12, 8
+# Decode attention takes sequences of similar length in one call: the shortest at least 0.75 of the longest.
+_CALLS_SPAN, _SIMILAR = 8, 0.75
 
 
 def stream_policy(
@@ -212,6 +214,7 @@ class _Point:
         model = self.workload.model
         experts = model.experts * float(np.asarray(costs.touched_expert_share(model, tokens)))
         calls = CALLS_ATTENTION * attention_calls + CALLS_LAYER + CALLS_EXPERT * experts
+        calls += _CALLS_SPAN * (self._spans - 1)
         return model.layers * calls * self.roofline.machine.launch_s
 
     @property
@@ -232,6 +235,14 @@ class _Point:
         context = requests.mean_prompt_tokens() + requests.mean_output_tokens() / 2
         tokens, operators = float(self.sequences), self.workload.operators
         return float(np.asarray(costs.call_seconds(self.workload, operators, dram, tokens, context)))
+
+    @property
+    def _spans(self) -> int:
+        """Groups of similar length among the sequences of a batch, half-way through decoding."""
+        requests = self.requests
+        decoded = requests.mean_output_tokens() / 2
+        ratio = (requests.prompt_tokens_max + decoded) / (requests.prompt_tokens_min + decoded)
+        return min(self.sequences, 1 + int(math.log(ratio) / -math.log(_SIMILAR)))
 
     @property
     def _decode_launch_s(self) -> float:

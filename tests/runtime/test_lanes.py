@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from moeplan.runtime_min.lanes import COMPUTE, DECODE, DISK, PREFILL, WAIT, DiskLane, Lanes, load_schedule
+from moeplan.runtime_min.limits import check_supported
 from moeplan.runtime_min.plan_file import PlanFileError, load, to_json
 
 from .folders import Shape, in_memory, make_plan, write_plan
@@ -176,4 +177,4 @@ def test_other_plans_are_refused_in_one_sentence(tmp_path, change):
     else:
         plan = replace(plan, **change)
     with pytest.raises(PlanFileError, match="this version executes stream plans on the CPU only"):
-        load_schedule(runtime_dir, plan)
+        check_supported(runtime_dir / "runtime.json", plan)
