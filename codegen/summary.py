@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moeplan.codegen.emit.report import interval
 from moeplan.planner.ir.fleet import Choice
-from moeplan.planner.ir.plan import Plan
+from moeplan.planner.ir.plan import Plan, Replica
 
 
 def summary(plan: Plan, folder: str, changed: int) -> str:
@@ -18,7 +18,7 @@ def summary(plan: Plan, folder: str, changed: int) -> str:
     lines += [f"  next best   {line}" for line in _alternative_lines(plan)]
     written = f"{changed} files changed" if changed else "nothing changed"
     lines.append(f"  files       {folder} ({written}); read {folder}/report.md")
-    lines += [f"  next        {line}" for line in _next_lines(plan, folder)]
+    lines += [f"  next        {_next_line(replica, folder)}" for replica in plan.replicas]
     return "\n".join(lines)
 
 
@@ -54,11 +54,11 @@ def _alternative_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _next_lines(plan: Plan, folder: str) -> list[str]:
-    runnable = [r for r in plan.replicas if r.policy.engine == "runtime_min" and not r.policy.gpus]
-    if runnable:
-        return [f"moeplan run {folder} --input REQUESTS.jsonl --output ANSWERS.jsonl"]
-    if any(r.policy.engine == "runtime_min" for r in plan.replicas):
-        return ["this version of runtime_min does not execute GPU plans: the figures are predictions"]
-    command = "serve up" if plan.workload.classes[0].name == "online" else "jobs launch"
-    return [f"sky {command} {folder}/skypilot/{r.name}.yaml --env MODEL=..." for r in plan.replicas]
+def _next_line(replica: Replica, folder: str) -> str:
+    policy = replica.policy
+    if policy.engine == "vllm":
+        command = "serve up" if policy.serves == "online" else "jobs launch"
+        return f"sky {command} {folder}/skypilot/{replica.name}.yaml --env MODEL=..."
+    if policy.gpus:
+        return "this version of runtime_min does not execute GPU plans: the figures are predictions"
+    return f"moeplan run {folder} --input REQUESTS.jsonl --output ANSWERS.jsonl"
