@@ -62,7 +62,10 @@ def compile_command(
         Path | None, typer.Option("--dump-ir", help="write every level to this folder")
     ] = None,
 ) -> None:
-    """Compile SPEC into its plan folder; only files whose bytes change are written."""
+    """Compile SPEC into its plan folder.
+
+    Only files whose bytes change are written, only files of its own lock removed.
+    """
     from moeplan.codegen.write import write
     from moeplan.planner.pipeline import Trace
 
@@ -90,7 +93,10 @@ def check(
     machine: MachineFile = None,
     diff: Annotated[bool, typer.Option("--diff", help="show the differences")] = False,
 ) -> None:
-    """Say which files of the plan folder are not what SPEC compiles to; write nothing. Exit 1 on drift."""
+    """Compare the plan folder with SPEC, for CI.
+
+    Writes nothing; one line per file that is missing, stale, edited by hand or obsolete, and exit code 1.
+    """
     from moeplan.codegen.write import check as compare
 
     plan, files = _compile(spec, machine, None)
@@ -116,9 +122,15 @@ def run(
     ] = None,
     show: Annotated[int, typer.Option("--show", help="print the first N answers")] = 0,
 ) -> None:
-    """Execute the plan's batch replica on this machine with the bundled runtime."""
+    """Run a plan on this machine.
+
+    The bundled runtime executes the plan's batch replica on CPU; an interrupted run resumes when repeated.
+    """
     from moeplan.runtime_min.__main__ import main as runtime_main
 
+    if not plan.is_dir():
+        print(f"{plan}: no such plan folder", file=sys.stderr)
+        raise typer.Exit(2)
     folders = sorted(path.parent for path in plan.glob("runtime/*/runtime.json"))
     if len(folders) != 1:
         what = "holds no replica for" if not folders else "holds several replicas; name one to"
@@ -132,7 +144,10 @@ def run(
 def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="the machine file")] = Path("machine.yaml"),
 ) -> None:
-    """Measure this machine in a few seconds; the result is a machine that specs can name."""
+    """Measure this machine, in seconds.
+
+    The result is a machine file for `machine: {file: ...}` or `--machine`.
+    """
     from moeplan.runtime_min.calibrate import machine_yaml, measure
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +161,7 @@ def calibrate(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of the spec, for editors."""
+    """Print the spec's JSON Schema."""
     import json
 
     from moeplan.planner.schema import spec_schema
@@ -166,7 +181,10 @@ def catalog(
         typer.Option("--skypilot", help="print the offers of this SkyPilot catalog folder as CSV"),
     ] = None,
 ) -> None:
-    """List what the catalog knows, or import prices from an installed SkyPilot's catalog."""
+    """List what the catalog knows.
+
+    With --skypilot: print the prices of an installed SkyPilot as an offers.csv for an own catalog folder.
+    """
     from moeplan.planner import catalog as known
     from moeplan.planner.diagnostics import Span
 

@@ -73,6 +73,14 @@ def offload_policy(
     return search.policy(point.at(best))
 
 
+def offload_policy_at(
+    workload: Workload, requests: RequestClass, roofline: Roofline, micro_batch: int, micro_batches: int
+) -> Policy:
+    """The policy with a given μ and n_ub, whether it fits or not: to compare with what others chose."""
+    search = _Search(workload, requests, roofline, float(roofline.roof("dram").bytes))
+    return search.policy(search.evaluate(np.array([float(micro_batch)]), np.array([float(micro_batches)])))
+
+
 @dataclass(frozen=True)
 class _Point:
     """Candidate policies, one array element each."""
