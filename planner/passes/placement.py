@@ -13,7 +13,7 @@ from moeplan.planner.ir.machine import Offer
 from moeplan.planner.ir.placement import Placement, Site, Zone
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import Workload
-from moeplan.planner.passes.fleet import SPOT_OVERPROVISION
+from moeplan.planner.packing.online import SPOT_OVERPROVISION
 
 _MOST_REGIONS = 5
 # A dearer zone collects replicas that never move back: price caps cost 0.1-0.3 points of availability and

@@ -1,0 +1,82 @@
+"""Policies and offers -> columns: what could be bought, and why nothing can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moeplan.planner.diagnostics import Diagnostic, InfeasibleError
+from moeplan.planner.ir.fleet import Column, Market
+from moeplan.planner.ir.machine import Offer
+from moeplan.planner.ir.policy import Policy, Rejection
+from moeplan.planner.ir.spec import MarketSpec, Spec
+from moeplan.planner.ir.workload import Workload
+
+
+def find_columns(policies: Sequence[Policy], offers: Sequence[Offer], market: MarketSpec) -> list[Column]:
+    """Each policy in each market that sells its machine, at the cheapest region; sorted by name."""
+    columns = []
+    for policy in policies:
+        own = [offer for offer in offers if offer.machine == policy.machine.name]
+        if not own:
+            columns.append(_column(policy, "owned", None, 0.0))
+        if own and market.purchase != "spot":
+            best = min(own, key=lambda o: (o.on_demand_usd_per_hour, o.region))
+            columns.append(_column(policy, "on-demand", best, best.on_demand_usd_per_hour))
+        priced = [(o.spot_usd_per_hour, o.region, o) for o in own if o.spot_usd_per_hour is not None]
+        if priced and market.purchase != "on-demand":
+            price, _, offer = min(priced, key=lambda item: item[:2])
+            columns.append(_column(policy, "spot", offer, price))
+    return sorted(columns, key=lambda column: column.name)
+
+
+def _column(policy: Policy, market: Market, offer: Offer | None, price: float) -> Column:
+    parts = [policy.serves, policy.machine.name.replace(".", "-").replace("_", "-").lower(), market]
+    if policy.engine == "runtime_min" and policy.gpus:
+        parts.append("offload")
+    return Column(
+        name="-".join(parts),
+        policy=policy,
+        market=market,
+        cloud=offer.cloud if offer else "",
+        usd_per_hour=price,
+    )
+
+
+def require_columns(
+    spec: Spec, workload: Workload, columns: Sequence[Column], rejections: Sequence[Rejection]
+) -> None:
+    """Every class needs a column; otherwise say why each machine was refused, nearest miss first."""
+    problems = []
+    for requests in workload.classes:
+        if any(column.policy.serves == requests.name for column in columns):
+            continue
+        why = [r for r in rejections if r.serves == requests.name]
+        span = spec.span("machine" if spec.machine else f"workload.{requests.name}")
+        if not why:
+            problems.append(
+                Diagnostic(
+                    code="no-machine",
+                    span=spec.span("market"),
+                    message=f"the market offers no machine for the {requests.name} work",
+                    hint="allow more clouds, regions, GPUs or both purchase kinds; `moeplan catalog offers`",
+                )
+            )
+        for reason in _telling(why):
+            problems.append(
+                Diagnostic(
+                    code="infeasible",
+                    span=span,
+                    message=f"{reason.machine}: {reason.message} ({reason.constraint})",
+                    hint=reason.hint,
+                )
+            )
+    if problems:
+        raise InfeasibleError(*problems)
+
+
+def _telling(rejections: Sequence[Rejection]) -> list[Rejection]:
+    """At most three refusals, each for another constraint first."""
+    seen: dict[str, Rejection] = {}
+    for rejection in rejections:
+        seen.setdefault(rejection.constraint, rejection)
+    return list(seen.values())[:3]
