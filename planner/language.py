@@ -64,10 +64,12 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """A list of at least one item; `once` refuses a repeated one."""
+    """A list of at least one item. `once` refuses a repeated one; the items' `sums_to_one` are parts of one
+    whole, and a single item may leave it out."""
 
     item: Kind
     once: bool = False
+    sums_to_one: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ NAME = Scalar(
     examples=("mixtral-t4",),
     pattern="^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$",
 )
-WORD = Scalar(what="a name", examples=("mixtral-8x7b",), pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}$")
+WORD = Scalar(what="a name", examples=("mixtral-8x7b",), pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+/ -]{0,99}$")
 REGION = Scalar(
     what="cloud/region", examples=("aws/us-east-1",), pattern=r"^(aws|gcp|azure)/[a-z0-9][a-z0-9-]{0,60}$"
 )
@@ -230,7 +232,7 @@ ONLINE = Block(
     options=(Option(key="sizes", needs=("rate",)), Option(key="trace")),
     fields={
         "rate": Field(kind=RATE, doc="requests over time; with `trace`, replaces the trace's own rate"),
-        "sizes": Field(kind=Listing(item=SIZE), doc="request sizes and their shares"),
+        "sizes": Field(kind=Listing(item=SIZE, sums_to_one="share"), doc="request sizes and their shares"),
         "trace": Field(
             kind=PATH,
             doc="a CSV of requests with columns arrival_s,input_tokens,output_tokens or "

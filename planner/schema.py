@@ -8,8 +8,8 @@ from moeplan.planner.language import SPEC, Block, Field, Kind, Listing, Scalar, 
 
 # What the parser refuses and JSON Schema cannot say, by diagnostic code.
 STRICTER_THAN_SCHEMA = {
-    "out-of-range": "the range of a number inside text such as `24 GiB`",
-    "shares": "shares that do not sum to 1",
+    "amount-out-of-range": "the range of a number inside text such as `24 GiB`",
+    "shares": "shares that do not sum to 1, or are missing from some of several sizes",
     "duplicate-key": "a key that comes twice: YAML parsers differ, data has one",
     "misread-number": "octal, hexadecimal, sexagesimal and underscored numbers: data has the number",
 }

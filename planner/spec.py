@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import yaml
@@ -23,10 +24,10 @@ from moeplan.planner.ir.spec import (
     WorkloadSpec,
 )
 from moeplan.planner.language import SPEC, Block, Kind, Listing, Scalar, Table
-from moeplan.planner.suggest import nearest
+from moeplan.planner.suggest import nearest, nearest_word
 from moeplan.planner.yaml_nodes import place, read_nodes
 
-_SHARE_TOLERANCE = 1e-6
+_SHARE_TOLERANCE = 1e-5  # thirds as 33.3333%
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?[0-9]+\.[0-9]*([eE][-+][0-9]+)?")
 _BAD = object()  # a value that already has its diagnostic
@@ -34,10 +35,9 @@ _BAD = object()  # a value that already has its diagnostic
 
 def parse_spec(text: str | bytes, path: str) -> Spec:
     """Return the spec in `text`; `path` names it in messages. Raises CompileError with every problem."""
-    reader = _Reader(path)
-    data = reader.read(read_nodes(text, path), SPEC, "")
-    if not reader.problems:
-        _check_shares(reader, data)
+    root, problems = read_nodes(text, path)
+    reader = _Reader(path, problems)
+    data = reader.read(root, SPEC, "") if root else {}
     if reader.problems:
         raise CompileError(*reader.problems)
     return _spec(path, data, reader.spans)
@@ -46,9 +46,9 @@ def parse_spec(text: str | bytes, path: str) -> Spec:
 class _Reader:
     """Walks nodes and the language table together; collects values, spans and problems."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, problems: Sequence[Diagnostic]) -> None:
         self.path = path
-        self.problems: list[Diagnostic] = []
+        self.problems = list(problems)
         self.spans: dict[str, Span] = {}
 
     def problem(self, code: str, span: Span, message: str, hint: str = "") -> object:
@@ -77,13 +77,15 @@ class _Reader:
         if not isinstance(node, yaml.MappingNode):
             return self._wrong_type(node, "a mapping", key)
         found: dict[str, Any] = {}
+        meant: set[str] = set()  # known keys that unknown ones seem to stand for
         for name, span, value in self._pairs(node, key):
             if name in block.fields:
                 found[name] = self.read(value, block.fields[name].kind, f"{key}.{name}" if key else name)
             else:
+                meant |= {known for known in [nearest_word(name, block.fields)] if known}
                 hint = nearest(name, block.fields, f"known keys: {', '.join(block.fields)}")
                 self.problem("unknown-key", span, f"unknown key {name!r}{_inside(key)}", hint)
-        self._check_keys(block, found, place(self.path, node.start_mark), key)
+        self._check_keys(block, found.keys() | meant, place(self.path, node.start_mark), key)
         return found
 
     def _pairs(self, node: yaml.MappingNode, key: str) -> Iterator[tuple[str, Span, yaml.Node]]:
@@ -101,7 +103,7 @@ class _Reader:
                 seen.add(name_node.value)
                 yield name_node.value, span, value
 
-    def _check_keys(self, block: Block, found: Mapping[str, Any], span: Span, key: str) -> None:
+    def _check_keys(self, block: Block, found: AbstractSet[str], span: Span, key: str) -> None:
         for name, field in block.fields.items():
             if field.required and name not in found:
                 self._missing(name, span, key, field.kind)
@@ -137,6 +139,10 @@ class _Reader:
                 "empty-list", place(self.path, node.start_mark), f"{key} is empty", "leave it out"
             )
         items = [self.read(item, listing.item, f"{key}.{n}") for n, item in enumerate(node.value)]
+        if listing.sums_to_one:
+            self._check_sum(
+                [item.get(listing.sums_to_one) for item in items if item is not _BAD], listing, key
+            )
         seen: set[Any] = set()
         for n, item in enumerate(items if listing.once else ()):
             if item is not _BAD and item in seen:
@@ -145,6 +151,21 @@ class _Reader:
                 )
             seen.add(item)
         return tuple(items)
+
+    def _check_sum(self, parts: Sequence[Any], listing: Listing, key: str) -> None:
+        """The parts of the whole: all given and summing to one, or a single one left out."""
+        name, span = listing.sums_to_one, self.spans[key]
+        if len(parts) > 1 and None in parts:
+            self.problem(
+                "shares", span, f"each of {len(parts)} {key} needs a {name}", f"for example {name}: 50%"
+            )
+        elif (
+            _BAD not in parts
+            and parts != [None]
+            and not math.isclose(sum(parts), 1.0, abs_tol=_SHARE_TOLERANCE)
+        ):
+            hint = "they must sum to 1 (100%)"
+            self.problem("shares", span, f"the {name}s in {key} sum to {sum(parts):.6g}", hint)
 
     def _table(self, node: yaml.Node, table: Table, key: str) -> Any:
         if not isinstance(node, yaml.MappingNode):
@@ -197,7 +218,7 @@ class _Reader:
         if kind.units is None:
             return text
         value = units.parse(text, kind.units)
-        return self._in_range(_BAD if value is None else value, text, kind, span, key)
+        return self._in_range(value, text, kind, span, key, bare=False)
 
     def _number(self, text: str, tag: str, kind: Scalar, span: Span, key: str) -> Any:
         """A bare number in plain decimal. YAML would read 010, 0x10, 1_000 and 1:30 as something else."""
@@ -208,13 +229,12 @@ class _Reader:
         value = int(text) if tag == "int" else float(text)
         if kind.number == "integer" and value != (math.floor(value) if math.isfinite(value) else None):
             return self.problem("bad-value", span, f"{key}: {text} is not {kind.what}", _examples(kind))
-        return self._in_range(value, text, kind, span, key)
+        return self._in_range(value, text, kind, span, key, bare=True)
 
-    def _in_range(self, value: Any, text: str, kind: Scalar, span: Span, key: str) -> Any:
+    def _in_range(self, value: Any, text: str, kind: Scalar, span: Span, key: str, bare: bool) -> Any:
         if not kind.low <= value <= kind.high:
-            return self.problem(
-                "out-of-range", span, f"{key}: {text} is out of range", f"the range is {kind.limits}"
-            )
+            code = "out-of-range" if bare else "amount-out-of-range"
+            return self.problem(code, span, f"{key}: {text} is out of range", f"the range is {kind.limits}")
         return round(value) if kind.integral else float(value)
 
 
@@ -228,16 +248,6 @@ def _quoted(text: str) -> str:
 
 def _examples(kind: Scalar) -> str:
     return f"for example {', '.join(kind.examples)}"
-
-
-def _check_shares(reader: _Reader, data: Mapping[str, Any]) -> None:
-    """The shares of all sizes make up the whole traffic."""
-    sizes = data["workload"].get("online", {}).get("sizes")
-    if sizes and not math.isclose(
-        total := sum(s.get("share", 1.0) for s in sizes), 1.0, abs_tol=_SHARE_TOLERANCE
-    ):
-        span = reader.spans["workload.online.sizes"]
-        reader.problem("shares", span, f"the shares sum to {total:.6g}", "they must sum to 1 (100%)")
 
 
 # Values to records
@@ -272,9 +282,10 @@ def _batch(data: Mapping[str, Any]) -> BatchSpec:
 
 def _online(data: Mapping[str, Any]) -> OnlineSpec:
     slo = data["slo"]
+    whole = sum(size.get("share", 1.0) for size in data.get("sizes", ()))
     sizes = tuple(
         SizeSpec(
-            prompt_tokens=size["prompt"], output_tokens=size["output"], share=float(size.get("share", 1.0))
+            prompt_tokens=size["prompt"], output_tokens=size["output"], share=size.get("share", 1.0) / whole
         )
         for size in data.get("sizes", ())
     )

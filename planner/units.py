@@ -62,14 +62,19 @@ def parse(text: str, units: Units) -> int | float | None:
 def format_bytes(value: float) -> str:
     """Bytes for people: one decimal, binary units."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if value >= BYTES[unit]:
-            return f"{value / float(BYTES[unit]):.1f} {unit}"
+        if round(value / float(BYTES[unit]), 1) >= 1:
+            return f"{value / float(BYTES[unit]):,.1f} {unit}"
     return f"{value:.0f} B"
 
 
 def format_duration(seconds: float) -> str:
     """A duration for people: three digits, the largest unit that leaves at least one."""
     for unit in ("d", "h", "min", "s", "ms"):
-        if seconds >= SECONDS[unit]:
-            return f"{seconds / float(SECONDS[unit]):.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+        if float(f"{seconds / float(SECONDS[unit]):.3g}") >= 1:
+            return f"{format_figure(seconds / float(SECONDS[unit]))} {unit}"
+    return f"{format_figure(seconds * 1e6)} µs"
+
+
+def format_figure(value: float) -> str:
+    """Three significant digits, thousands separated, never an exponent for large ones."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"

@@ -50,14 +50,23 @@ def test_any_text_is_a_number_or_nothing(text: str, table: units.Units) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0 B"), (1023, "1023 B"), (93.4e9, "87.0 GiB"), (2**40, "1.0 TiB")]
+    ("value", "text"),
+    [(0, "0 B"), (512, "512 B"), (93.4e9, "87.0 GiB"), (2**40, "1.0 TiB"), (2**30 - 1, "1.0 GiB")],
 )
 def test_format_bytes(value: float, text: str) -> None:
     assert units.format_bytes(value) == text
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(5e-6, "5 µs"), (0.12, "120 ms"), (90.0, "1.5 min"), (86400 * 2, "2 d")]
+    ("value", "text"),
+    [
+        (5e-6, "5 µs"),
+        (0.12, "120 ms"),
+        (90.0, "1.5 min"),
+        (86400 * 2, "2 d"),
+        (0.9999, "1 s"),
+        (3e8, "3,470 d"),
+    ],
 )
 def test_format_duration(value: float, text: str) -> None:
     assert units.format_duration(value) == text

@@ -11,7 +11,7 @@ from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.workload import RequestClass
-from moeplan.planner.units import format_bytes, format_duration
+from moeplan.planner.units import format_bytes, format_duration, format_figure
 
 _REFUSALS = 8
 
@@ -41,15 +41,14 @@ def emit(plan: Plan) -> dict[str, str]:
     return {"report.md": render("report/report.md.j2", **values)}
 
 
-def figure(value: float) -> str:
-    """Three significant digits, thousands separated."""
-    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def interval(estimate: Estimate, before: str, after: str) -> str:
     """`value (low to high)` with the unit around the value."""
-    text = f"{before}{figure(estimate.value)}{after}"
-    return f"{text} ({figure(estimate.low)} to {figure(estimate.high)})" if estimate.sigma else text
+    text = f"{before}{format_figure(estimate.value)}{after}"
+    return (
+        f"{text} ({format_figure(estimate.low)} to {format_figure(estimate.high)})"
+        if estimate.sigma
+        else text
+    )
 
 
 def _class_line(requests: RequestClass) -> str:

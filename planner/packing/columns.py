@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moeplan.planner.diagnostics import Diagnostic, InfeasibleError
 from moeplan.planner.ir.fleet import Column, Market
@@ -26,11 +29,22 @@ def find_columns(policies: Sequence[Policy], offers: Sequence[Offer], market: Ma
         if priced and market.purchase != "on-demand":
             price, _, offer = min(priced, key=lambda item: item[:2])
             columns.append(_column(policy, "spot", offer, price))
-    return sorted(columns, key=lambda column: column.name)
+    return _distinct(sorted(columns, key=lambda column: (column.name, column.policy.machine.name)))
+
+
+def _distinct(columns: list[Column]) -> list[Column]:
+    """Names become files: machines whose names differ in punctuation only get a number."""
+    used: Counter[str] = Counter()
+    named = []
+    for column in columns:
+        used[column.name] += 1
+        again = used[column.name] > 1
+        named.append(replace(column, name=f"{column.name}-{used[column.name]}") if again else column)
+    return named
 
 
 def _column(policy: Policy, market: Market, offer: Offer | None, price: float) -> Column:
-    parts = [policy.serves, policy.machine.name.replace(".", "-").replace("_", "-").lower(), market]
+    parts = [policy.serves, re.sub("[^a-z0-9]+", "-", policy.machine.name.lower()).strip("-"), market]
     if policy.engine == "runtime_min" and policy.gpus:
         parts.append("offload")
     return Column(
