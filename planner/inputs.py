@@ -16,6 +16,7 @@ from moeplan.planner.ir.spec import Spec
 from moeplan.planner.model_config import load_model
 from moeplan.planner.request_files import PromptsFile, Trace, read_prompts, read_trace
 from moeplan.planner.suggest import nearest
+from moeplan.planner.units import format_bytes
 
 _T = TypeVar("_T")
 
@@ -67,6 +68,21 @@ def _model(spec: Spec, catalog: Catalog, folder: Path) -> Model:
 
 
 def _machine(spec: Spec, catalog: Catalog, folder: Path, override: Path | None) -> Machine | None:
+    machine = _pinned(spec, catalog, folder, override)
+    limit = spec.machine.memory_bytes if spec.machine else None
+    if machine is not None and limit is not None and limit > machine.level("dram").bytes:
+        raise CompileError(
+            Diagnostic(
+                code="too-much-memory",
+                span=spec.span("machine.memory"),
+                message=f"{format_bytes(limit)} is more than {machine.name} has",
+                hint=f"it has {format_bytes(machine.level('dram').bytes)}",
+            )
+        )
+    return machine
+
+
+def _pinned(spec: Spec, catalog: Catalog, folder: Path, override: Path | None) -> Machine | None:
     if override is not None:
         return load_machine(override, Span(str(override)))
     if spec.machine is None:

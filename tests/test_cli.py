@@ -88,6 +88,13 @@ def test_unknown_gpu_and_region(spec: Path) -> None:
     assert "no offer for gpu 'H1000'" in done.stderr
 
 
+def test_more_memory_than_the_machine_has(spec: Path) -> None:
+    spec.write_text(batch_spec(machine="{name: cpu-2core, memory: 100 GiB}"))
+    done = moeplan("compile", spec)
+    assert done.returncode == 2
+    assert "100.0 GiB is more than cpu-2core has [too-much-memory]\n  hint: it has 24.0 GiB" in done.stderr
+
+
 def test_infeasible_exits_3_and_names_the_constraint(spec: Path) -> None:
     spec.write_text(batch_spec(machine="g4dn.xlarge"))
     done = moeplan("compile", spec)
