@@ -2,63 +2,80 @@
 
 from __future__ import annotations
 
-from moeplan.codegen.emit.report import interval
+from moeplan.codegen.emit.report import interval, is_unrun, latency
 from moeplan.planner.ir.fleet import Choice
+from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan, Replica
+from moeplan.planner.units import format_duration
 
 
-def summary(plan: Plan, folder: str, changed: int) -> str:
+def summary(plan: Plan, folder: str, changed: int, checkpoint_option: str) -> str:
     """What to deploy, what it costs and reaches, what binds, where the files are, what to do next."""
     lines = [f"{plan.spec.name}: {plan.workload.model.name}"]
-    for choice in plan.fleet.choices:
-        lines += _choice_lines(choice)
+    for choice, site in zip(plan.fleet.choices, plan.placement.sites, strict=True):
+        lines += _choice_lines(choice, site)
     lines += [f"  cost        {line}" for line in _cost_lines(plan)]
     if any(site.market == "spot" for site in plan.placement.sites):
         lines.append(f"  placement   {plan.placement.statement}")
     lines += [f"  next best   {line}" for line in _alternative_lines(plan)]
-    written = f"{changed} files changed" if changed else "nothing changed"
+    written = f"{changed} file{'s' * (changed > 1)} changed" if changed else "nothing changed"
     lines.append(f"  files       {folder} ({written}); read {folder}/report.md")
-    lines += [f"  next        {_next_line(replica, folder)}" for replica in plan.replicas]
+    lines += [
+        f"  next        {_next_line(plan, replica, folder, checkpoint_option)}" for replica in plan.replicas
+    ]
     return "\n".join(lines)
 
 
-def _choice_lines(choice: Choice) -> list[str]:
+def _choice_lines(choice: Choice, site: Site) -> list[str]:
     column, policy = choice.column, choice.column.policy
     price = "" if column.market == "owned" else f", {choice.replicas * column.usd_per_hour:.2f} USD/h"
+    spare = f", {site.spot_overprovision} of them to spare" if site.spot_overprovision else ""
     engine = "offloaded under runtime_min" if policy.engine == "runtime_min" else "under vLLM"
     if policy.engine == "runtime_min" and not policy.gpus:
         engine = "from disk" if policy.weights_on == "disk" else "in memory"
-    return [
-        f"  deploy      {choice.replicas} × {column.policy.machine.name} ({column.market}{price}), {engine}",
-        f"  batch       {policy.sequences} sequences, micro-batches of {policy.micro_batch}, {policy.dtype}",
+    machine = f"{policy.machine.name} ({column.market}{price})"
+    lines = [
+        f"  deploy      {choice.replicas} × {machine}{spare}, {engine}",
+        f"  in flight   {policy.sequences} sequences, micro-batches of {policy.micro_batch}, {policy.dtype}",
         f"  reaches     {interval(policy.generated_tokens_per_s, '', ' tokens/s generated')} per replica"
         f" [{policy.generated_tokens_per_s.provenance}]",
-        f"  bottleneck  {policy.bottleneck}",
     ]
+    if policy.serves == "online":
+        lines.append(f"  latency     {latency(policy)} when full")
+    return [*lines, f"  bottleneck  {policy.bottleneck}"]
 
 
 def _cost_lines(plan: Plan) -> list[str]:
     if plan.fleet.usd_per_hour == 0:
-        return ["none: the catalog has no offer for this machine, taken as yours"]
-    prices = [
+        return ["none: the machine is yours"]
+    lines = [f"{plan.fleet.usd_per_hour:.2f} USD/h while everything runs"]
+    for choice in plan.fleet.choices:
+        if choice.column.policy.serves == "batch":
+            hours = format_duration(choice.hours * 3600)
+            lines.append(
+                f"{choice.usd:.2f} USD in all for the batch work, {hours} on each of {choice.replicas}"
+            )
+    return lines + [
         f"{interval(price, '$', '')} per million generated tokens ({name})"
         for name, price in plan.fleet.usd_per_million_tokens
     ]
-    return [f"{plan.fleet.usd_per_hour:.2f} USD/h while everything runs", *prices]
 
 
 def _alternative_lines(plan: Plan) -> list[str]:
     return [
-        f"{other.replicas} × {other.column}: {other.cost_usd:.2f} USD ({other.note})"
+        f"{other.replicas} × {other.column}: {other.cost_usd:.2f} {other.note}"
         for other in plan.fleet.alternatives[:3]
     ]
 
 
-def _next_line(replica: Replica, folder: str) -> str:
+def _next_line(plan: Plan, replica: Replica, folder: str, checkpoint_option: str) -> str:
     policy = replica.policy
+    if policy.engine == "vllm" and plan.fleet.usd_per_hour == 0:
+        return f"start vLLM with the figures in {folder}/report.md"
     if policy.engine == "vllm":
-        command = "serve up" if policy.serves == "online" else "jobs launch"
-        return f"sky {command} {folder}/skypilot/{replica.name}.yaml --env MODEL=..."
-    if policy.gpus:
-        return "this version of runtime_min does not execute GPU plans: the figures are predictions"
-    return f"moeplan run {folder} --input REQUESTS.jsonl --output ANSWERS.jsonl"
+        file = f"{folder}/skypilot/{replica.name}.yaml --env MODEL=..."
+        batch = f"sky jobs launch {file} --env INPUT=... --env OUTPUT=..."
+        return f"sky serve up {file}" if policy.serves == "online" else batch
+    if unrun := is_unrun(plan, policy):
+        return f"{unrun}: the figures are predictions"
+    return f"moeplan run {folder}{checkpoint_option} --input REQUESTS.jsonl --output ANSWERS.jsonl"

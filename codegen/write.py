@@ -53,14 +53,25 @@ def with_lock(
     return {**files, LOCK: to_json(lock)}
 
 
-def write(files: Mapping[str, str], folder: Path) -> list[str]:
+class ConflictError(Exception):
+    """Writing would destroy what is not ours: files edited by hand, or that no lock lists."""
+
+    def __init__(self, folder: Path, conflicts: Mapping[str, str]) -> None:
+        self.conflicts = conflicts
+        super().__init__("\n".join(f"{folder / path}: {why}" for path, why in conflicts.items()))
+
+
+def write(files: Mapping[str, str], folder: Path, force: bool = False) -> list[str]:
     """Make `folder` hold `files`; return the paths that changed.
 
     A file is written to a temporary name and renamed, and only if its bytes differ. Files that the old
     lock lists and `files` lacks are removed; others are never touched. The lock comes last.
-    Raises OSError.
+    Raises OSError, and unless `force` ConflictError where a file to replace or remove is not as we wrote it.
     """
-    obsolete = [path for path in _locked(folder) if path not in files]
+    locked = _locked(folder)
+    obsolete = [path for path in locked if path not in files]
+    if not force and (conflicts := _conflicts(files, folder, locked)):
+        raise ConflictError(folder, conflicts)
     changed = []
     for path in sorted(files, key=lambda path: (path == LOCK, path)):
         if _write_one(folder / path, files[path].encode()):
@@ -69,6 +80,21 @@ def write(files: Mapping[str, str], folder: Path) -> list[str]:
         (folder / path).unlink(missing_ok=True)
         _remove_empty(folder / path, folder)
     return changed + obsolete
+
+
+def _conflicts(files: Mapping[str, str], folder: Path, locked: Mapping[str, str]) -> dict[str, str]:
+    """Paths on disk that differ from what we wrote and from what we would write, and in which way."""
+    found = {}
+    for path in sorted({*files, *locked} - {LOCK}):
+        try:
+            have = (folder / path).read_bytes()
+        except OSError:
+            continue
+        if path in locked and _digest(have) != locked[path] and have != files.get(path, "").encode():
+            found[path] = "edited by hand"
+        elif path not in locked and have != files[path].encode():
+            found[path] = "not written by moeplan"
+    return found
 
 
 def check(files: Mapping[str, str], folder: Path) -> list[Drift]:

@@ -10,13 +10,13 @@ from moeplan.planner.suggest import nearest
 
 
 def candidate_offers(spec: Spec, inputs: Inputs) -> tuple[Offer, ...]:
-    """The catalog's offers within the market; for a pinned machine, the offers of that machine.
+    """The catalog's offers within the market; none for a pinned machine, which is the user's own.
 
     Raises CompileError for GPUs and regions that the catalog has no offer for.
     """
     market, machines = spec.market, inputs.catalog.machines
     if inputs.machine is not None:
-        return tuple(offer for offer in inputs.catalog.offers if offer.machine == inputs.machine.name)
+        return ()
     _require_known(spec, inputs)
     return tuple(
         offer

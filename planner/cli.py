@@ -51,6 +51,23 @@ def main() -> None:
         sys.exit(70)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"moeplan {version('moeplan')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Compile one spec.yaml into a deployment plan for a Mixture-of-Experts model, and run it."""
+
+
 @app.command("compile")
 def compile_command(
     spec: SpecPath,
@@ -61,18 +78,27 @@ def compile_command(
     dump_ir: Annotated[
         Path | None, typer.Option("--dump-ir", help="write every level to this folder")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace files edited by hand")] = False,
 ) -> None:
     """Compile SPEC into its plan folder.
 
-    Only files whose bytes change are written, only files of its own lock removed.
+    Only files whose bytes change are written, only files of its own lock removed. Exit codes: 0 done, 2 bad
+    input or a file in the way, 3 no plan meets the spec, 70 internal error.
     """
-    from moeplan.codegen.write import write
+    from moeplan.codegen.write import ConflictError, write
     from moeplan.planner.pipeline import Trace
 
     trace = Trace()
     plan, files = _compile(spec, machine, trace)
     folder = output or _default_folder(spec, plan)
-    changed = write(files, folder)
+    try:
+        changed = write(files, folder, force)
+    except ConflictError as conflict:
+        print(
+            f"{conflict}\n  hint: --force replaces them; moeplan check --diff shows what differs",
+            file=sys.stderr,
+        )
+        raise typer.Exit(2) from None
     if dump_ir:
         _dump(trace, dump_ir)
     if time_passes:
@@ -83,7 +109,7 @@ def compile_command(
     else:
         from moeplan.codegen.summary import summary
 
-        print(summary(plan, str(folder), len(changed)))
+        print(summary(plan, str(folder), len(changed), _checkpoint_option(spec, folder, plan)))
 
 
 @app.command()
@@ -134,7 +160,11 @@ def run(
     folders = sorted(path.parent for path in plan.glob("runtime/*/runtime.json"))
     if len(folders) != 1:
         what = "holds no replica for" if not folders else "holds several replicas; name one to"
-        print(f"{plan}: {what} runtime_min: runtime_min run PLAN/runtime/REPLICA ...", file=sys.stderr)
+        print(f"{plan}: {what} runtime_min", file=sys.stderr)
+        hint = "replicas under vLLM are deployed with the files in skypilot/, see report.md"
+        print(
+            f"  hint: {hint if not folders else 'runtime_min run PLAN/runtime/REPLICA ...'}", file=sys.stderr
+        )
         raise typer.Exit(2)
     arguments = ["run", str(folders[0]), "--input", str(input), "--output", str(output), "--show", str(show)]
     raise typer.Exit(runtime_main(arguments + (["--checkpoint", str(checkpoint)] if checkpoint else [])))
@@ -219,6 +249,13 @@ def _compile(spec: Path, machine: Path | None, trace: Trace | None) -> tuple[Pla
         "gap": 0.0 if plan.fleet.solver_status == "optimal" else None,
     }
     return plan, with_lock(emit_all(plan), digests, solver)
+
+
+def _checkpoint_option(spec: Path, folder: Path, plan: Plan) -> str:
+    """What `moeplan run` needs to find the checkpoint: nothing where the plan lies beside its spec."""
+    if not plan.spec.model.path:
+        return " --checkpoint CHECKPOINT"
+    return "" if folder.parent == spec.parent else f" --checkpoint {spec.parent / plan.spec.model.path}"
 
 
 def _default_folder(spec: Path, plan: Plan) -> Path:

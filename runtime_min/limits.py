@@ -8,15 +8,13 @@ from pathlib import Path
 
 from moeplan.runtime_min.plan_file import (
     ALIGNMENT_BYTES,
+    ARCHITECTURES,
     ITEM_BYTES,
     PlanFileError,
     RuntimePlan,
     kv_bytes,
     workspace_bytes,
 )
-
-ARCHITECTURES = ("mixtral",)
-
 
 def check_supported(path: Path, plan: RuntimePlan) -> None:
     """Raise PlanFileError where this version of the runtime has no way to execute the plan."""

@@ -62,6 +62,8 @@ def run_plan(
     """
     plan, folder = _open(runtime_dir, checkpoint)
     total = _count_lines(input)
+    if output.exists() and output.samefile(input):
+        raise RunError(f"{output}: is the input", "name another file for the answers")
     if not output.parent.is_dir():  # said now, not after the weights are loaded
         raise RunError(f"{output}: its folder does not exist")
     from moeplan.runtime_min.engine import Engine
@@ -200,7 +202,10 @@ def _open(runtime_dir: Path, given: Path | None) -> tuple[RuntimePlan, Path]:
         raise RunError(
             f"{runtime_dir}: the plan names no checkpoint", "say where it is with --checkpoint DIR"
         )
-    return plan, given or runtime_dir.resolve().parents[2] / plan.model.checkpoint
+    folder = given or runtime_dir.resolve().parents[2] / plan.model.checkpoint
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such checkpoint folder", "say where it is with --checkpoint DIR")
+    return plan, folder
 
 
 def _count_lines(path: Path) -> int:

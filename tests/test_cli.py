@@ -42,6 +42,9 @@ def test_check_tells_drift_and_shows_it(spec: Path) -> None:
     moeplan("compile", spec)
     report = spec.parent / "job.plan" / "report.md"
     report.write_text(report.read_text().replace("# job", "# my job"))
+    refused = moeplan("compile", spec)
+    assert refused.returncode == 2
+    assert "report.md: edited by hand\n  hint: --force replaces them" in refused.stderr
     done = moeplan("check", spec, "--diff")
     assert done.returncode == 1
     assert "report.md: edited by hand" in done.stderr
@@ -157,7 +160,7 @@ def test_run_without_a_runnable_replica(spec: Path) -> None:
     plan = spec.parent / "chat.plan"
     done = moeplan("run", plan, "--input", "a", "--output", "b")
     assert done.returncode == 2
-    assert "holds no replica for runtime_min" in done.stderr
+    assert "holds no replica for runtime_min\n  hint: replicas under vLLM are deployed with" in done.stderr
 
 
 def test_running_a_gpu_plan_says_what_this_version_does(spec: Path) -> None:
@@ -192,7 +195,42 @@ def test_own_catalog_entries_override(spec: Path) -> None:
         "cloud,region,instance,on_demand_usd_per_hour,spot_usd_per_hour,date,source\n"
         "aws,us-east-1,g4dn.16xlarge,4.352,,2026-11-01,own price list\n"
     )
-    spec.write_text(spec.read_text() + "catalog: own\n")
-    done = moeplan("compile", spec)
+    spec.write_text(batch_spec() + "catalog: own\nmarket: {purchase: on-demand, clouds: [aws], gpus: [T4]}\n")
+    done = moeplan("compile", spec, "--json")
     assert done.returncode == 0, done.stderr
-    assert "g4dn.16xlarge (on-demand, 4.35 USD/h)" in done.stdout
+    offered = {other["column"] for other in json.loads(done.stdout)["fleet"]["alternatives"]}
+    assert "batch-g4dn-16xlarge-on-demand-offload" in offered
+
+
+def test_version() -> None:
+    assert moeplan("--version").stdout.startswith("moeplan 0.")
+
+
+def test_a_foreign_file_is_never_replaced(spec: Path) -> None:
+    folder = spec.parent / "mine"
+    folder.mkdir()
+    (folder / "report.md").write_text("precious\n")
+    done = moeplan("compile", spec, "-o", folder)
+    assert done.returncode == 2
+    assert "report.md: not written by moeplan" in done.stderr
+    assert [path.name for path in folder.iterdir()] == ["report.md"]
+    assert moeplan("compile", spec, "-o", folder, "--force").returncode == 0
+
+
+def test_a_pinned_machine_is_one_machine(spec: Path) -> None:
+    """More requests than it can serve is an answer with a figure, not a second machine."""
+    spec.write_text(ONLINE.replace("rate: 8/s", "rate: 800/s") + "machine: a2-ultragpu-1g\n")
+    done = moeplan("compile", spec)
+    assert done.returncode == 3
+    assert "the rate leaves no fleet for the online work" in done.stderr
+    assert "one machine, loaded to 70%, serves" in done.stderr
+
+
+def test_what_cannot_be_executed_is_not_rented(spec: Path) -> None:
+    """Offloaded GPU replicas are listed with their price, and chosen only where nothing else can do the work."""
+    spec.write_text(batch_spec() + "market: {gpus: [T4, L4]}\n")
+    done = moeplan("compile", spec)
+    assert ", under vLLM" in done.stdout
+    report = (spec.parent / "job.plan" / "report.md").read_text()
+    assert "-offload" in report
+    assert "predicted only" in report

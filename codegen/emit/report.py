@@ -9,11 +9,10 @@ from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan, Replica
-from moeplan.planner.ir.policy import Policy
+from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.workload import RequestClass
 from moeplan.planner.units import format_bytes, format_duration, format_figure
-
-_REFUSALS = 8
+from moeplan.runtime_min.plan_file import ARCHITECTURES
 
 
 def emit(plan: Plan) -> dict[str, str]:
@@ -28,17 +27,34 @@ def emit(plan: Plan) -> dict[str, str]:
         "token_prices": [
             (name, interval(price, "$", "")) for name, price in plan.fleet.usd_per_million_tokens
         ],
-        "replicas": [_replica(replica) for replica in plan.replicas],
+        "replicas": [_replica(plan, replica) for replica in plan.replicas],
         "alternatives": [
             (a.column, a.serves, a.replicas, f"{a.cost_usd:.2f}", a.note) for a in plan.fleet.alternatives
         ],
-        "refusals": plan.rejections[:_REFUSALS],
-        "more_refusals": max(0, len(plan.rejections) - _REFUSALS),
-        "totals": f"{plan.workload.model.parameters.total() / 1e9:.2f}",
-        "active": f"{plan.workload.model.active_parameters() / 1e9:.2f}",
+        "refusals": _refusals(plan),
+        "totals": _parameters(plan.workload.model.parameters.total()),
+        "active": _parameters(plan.workload.model.active_parameters()),
         "weights": format_bytes(plan.workload.model.weight_bytes()),
     }
     return {"report.md": render("report/report.md.j2", **values)}
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
+
+
+def _refusals(plan: Plan) -> list[tuple[str, str]]:
+    """Machines refused for one reason together, with the first one's numbers."""
+    groups: dict[tuple[str, str], list[Rejection]] = {}
+    for rejection in plan.rejections:
+        groups.setdefault((rejection.serves, rejection.constraint), []).append(rejection)
+    return [
+        (
+            f"{serves}, {constraint}: {', '.join(r.machine for r in group)}",
+            f"{group[0].machine}: {group[0].message}",
+        )
+        for (serves, constraint), group in groups.items()
+    ]
 
 
 def interval(estimate: Estimate, before: str, after: str) -> str:
@@ -51,11 +67,30 @@ def interval(estimate: Estimate, before: str, after: str) -> str:
     )
 
 
+def latency(policy: Policy) -> str:
+    """The slowest bucket's TTFT and ITL."""
+    ttft, itl = max(r.ttft_s for r in policy.rates), max(r.itl_s for r in policy.rates)
+    return f"TTFT {format_duration(ttft)}, ITL {format_duration(itl)}"
+
+
+def is_unrun(plan: Plan, policy: Policy) -> str:
+    """Why the bundled runtime cannot execute a policy that is planned for it; empty where it can."""
+    if policy.simulated_only:
+        return "this version of runtime_min does not execute plans for a GPU"
+    if policy.engine == "runtime_min" and plan.workload.model.model_type not in ARCHITECTURES:
+        return f"this version of runtime_min runs {', '.join(ARCHITECTURES)} models only"
+    return ""
+
+
 def _class_line(requests: RequestClass) -> str:
     sizes = (
-        f"{requests.mean_prompt_tokens():.0f} prompt and {requests.mean_output_tokens():.0f} output tokens "
-        f"on average ({requests.basis})"
+        f"{requests.mean_prompt_tokens():.0f} prompt and {requests.mean_output_tokens():.0f} output tokens"
     )
+    if requests.context_tokens_max > requests.mean_prompt_tokens() + requests.mean_output_tokens() + 1:
+        most = f"{requests.prompt_tokens_max} and {requests.output_tokens_max}"
+        sizes += f" on average and {most} at most ({requests.basis})"
+    else:
+        sizes += " at most"
     if requests.name == "batch":
         deadline = f", within {format_duration(requests.deadline_s)}" if requests.deadline_s else ""
         return f"batch: {requests.requests} requests of {sizes}{deadline}"
@@ -63,7 +98,7 @@ def _class_line(requests: RequestClass) -> str:
     assert slo is not None  # every online class has one
     return (
         f"online: {requests.rate_per_s:.4g} requests/s of {sizes}; TTFT {format_duration(slo.ttft_s)}, "
-        f"ITL {format_duration(slo.itl_s)} for {slo.attainment:.4g} of them"
+        f"ITL {format_duration(slo.itl_s)} for {slo.attainment * 100:.5g} % of them"
     )
 
 
@@ -71,17 +106,23 @@ def _deploy_row(choice: Choice, site: Site) -> dict[str, str]:
     regions = ", ".join(f"{zone.cloud}/{zone.region}" for zone in site.zones) or "yours"
     return {
         "name": site.column,
-        "replicas": str(choice.replicas),
+        "replicas": _count(site),
         "machine": choice.column.policy.machine.name,
         "market": site.market,
         "regions": regions,
         "usd_per_hour": f"{choice.replicas * choice.column.usd_per_hour:.2f}",
-        "load": f"{choice.utilisation:.0%}",
+        "load": f"{choice.utilisation:.0%}" if choice.utilisation < 1 else "–",
+        "usd": f"{choice.usd:.2f}" if choice.usd else "–",
         "hours": format_duration(choice.hours * 3600) if choice.hours else "always",
     }
 
 
-def _replica(replica: Replica) -> dict[str, Any]:
+def _count(site: Site) -> str:
+    spare = f" + {site.spot_overprovision} to spare" if site.spot_overprovision else ""
+    return f"{site.replicas}{spare}"
+
+
+def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
     policy = replica.policy
     return {
         "name": replica.name,
@@ -106,14 +147,17 @@ def _replica(replica: Replica) -> dict[str, Any]:
             if policy.engine == "runtime_min" and p.p1_flops_per_byte > 0
         ],
         "schedule": replica.schedule,
-        "unrun": policy.engine == "runtime_min" and policy.gpus > 0,
+        "unrun": is_unrun(plan, policy),
+        "latency": latency(policy) if policy.serves == "online" else "",
     }
 
 
 def _how(policy: Policy) -> str:
     batch = f"{policy.sequences} sequences in flight, computed in {policy.dtype}"
     if policy.engine == "vllm":
-        return f"vLLM, {policy.data_parallel} × {policy.gpus} GPUs, weights in GPU memory, at most {batch}"
+        gpus = f"{policy.gpus} GPU{'s' * (policy.gpus > 1)}"
+        copies = f"{policy.data_parallel} copies on {gpus} each" if policy.data_parallel > 1 else gpus
+        return f"vLLM, {copies}, weights in GPU memory, at most {batch}"
     plural = "" if policy.micro_batches == 1 else "es"
     groups = f"{policy.micro_batches} micro-batch{plural} of {policy.micro_batch}"
     if policy.gpus:

@@ -127,6 +127,11 @@ class Policy:
     rates: tuple[BucketRate, ...]
     bottleneck: str
 
+    @property
+    def simulated_only(self) -> bool:
+        """Whether no engine executes it yet: the bundled runtime has no accelerator path."""
+        return self.engine == "runtime_min" and self.gpus > 0
+
     def used_bytes(self, level: LevelName) -> int:
         """Sum of what the policy holds at `level`."""
         return sum(use.bytes for use in self.memory if use.level == level)

@@ -26,6 +26,8 @@ from moeplan.planner.packing.common import (
 )
 from moeplan.planner.units import format_duration
 
+_PREDICTED_ONLY = "; predicted only, runtime_min does not execute GPU plans yet"
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -67,8 +69,12 @@ def _most_batch_replicas(requests: RequestClass, column: Column) -> int | None:
     return 1 if column.market == "owned" or requests.deadline_s is None else None
 
 
-def solve_batch(spec: Spec, batch: Batch, columns: Sequence[Column], limits: Limits) -> Answer:
-    """min the whole bill, all requests done; with a deadline, hours per replica stay within it."""
+def solve_batch(spec: Spec, batch: Batch, offered: Sequence[Column], limits: Limits) -> Answer:
+    """min the whole bill, all requests done; with a deadline, hours per replica stay within it.
+
+    Columns that no engine executes yet are chosen only where there is no other, and listed as alternatives.
+    """
+    columns = [column for column in offered if not column.policy.simulated_only] or list(offered)
     problem, replicas, share = _batch_problem(batch, columns, limits)
     status = solve(problem)
     if status is None:
@@ -92,7 +98,7 @@ def solve_batch(spec: Spec, batch: Batch, columns: Sequence[Column], limits: Lim
         )
         routes.append(Route(serves="batch", bucket=0, column=column.name, share=part))
     chosen = {choice.column.name for choice in choices}
-    others = _batch_alternatives(batch, [c for c in columns if c.name not in chosen])
+    others = _batch_alternatives(batch, [c for c in offered if c.name not in chosen])
     return Answer(tuple(choices), tuple(routes), others, status)
 
 
@@ -132,13 +138,15 @@ def _batch_alternatives(batch: Batch, columns: Sequence[Column]) -> tuple[Altern
         if replicas is None:
             continue
         hours = batch.work_hours(column) + batch.start_hours(column) * replicas
+        simulated = column.policy.simulated_only
         found.append(
             Alternative(
                 column=column.name,
                 serves="batch",
                 replicas=replicas,
                 cost_usd=batch.bill(column, replicas),
-                note=f"alone, USD in all, {format_duration(hours * 3600)} of machine time",
+                note=f"USD in all, {format_duration(hours * 3600)} of machine time"
+                + _PREDICTED_ONLY * simulated,
             )
         )
     return tuple(sorted(found, key=lambda a: (a.cost_usd, a.column))[:MOST_ALTERNATIVES])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pulp
 
-from moeplan.planner.diagnostics import InfeasibleError
+from moeplan.planner.diagnostics import InfeasibleError, Span
 from moeplan.planner.ir.fleet import Alternative, Choice, Column, Route
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import RequestClass
@@ -74,7 +74,10 @@ def _online_problem(
     requests: RequestClass, columns: Sequence[Column], target: float, limits: Limits
 ) -> tuple[pulp.LpProblem, dict[str, pulp.LpVariable]]:
     problem = pulp.LpProblem("fleet", pulp.LpMinimize)
-    replicas = {c.name: problem.add_variable(f"x{i}", 0, None, pulp.LpInteger) for i, c in enumerate(columns)}
+    replicas = {
+        c.name: problem.add_variable(f"x{i}", 0, 1 if c.market == "owned" else None, pulp.LpInteger)
+        for i, c in enumerate(columns)
+    }
     extra = {
         c.name: problem.add_variable(f"u{i}", 0, 1, pulp.LpInteger)
         for i, c in enumerate(columns)
@@ -160,7 +163,7 @@ def _online_alternatives(
                 serves="online",
                 replicas=replicas,
                 cost_usd=replicas * column.usd_per_hour,
-                note="alone, USD per hour",
+                note="USD per hour",
             )
         )
     return tuple(sorted(found, key=lambda a: (a.cost_usd, a.column))[:MOST_ALTERNATIVES])
@@ -172,9 +175,16 @@ def _binding_online(
     limit = binding_limit(
         spec, limits, lambda trial: solve(_online_problem(requests, columns, target, trial)[0])
     )
-    sizes = (
-        spec.span("workload.online"),
-        "the mix of request sizes",
-        "relax the SLO or drop long requests",
-    )
-    return infeasible("online", *(limit or sizes))
+    return infeasible("online", *(limit or _too_much(spec, requests, columns, target)))
+
+
+def _too_much(
+    spec: Spec, requests: RequestClass, columns: Sequence[Column], target: float
+) -> tuple[Span, str, str]:
+    """Why, if neither quota nor budget is to blame: one machine's rate, or the sizes."""
+    if any(column.market == "owned" for column in columns):
+        load = min(sum(_load(requests, c, b) for b in range(len(requests.buckets))) for c in columns)
+        most = requests.rate_per_s * target / load
+        hint = f"one machine, loaded to {target:.0%}, serves {most:.3g}/s of this mix"
+        return spec.span("workload.online.rate"), "the rate", hint
+    return spec.span("workload.online"), "the mix of request sizes", "relax the SLO or drop long requests"
