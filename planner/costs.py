@@ -19,6 +19,7 @@ Quantity = float | NDArray[np.float64]
 # The knee of a roofline is round: t = (t_mem^p + t_comp^p)^(1/p). Fitted to linear operators of Llama-2 on
 # A40, A100 and H100, TP 1-8 and 1-4096 tokens (Vidur's profiles, MIT licence): p = 1.5, median error 4.5 %.
 KNEE = 1.5
+_HALF_BYTES = 2.0
 # Round figures for a cold start; SkyServe reports 183 s for Llama-2-7B under vLLM on AWS.
 _BOOT_S = 90.0
 _ENGINE_START_S = 45.0
@@ -44,8 +45,8 @@ def flops(operator: Operator, tokens: Quantity, context: Quantity) -> Quantity:
 
 
 def weight_bytes(workload: Workload, operator: Operator, tokens: Quantity) -> Quantity:
-    """Bytes of weights that one call over `tokens` tokens reads, as stored."""
-    whole = operator.parameters * operator.stored_bytes_per_parameter
+    """Bytes of weights that one call over `tokens` tokens reads where it computes."""
+    whole = operator.parameters * held_bytes_per_parameter(operator.stored_bytes_per_parameter, workload)
     if operator.name == "routed_experts":
         return whole * touched_expert_share(workload.model, tokens)
     return whole + 0.0 * np.asarray(tokens, dtype=float)
@@ -115,6 +116,19 @@ def prefill_flops(workload: Workload, sequences: Quantity, prompt: float) -> Qua
 def cold_start_s(workload: Workload) -> float:
     """Seconds from a launch request to the first answer: boot, image pull, weights, engine start."""
     return _BOOT_S + (_IMAGE_BYTES + workload.model.weight_bytes()) / _NETWORK_BYTES_PER_S + _ENGINE_START_S
+
+
+def held_bytes_per_parameter(stored: float, workload: Workload) -> float:
+    """Bytes of a weight where it is computed with: quantised ones as stored, others in the compute dtype."""
+    return stored if stored < _HALF_BYTES else float(workload.value_bytes)
+
+
+def held_weight_bytes(workload: Workload) -> float:
+    """Bytes of all weights where they are computed with."""
+    model, p = workload.model, workload.model.parameters
+    routed = held_bytes_per_parameter(model.stored_bytes_per_expert_parameter, workload)
+    other = held_bytes_per_parameter(model.stored_bytes_per_other_parameter, workload)
+    return p.routed_experts * routed + (p.total() - p.routed_experts) * other
 
 
 def resident_parameters(model: Model) -> int:

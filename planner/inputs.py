@@ -19,6 +19,9 @@ from moeplan.planner.suggest import nearest
 from moeplan.planner.units import format_bytes
 
 _T = TypeVar("_T")
+_HUB_HINT = (
+    "nothing is fetched from a hub: take a name of `moeplan catalog models`, or {path: folder or config.json}"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +103,7 @@ def _named(kind: str, name: str, known: Mapping[str, _T], span: Span) -> _T:
             code=f"unknown-{kind}",
             span=span,
             message=f"no {kind} named {name!r} in the catalog",
-            hint=nearest(name, known, f"`moeplan catalog {kind}s` lists them"),
+            hint=_HUB_HINT if "/" in name else nearest(name, known, f"`moeplan catalog {kind}s` lists them"),
         )
     )
 

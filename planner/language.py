@@ -6,7 +6,7 @@ The parser (spec.py), the JSON Schema and the reference (schema.py) all read thi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeplan.planner import units
 
@@ -96,6 +96,12 @@ PATH = Scalar(
     examples=("./checkpoint",),
     pattern=r"^[^\x00-\x1f\x7f]{1,1000}$",
 )
+MACHINE_NAME = replace(WORD, examples=("g4dn.16xlarge",))
+GPU_NAME = replace(WORD, examples=("T4", "A100-80GB"))
+PROMPTS_PATH = replace(PATH, examples=("requests.jsonl",))
+TRACE_PATH = replace(PATH, examples=("trace.csv",))
+MACHINE_PATH = replace(PATH, examples=("machine.yaml",))
+FOLDER = replace(PATH, examples=("./catalog",))
 COUNT = Scalar(
     what="a whole number",
     examples=("1000",),
@@ -205,12 +211,13 @@ BATCH = Block(
     fields={
         "requests": Field(kind=COUNT, doc="how many requests there are"),
         "prompt": Field(
-            kind=TOKENS, doc="tokens of a prompt; with `prompts`, overrides the estimate of the mean"
+            kind=TOKENS,
+            doc="tokens of a prompt, at most. With `prompts`: the mean, instead of an estimate",
         ),
         "output": Field(
-            kind=TOKENS, doc="tokens to generate; with `prompts`, overrides the mean of the file"
+            kind=TOKENS, doc="tokens to generate, at most. With `prompts`: the mean, instead of the file's"
         ),
-        "prompts": Field(kind=PATH, doc="the requests themselves, in OpenAI's batch format (JSONL)"),
+        "prompts": Field(kind=PROMPTS_PATH, doc="the requests themselves, in OpenAI's batch format (JSONL)"),
         "deadline": Field(kind=DURATION, doc="when all must be done; none: as cheap as possible"),
     },
 )
@@ -234,7 +241,7 @@ ONLINE = Block(
         "rate": Field(kind=RATE, doc="requests over time; with `trace`, replaces the trace's own rate"),
         "sizes": Field(kind=Listing(item=SIZE, sums_to_one="share"), doc="request sizes and their shares"),
         "trace": Field(
-            kind=PATH,
+            kind=TRACE_PATH,
             doc="a CSV of requests with columns arrival_s,input_tokens,output_tokens or "
             "TIMESTAMP,ContextTokens,GeneratedTokens",
         ),
@@ -245,8 +252,8 @@ MACHINE = Block(
     short="name",
     options=(Option(key="name"), Option(key="file")),
     fields={
-        "name": Field(kind=WORD, doc="a machine of the catalog (`moeplan catalog machines`)"),
-        "file": Field(kind=PATH, doc="a machine file, as `moeplan calibrate` writes it"),
+        "name": Field(kind=MACHINE_NAME, doc="a machine of the catalog (`moeplan catalog machines`)"),
+        "file": Field(kind=MACHINE_PATH, doc="a machine file, as `moeplan calibrate` writes it"),
         "memory": Field(kind=MEMORY, doc="how much host memory a plan may use; default 80 % of it"),
     },
 )
@@ -257,12 +264,12 @@ MARKET = Block(
             doc="clouds to rent from; default all",
         ),
         "regions": Field(kind=Listing(item=REGION, once=True), doc="regions to rent in; default all"),
-        "gpus": Field(kind=Listing(item=WORD, once=True), doc="GPU types to consider; default all"),
+        "gpus": Field(kind=Listing(item=GPU_NAME, once=True), doc="GPU types to consider; default all"),
         "purchase": Field(
             kind=choice("any", "spot", "on-demand"), default="any", doc="spot machines, on-demand, or either"
         ),
         "budget": Field(kind=MONEY, doc="what everything together may cost per hour"),
-        "quota": Field(kind=Table(key=WORD, value=GPUS), doc="most GPUs of a type that may be rented"),
+        "quota": Field(kind=Table(key=GPU_NAME, value=GPUS), doc="most GPUs of a type that may be rented"),
         "availability": Field(kind=PROMISE, default="99%", doc="wanted share of time with enough replicas"),
     }
 )
@@ -282,8 +289,10 @@ SPEC = Block(
             required=True,
             doc="what must be computed",
         ),
-        "machine": Field(kind=MACHINE, doc="pins one machine; a string is short for {name: ...}"),
+        "machine": Field(
+            kind=MACHINE, doc="pins one machine, taken as yours; a string is short for {name: ...}"
+        ),
         "market": Field(kind=MARKET, doc="where machines may be rented"),
-        "catalog": Field(kind=PATH, doc="a folder with own or replacing catalog entries"),
+        "catalog": Field(kind=FOLDER, doc="a folder with own or replacing catalog entries"),
     },
 )

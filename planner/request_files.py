@@ -36,6 +36,7 @@ class PromptsFile:
     """What the planner learns from a file of requests, without a tokenizer."""
 
     requests: int
+    unreadable: int
     min_prompt_tokens: int
     mean_prompt_tokens: float
     max_prompt_tokens: int
@@ -71,7 +72,8 @@ def read_prompts(spec: Spec, folder: Path) -> PromptsFile | None:
         return None
     span = spec.span("workload.batch.prompts")
     path = folder / batch.prompts_file
-    sizes = [size for line in _read(path, span, "prompts file").splitlines() if (size := _request_size(line))]
+    lines = [line for line in _read(path, span, "prompts file").splitlines() if line.strip()]
+    sizes = [size for line in lines if (size := _request_size(line))]
     if not sizes:
         raise CompileError(
             Diagnostic(
@@ -84,6 +86,7 @@ def read_prompts(spec: Spec, folder: Path) -> PromptsFile | None:
     prompt_bytes, outputs = [p for p, _ in sizes], [o for _, o in sizes]
     return PromptsFile(
         requests=len(sizes),
+        unreadable=len(lines) - len(sizes),
         min_prompt_tokens=max(1, math.floor(min(prompt_bytes) / _MEAN_BYTES_PER_TOKEN)),
         mean_prompt_tokens=max(1.0, sum(prompt_bytes) / len(sizes) / _MEAN_BYTES_PER_TOKEN),
         max_prompt_tokens=math.ceil(max(prompt_bytes) / _BOUND_BYTES_PER_TOKEN) + 8,

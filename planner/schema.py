@@ -92,6 +92,26 @@ def _field(field: Field) -> dict[str, Any]:
     return {**described, **_schema(field.kind)}
 
 
+_EXAMPLE = """\
+```yaml
+name: assistant
+model: {path: ./our-checkpoint, dtype: bf16}     # or a catalog name: model: mixtral-8x7b
+workload:
+  batch: {prompts: nightly.jsonl, deadline: 8h}  # or {requests: 20000, prompt: 512, output: 128}
+  online:
+    rate: 8/s
+    sizes:                                       # or trace: requests.csv
+      - {prompt: 500, output: 150, share: 70%}
+      - {prompt: 3000, output: 400, share: 30%}
+    slo: {ttft: 2s, itl: 100ms, attainment: 99%}
+market:                                          # or machine: g4dn.16xlarge, your own box
+  clouds: [aws, gcp]
+  gpus: [L4, A100-80GB, H100]
+  quota: {H100: 8}
+  budget: $40/h
+```"""
+
+
 def spec_reference() -> str:
     """docs/spec.md: every key of the language, generated from the table."""
     lines = [
@@ -99,6 +119,8 @@ def spec_reference() -> str:
         "",
         "One YAML file. `moeplan schema` prints a JSON Schema of it for editors. Generated from",
         "`planner/language.py`; edit that.",
+        "",
+        *_EXAMPLE.splitlines(),
         "",
         "| key | value | required | meaning |",
         "| --- | --- | --- | --- |",

@@ -234,7 +234,12 @@ class _Reader:
     def _in_range(self, value: Any, text: str, kind: Scalar, span: Span, key: str, bare: bool) -> Any:
         if not kind.low <= value <= kind.high:
             code = "out-of-range" if bare else "amount-out-of-range"
-            return self.problem(code, span, f"{key}: {text} is out of range", f"the range is {kind.limits}")
+            hint = (
+                f"the range is {kind.limits}; {_examples(kind)}"
+                if kind.units
+                else f"the range is {kind.limits}"
+            )
+            return self.problem(code, span, f"{key}: {text} is out of range", hint)
         return round(value) if kind.integral else float(value)
 
 

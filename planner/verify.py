@@ -16,7 +16,7 @@ from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import Workload
 
 _SLACK = 1e-6
-_ROUTING_SLACK = 1e-3  # shares are rounded to ten-thousandths
+_SOLVER_SLACK = 1e-3  # the solver's feasibility tolerance, relative
 
 
 class VerificationError(Exception):
@@ -90,7 +90,7 @@ def verify_fleet(spec: Spec, workload: Workload, fleet: Fleet) -> None:
     for choice in fleet.choices:
         timed = choice.column.policy.serves == "online"
         bound = fleet.target_utilisation if timed else 1.0
-        _require(choice.utilisation <= bound + _ROUTING_SLACK, f"{choice.column.name} is not overloaded")
+        _require(choice.utilisation <= bound * (1 + _SOLVER_SLACK), f"{choice.column.name} is not overloaded")
         _require(choice.replicas > 0, f"{choice.column.name} has replicas")
     for gpu, most in spec.market.quota.items():
         used = sum(

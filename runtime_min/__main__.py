@@ -27,11 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        if options.command == "run":
-            print(
-                f"  hint: {options.output}.partial keeps what is done; the same command goes on from there",
-                file=sys.stderr,
-            )
+        if options.command == "run" and options.output.with_name(options.output.name + ".partial").exists():
+            print("  hint: the same command goes on from what is done", file=sys.stderr)
         return INTERRUPTED
 
 

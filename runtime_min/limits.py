@@ -16,6 +16,7 @@ from moeplan.runtime_min.plan_file import (
     workspace_bytes,
 )
 
+
 def check_supported(path: Path, plan: RuntimePlan) -> None:
     """Raise PlanFileError where this version of the runtime has no way to execute the plan."""
     if plan.device != "cpu" or plan.schedule.kind != "stream":

@@ -269,18 +269,26 @@ def summary(plan: RuntimePlan, report: Report) -> str:
     )
     resumed = f" ({report.resumed} from the interrupted run)" if report.resumed else ""
     failed = f", {report.failed} with an error record" if report.failed else ""
-    lines = (
-        f"{report.answered + report.failed + report.resumed} requests{resumed}{failed}",
-        "; ".join(_speed(*speed) for speed in speeds),
-        f"peak memory {_gib(report.peak_bytes)} of {_gib(plan.memory.budget_bytes)} GiB; "
-        f"{_gib(report.bytes_read)} GiB of pages read, {report.stall_s:.1f} of {all_s:.1f} s waited for them",
-    )
+    lines = [
+        f"{report.answered + report.failed + report.resumed} requests{resumed}{failed}; "
+        f"{report.generated_tokens:,} tokens generated in {all_s:.1f} s",
+        *(_speed(*speed) for speed in speeds if speed[2] > 0),
+        f"  memory     {_gib(report.peak_bytes)} GiB at peak, the plan allows {_gib(plan.memory.budget_bytes)}",
+    ]
+    if report.bytes_read:
+        waited = f"{report.stall_s:.1f} s of the run waited for them"
+        lines.append(f"  pages      {_gib(report.bytes_read)} GiB read, {waited}")
+    if all_s > 0 and report.generated_tokens / all_s < expected.generated_tokens_per_s.low:
+        lines.append(f"  slower than planned: {_SLOWER}")
     return "\n".join(lines)
 
 
+_SLOWER = "a busy machine, a batch that was not full, or a model so small that calls outweigh arithmetic"
+
+
 def _speed(name: str, tokens: int, seconds: float, plan: Range) -> str:
-    measured = f"{tokens / seconds:,.1f}" if seconds > 0 else "no"
-    return f"{name} {measured} tokens/s (plan {plan.value:,.1f}, {plan.low:,.1f} to {plan.high:,.1f})"
+    interval = f"{plan.low:,.0f} to {plan.high:,.0f}"
+    return f"  {name:9}  {tokens / seconds:,.0f} tokens/s, the plan expected {plan.value:,.0f} ({interval})"
 
 
 def _gib(size: int) -> str:

@@ -227,7 +227,7 @@ def test_a_pinned_machine_is_one_machine(spec: Path) -> None:
 
 
 def test_what_cannot_be_executed_is_not_rented(spec: Path) -> None:
-    """Offloaded GPU replicas are listed with their price, and chosen only where nothing else can do the work."""
+    """Offloaded GPU replicas are listed with their price, and chosen only where nothing else can work."""
     spec.write_text(batch_spec() + "market: {gpus: [T4, L4]}\n")
     done = moeplan("compile", spec)
     assert ", under vLLM" in done.stdout

@@ -15,7 +15,6 @@ from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import RequestClass, Workload
 from moeplan.planner.packing.common import (
     MOST_ALTERNATIVES,
-    SHARE_DIGITS,
     TIE_BREAK,
     Answer,
     Limits,
@@ -23,9 +22,11 @@ from moeplan.planner.packing.common import (
     binding_limit,
     infeasible,
     solve,
+    whole,
 )
 from moeplan.planner.units import format_duration
 
+_ROUND_UP = 1.006  # three printed digits may round down by half a percent
 _PREDICTED_ONLY = "; predicted only, runtime_min does not execute GPU plans yet"
 
 
@@ -80,8 +81,9 @@ def solve_batch(spec: Spec, batch: Batch, offered: Sequence[Column], limits: Lim
     if status is None:
         raise _binding_batch(spec, batch, columns, limits)
     choices, routes = [], []
+    parts = whole({name: variable.value() for name, variable in share.items()})
     for column in columns:
-        part = round(share[column.name].value(), SHARE_DIGITS)
+        part = parts[column.name]
         if not part:
             continue
         count = max(1, round(replicas[column.name].value()))
@@ -119,11 +121,9 @@ def _batch_problem(
     )
     problem += pulp.lpSum(share.values()) == 1
     for c in columns:
-        available = batch.available_hours(c)
-        if math.isfinite(available):
-            problem += batch.work_hours(c) * share[c.name] <= available * replicas[c.name]
-        else:
-            problem += share[c.name] <= replicas[c.name]
+        # One replica's part of all requests. Scaled so: 1e-6 replicas are an integer to the solver.
+        part = min(1.0, batch.available_hours(c) / batch.work_hours(c))
+        problem += share[c.name] <= part * replicas[c.name]
     if batch.requests.deadline_s is None:
         problem += pulp.lpSum(replicas.values()) == 1
     add_limits(problem, columns, replicas, limits)
@@ -155,7 +155,7 @@ def _batch_alternatives(batch: Batch, columns: Sequence[Column]) -> tuple[Altern
 def _binding_batch(spec: Spec, batch: Batch, columns: Sequence[Column], limits: Limits) -> InfeasibleError:
     limit = binding_limit(spec, limits, lambda trial: solve(_batch_problem(batch, columns, trial)[0]))
     if limit is None:
-        best = min(batch.work_hours(c) / batch.target + batch.start_hours(c) for c in columns)
-        hint = f"{format_duration(best * 3600)} is enough for one machine"
+        best = min((batch.work_hours(c) + batch.start_hours(c)) / batch.target for c in columns)
+        hint = f"{format_duration(best * 3600 * _ROUND_UP)} is enough for one machine"
         limit = spec.span("workload.batch.deadline"), "the deadline", hint
     return infeasible("batch", *limit)

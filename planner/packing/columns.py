@@ -61,6 +61,11 @@ def require_columns(
 ) -> None:
     """Every class needs a column; otherwise say why each machine was refused, nearest miss first."""
     problems = []
+    if spec.machine and len(workload.classes) > 1:
+        message = "one machine is planned for one kind of work"
+        hint = "write two specs, one for the batch and one for the online work"
+        span = spec.span("machine")
+        raise InfeasibleError(Diagnostic(code="two-classes", span=span, message=message, hint=hint))
     for requests in workload.classes:
         if any(column.policy.serves == requests.name for column in columns):
             continue

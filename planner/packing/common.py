@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pulp
@@ -14,8 +14,8 @@ from moeplan.planner.ir.workload import ClassName
 
 TIE_BREAK = 1e-6
 MOST_ALTERNATIVES = 8
-SHARE_DIGITS = 4
-_SOLVER_SECONDS = 20
+_LEAST_SHARE = 1e-6  # less is the solver's noise
+_MOST_NODES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,25 @@ def add_limits(
         problem += pulp.lpSum(c.usd_per_hour * bought[c.name] for c in columns) <= limits.budget_usd_per_hour
 
 
-def solve(problem: pulp.LpProblem) -> SolverStatus | None:
-    """Solve; None where there is no solution. One thread: the same answer every time.
+def whole(raw: Mapping[str, float]) -> dict[str, float]:
+    """The solver's shares of one whole, its noise removed: they sum to 1."""
+    kept = {name: share if share > _LEAST_SHARE else 0.0 for name, share in raw.items()}
+    total = sum(kept.values())
+    return {name: share / total for name, share in kept.items()}
 
-    After a time limit pulp's `status` still reads "Optimal"; `sol_status` tells an incumbent.
+
+def solve(problem: pulp.LpProblem) -> SolverStatus | None:
+    """Solve; None where there is no solution. One thread and a limit in nodes: the same answer every time.
+
+    After a limit pulp's `status` still reads "Optimal"; `sol_status` tells an incumbent. Raises
+    InfeasibleError where the limit left neither a solution nor a proof that there is none.
     """
-    problem.solve(pulp.PULP_CBC_CMD(msg=False, threads=1, timeLimit=_SOLVER_SECONDS))
+    problem.solve(pulp.PULP_CBC_CMD(msg=False, threads=1, options=[f"maxNodes {_MOST_NODES}"]))
+    if problem.status == pulp.LpStatusNotSolved:
+        message = f"the solver found no fleet within {_MOST_NODES:,} nodes"
+        raise InfeasibleError(
+            Diagnostic(code="unsolved", span=Span("moeplan"), message=message, hint="allow fewer GPU types")
+        )
     found: dict[int, SolverStatus] = {
         pulp.LpSolutionOptimal: "optimal",
         pulp.LpSolutionIntegerFeasible: "incumbent",

@@ -16,7 +16,6 @@ from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import RequestClass
 from moeplan.planner.packing.common import (
     MOST_ALTERNATIVES,
-    SHARE_DIGITS,
     TIE_BREAK,
     Answer,
     Limits,
@@ -24,6 +23,7 @@ from moeplan.planner.packing.common import (
     binding_limit,
     infeasible,
     solve,
+    whole,
 )
 
 SPOT_OVERPROVISION = 1  # more spot replicas than needed while serving online: SkyServe's N_Extra
@@ -100,6 +100,10 @@ def _online_problem(
     for c in columns:
         load = pulp.lpSum(_load(requests, c, b) * share[b, c.name] for b in buckets if (b, c.name) in share)
         problem += load <= target * replicas[c.name]
+        # A slow trickle's loads drown in the solver's tolerance: what serves is there at least once.
+        for b in buckets:
+            if (b, c.name) in share:
+                problem += share[b, c.name] <= replicas[c.name]
         if c.name in extra:
             problem += replicas[c.name] <= _most_replicas(requests, c, target) * extra[c.name]
     add_limits(problem, columns, bought, limits)
@@ -131,19 +135,10 @@ def _balanced_shares(
         load = pulp.lpSum(_load(requests, c, b) * y for (b, name), y in share.items() if name == c.name)
         problem += load <= counts[c.name] * peak
     solve(problem)
-    return _rounded(buckets, used, {key: y.value() for key, y in share.items()})
-
-
-def _rounded(
-    buckets: range, used: Sequence[Column], raw: dict[tuple[int, str], float]
-) -> dict[tuple[int, str], float]:
-    """Shares in ten-thousandths that sum to exactly 1 per bucket; the largest takes the remainder."""
     shares = {}
     for b in buckets:
-        row = {c.name: round(max(0.0, raw.get((b, c.name), 0.0)), SHARE_DIGITS) for c in used}
-        largest = max(row, key=lambda name: row[name])
-        row[largest] = round(row[largest] + 1.0 - sum(row.values()), SHARE_DIGITS)
-        shares.update({(b, name): value for name, value in row.items()})
+        row = {c.name: share[b, c.name].value() if (b, c.name) in share else 0.0 for c in used}
+        shares.update({(b, name): value for name, value in whole(row).items()})
     return shares
 
 

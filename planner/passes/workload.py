@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+from moeplan.planner.diagnostics import CompileError, Diagnostic
 from moeplan.planner.inputs import Inputs
 from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.spec import BatchSpec, OnlineSpec, Spec
 from moeplan.planner.ir.workload import Bucket, Operator, OperatorName, RequestClass, Workload
+from moeplan.planner.request_files import PromptsFile
 
 
 def build_workload(spec: Spec, inputs: Inputs) -> Workload:
-    """Return the workload of `spec`; sizes from files come with `inputs`."""
+    """Return the workload of `spec`; sizes from files come with `inputs`.
+
+    Raises CompileError for requests longer than the model's context.
+    """
     classes = []
     if spec.workload.batch:
         classes.append(_batch(spec.workload.batch, inputs))
     if spec.workload.online:
         classes.append(_online(spec.workload.online, inputs))
+    _require_context(spec, inputs.model, classes)
     return Workload(
         model=inputs.model, dtype=spec.model.dtype, operators=_operators(inputs.model), classes=tuple(classes)
     )
+
+
+def _require_context(spec: Spec, model: Model, classes: list[RequestClass]) -> None:
+    """Requests must fit the context that the model was made for."""
+    problems = [
+        Diagnostic(
+            code="context-too-long",
+            span=spec.span(f"workload.{requests.name}"),
+            message=f"requests of up to {requests.context_tokens_max:,} tokens do not fit {model.name}",
+            hint=f"its context is {model.max_context_tokens:,} tokens, prompt and output together",
+        )
+        for requests in classes
+        if 0 < model.max_context_tokens < requests.context_tokens_max
+    ]
+    if problems:
+        raise CompileError(*problems)
 
 
 def _batch(batch: BatchSpec, inputs: Inputs) -> RequestClass:
@@ -35,8 +57,13 @@ def _batch(batch: BatchSpec, inputs: Inputs) -> RequestClass:
         rate_per_s=0.0,
         arrival_cv=0.0,
         slo=None,
-        basis="prompts file, tokens estimated from bytes" if listed else "spec",
+        basis=_listed_basis(listed) if listed else "spec",
     )
+
+
+def _listed_basis(listed: PromptsFile) -> str:
+    skipped = f", {listed.unreadable} lines without a readable request" if listed.unreadable else ""
+    return f"prompts file, tokens estimated from bytes{skipped}"
 
 
 def _online(online: OnlineSpec, inputs: Inputs) -> RequestClass:

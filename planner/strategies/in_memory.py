@@ -35,7 +35,7 @@ def in_memory_policy(workload: Workload, requests: RequestClass, roofline: Roofl
     policies = [copy.policy() for copy in fitting]
     best = max(policies, key=lambda policy: (policy.generated_tokens_per_s.value, -policy.gpus))
     if best.generated_tokens_per_s.value == 0.0:
-        return _too_slow(requests, roofline, best)
+        return _too_slow(requests, roofline, min(policies, key=lambda p: max(r.ttft_s for r in p.rates)))
     return best
 
 
@@ -63,11 +63,19 @@ class _Copy:
     @property
     def kv_bytes(self) -> float:
         """What is left for the cache."""
-        return self.limit_bytes - self.workload.model.weight_bytes() - self.workspace_bytes
+        return self.limit_bytes - costs.held_weight_bytes(self.workload) - self.workspace_bytes
 
     @property
     def longest_request_bytes(self) -> float:
-        return float(costs.kv_bytes_held(self.workload, 1.0, self.requests.context_tokens_max))
+        return self._held(self.requests.context_tokens_max)
+
+    def _held(self, context: float) -> float:
+        """Cache bytes of one sequence on all GPUs: KV heads are shared out, and copied where there are fewer
+        heads than GPUs; MLA's latent cache has no heads."""
+        attention = self.workload.model.attention
+        parts = 1 if attention.kind == "mla" else attention.kv_heads
+        copies = self.tp / min(self.tp, parts)
+        return copies * float(np.asarray(costs.kv_bytes_held(self.workload, 1.0, context)))
 
     def step_parts(self, batch: costs.Quantity, context: float) -> dict[str, costs.Quantity]:
         """Seconds of one decode step by cause, over all layers."""
@@ -91,7 +99,7 @@ class _Copy:
     def rate(self, number: int, bucket: Bucket) -> BucketRate:
         """The largest batch that memory and SLO allow, and the requests per second that it gives."""
         context = bucket.prompt_tokens + bucket.output_tokens / 2
-        held = float(np.asarray(costs.kv_bytes_held(self.workload, 1.0, context)))
+        held = self._held(context)
         batch = np.arange(1.0, max(1, min(_MAX_SEQUENCES, int(self.kv_bytes // held))) + 1)
         prefill = self.prefill_s(bucket.prompt_tokens)
         itl = _total(self.step_parts(batch, context)) + batch * prefill / bucket.output_tokens
@@ -118,7 +126,7 @@ class _Copy:
         """This copy's policy; generated_tokens_per_s is 0 where some bucket cannot keep the SLO."""
         requests, roofline, tp = self.requests, self.roofline, self.tp
         rates = tuple(self.rate(number, bucket) for number, bucket in enumerate(requests.buckets))
-        batch = min(rate.batch for rate in rates)
+        batch = max(rate.batch for rate in rates)
         prompt, output = requests.mean_prompt_tokens(), requests.mean_output_tokens()
         parts = self.step_parts(float(batch), prompt + output / 2)
         decode = PassTime(lanes=lanes([("gpu", float(_total(parts)))]), serial_s=0.0)
@@ -154,7 +162,7 @@ class _Copy:
         )
 
     def _memory(self) -> list[tuple[str, float]]:
-        weights = float(self.workload.model.weight_bytes())
+        weights = costs.held_weight_bytes(self.workload)
         return [("weights", weights), ("workspace", self.workspace_bytes), ("KV cache", self.kv_bytes)]
 
     def _bottleneck(self, batch: int, prompt: float, output: float) -> str:
@@ -182,7 +190,7 @@ def _mixed_rate(requests: RequestClass, rates: tuple[BucketRate, ...]) -> float:
 
 
 def _does_not_fit(requests: RequestClass, roofline: Roofline, copy: _Copy) -> Rejection:
-    need = copy.workload.model.weight_bytes() + copy.workspace_bytes + copy.longest_request_bytes
+    need = costs.held_weight_bytes(copy.workload) + copy.workspace_bytes + copy.longest_request_bytes
     return too_small(
         roofline,
         requests,
@@ -190,7 +198,7 @@ def _does_not_fit(requests: RequestClass, roofline: Roofline, copy: _Copy) -> Re
         need,
         copy.limit_bytes,
         f"{copy.workload.model.name} in memory with one request of {requests.context_tokens_max} tokens",
-        "more or larger GPUs, or batch work with offloaded experts",
+        "more or larger GPUs",
     )
 
 

@@ -44,6 +44,7 @@ _WORKSPACE_MARGIN = 1.2  # MoE-Lightning's released optimiser
 _CALLS_PER_MICRO_BATCH = 30  # operator launches per layer and micro-batch
 _HOST_PROCESS_BYTES = 4 << 30  # interpreter, CUDA context's host part, file cache the kernel insists on
 _PREFILL_TOKENS = 4096
+_SPARE_SLOTS = 2  # pinned pages beside those of one layer, for what is staged ahead
 _MICRO_BATCHES = np.arange(1.0, 65.0)
 _MICRO_BATCH_SIZES = np.array([1, 2, 4, 8, 16, *range(32, 513, 32)], dtype=float)
 _ON_CPU: tuple[OperatorName, ...] = ("attention_core", "windowed_attention_core")
@@ -158,7 +159,7 @@ class _Search:
         sequences = micro_batch * micro_batches
         resident = self._resident_experts(sequences, micro_batch)
         gpu_bytes = self._gpu_bytes(sequences, micro_batch, resident)
-        host_bytes = np.asarray(sum(size for _, size in self.host_items(sequences, resident)))
+        host_bytes = np.asarray(sum(size for _, size in self.host_items(sequences, resident, micro_batches)))
         decode = self._decode_lanes(micro_batch, micro_batches, resident)
         prefill = self._prefill_lanes(sequences, resident)
         seconds = run_seconds(self.requests, sequences, _busiest(prefill), _busiest(decode))
@@ -203,7 +204,7 @@ class _Search:
             return np.zeros_like(sequences)
         return np.clip(np.floor((self.gpu_limit - none) / per_expert), 0, model.experts)
 
-    def host_items(self, sequences: Array, resident: Array) -> list[tuple[str, Array]]:
+    def host_items(self, sequences: Array, resident: Array, micro_batches: Array) -> list[tuple[str, Array]]:
         """The host's memory table."""
         model, requests = self.workload.model, self.requests
         streamed = (model.experts - resident) * self.expert_bytes
@@ -211,7 +212,7 @@ class _Search:
         parked = self.workload.value_bytes * model.hidden * sequences * requests.prompt_tokens_max
         return [
             ("streamed weights", streamed * model.moe_layers),
-            ("pinned pages", streamed if self.staged else 0.0 * sequences),
+            ("pinned pages", streamed * (1.0 + _SPARE_SLOTS / micro_batches) * self.staged),
             ("KV cache", np.asarray(cache)),
             ("parked hidden states", parked),
             ("process", _HOST_PROCESS_BYTES + 0.0 * sequences),
@@ -238,8 +239,9 @@ class _Search:
         on_gpu = [op for op in workload.operators if op.name not in _ON_CPU]
         on_cpu = [op for op in workload.operators if op.name in _ON_CPU]
         streamed = self._streamed_bytes(sequences, resident)
-        hidden = sequences * model.hidden * workload.value_bytes * model.layers
-        qkv = hidden * 2.0
+        values = sequences * workload.value_bytes * model.layers
+        hidden = values * model.attention.heads * model.attention.value_dim
+        qkv = values * (model.attention.heads + 2 * model.attention.kv_heads) * model.attention.head_dim
         kernels = np.asarray(costs.call_seconds(workload, on_gpu, gpu, micro_batch, context)) / self.gpus
         launches = model.layers * _CALLS_PER_MICRO_BATCH * self.roofline.machine.launch_s
         cache = sum(np.asarray(costs.kv_bytes_read(workload, op, sequences, context)) for op in on_cpu)
@@ -278,7 +280,7 @@ class _Search:
         decode = _pass_time(point.decode)
         prefill = _pass_time(point.prefill)
         gpu = self.gpu_items(point.sequences, point.micro_batch, point.resident_experts)
-        host = self.host_items(point.sequences, point.resident_experts)
+        host = self.host_items(point.sequences, point.resident_experts, point.micro_batches)
         return Policy(
             machine=roofline.machine,
             serves=requests.name,
@@ -324,7 +326,7 @@ class _Search:
             pages_per_layer=micro_batches,
             experts_per_page=0,
             resident_pages=0,
-            slots=micro_batches + 2,
+            slots=micro_batches + _SPARE_SLOTS,
             slot_bytes=int(np.ceil(streamed / micro_batches)),
             readers=0,
             block_bytes=0,

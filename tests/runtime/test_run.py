@@ -221,7 +221,7 @@ def test_show_and_summary(answered, runtime_dir):
     assert lines[0].startswith("greedy: Once upon a time >>> ")
     assert "None: error: line 2: is not JSON" in show(source, output, 3)
     text = summary(load(runtime_dir), report)
-    assert text.startswith("10 requests, 5 with an error record\n")
+    assert text.startswith("10 requests, 5 with an error record; ")
     assert "(plan 100.0, 10.0 to 1,000.0)" in text
     assert "of 8.00 GiB" in text
 
