@@ -74,7 +74,9 @@ def _next_line(plan: Plan, replica: Replica, folder: str, checkpoint_option: str
         return f"start vLLM with the figures in {folder}/report.md"
     if policy.engine == "vllm":
         file = f"{folder}/skypilot/{replica.name}.yaml --env MODEL=..."
-        batch = f"sky jobs launch {file} --env INPUT=... --env OUTPUT=..."
+        count = next(c.replicas for c in plan.fleet.choices if c.column.name == replica.name)
+        times = f"  ({count} times, each with its part of the requests)" if count > 1 else ""
+        batch = f"sky jobs launch {file} --env INPUT=... --env OUTPUT=...{times}"
         return f"sky serve up {file}" if policy.serves == "online" else batch
     if unrun := is_unrun(plan, policy):
         return f"{unrun}: the figures are predictions"

@@ -109,7 +109,8 @@ def prefill_flops(workload: Workload, sequences: Quantity, prompt: float) -> Qua
     total: Quantity = 0.0 * np.asarray(sequences, dtype=float)
     for operator in workload.operators:
         tokens = sequences if operator.name == "lm_head" else sequences * prompt
-        total = total + flops(operator, tokens, prompt / 2.0)
+        seen = _seen_context(operator, prompt / 2.0)
+        total = total + tokens * (operator.flops_per_token + operator.prefill_flops_per_context_token * seen)
     return total
 
 

@@ -225,7 +225,11 @@ SLO = Block(
     fields={
         "ttft": Field(kind=DURATION, required=True, doc="time to first token"),
         "itl": Field(kind=DURATION, required=True, doc="inter-token latency"),
-        "attainment": Field(kind=PROMISE, default="99%", doc="share of requests that must keep both"),
+        "attainment": Field(
+            kind=PROMISE,
+            default="99%",
+            doc="share of requests that must keep both (recorded; this version plans without queueing)",
+        ),
     }
 )
 SIZE = Block(
@@ -270,7 +274,11 @@ MARKET = Block(
         ),
         "budget": Field(kind=MONEY, doc="what everything together may cost per hour"),
         "quota": Field(kind=Table(key=GPU_NAME, value=GPUS), doc="most GPUs of a type that may be rented"),
-        "availability": Field(kind=PROMISE, default="99%", doc="wanted share of time with enough replicas"),
+        "availability": Field(
+            kind=PROMISE,
+            default="99%",
+            doc="wanted share of time with enough replicas (recorded; promised only with evidence)",
+        ),
     }
 )
 SPEC = Block(

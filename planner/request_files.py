@@ -6,9 +6,10 @@ import csv
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -72,7 +73,7 @@ def read_prompts(spec: Spec, folder: Path) -> PromptsFile | None:
         return None
     span = spec.span("workload.batch.prompts")
     path = folder / batch.prompts_file
-    lines = [line for line in _read(path, span, "prompts file").splitlines() if line.strip()]
+    lines = [line for line in _read(path, span, "prompts file").split("\n") if line.strip()]
     sizes = [size for line in lines if (size := _request_size(line))]
     if not sizes:
         raise CompileError(
@@ -135,7 +136,15 @@ def read_trace(spec: Spec, folder: Path) -> Trace | None:
 
 def _trace_rows(path: Path, text: str, span: Span) -> list[tuple[float, int, int]]:
     """(arrival in seconds, prompt tokens, output tokens) per row; every bad row is reported by line."""
-    reader = csv.DictReader(text.splitlines())
+    try:
+        return _checked_rows(path, csv.DictReader(text.splitlines()), span)
+    except csv.Error as error:
+        raise CompileError(
+            Diagnostic(code="bad-trace", span=span, message=f"{path}: is no CSV: {error}")
+        ) from None
+
+
+def _checked_rows(path: Path, reader: csv.DictReader[str], span: Span) -> list[tuple[float, int, int]]:
     columns = next((c for c in _TRACE_COLUMNS if set(c) <= set(reader.fieldnames or ())), None)
     if columns is None:
         accepted = " or ".join(",".join(c) for c in _TRACE_COLUMNS)
@@ -180,7 +189,11 @@ def _seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         date, _, fraction = text.partition(".")
-        return datetime.fromisoformat(f"{date}+00:00").timestamp() + float(f"0.{fraction or 0}")
+        digits = re.match(r"[0-9]*", fraction)
+        zone = fraction[digits.end() :] if digits else ""
+        moment = datetime.fromisoformat(date + zone)
+        utc = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return utc.timestamp() + float(f"0.{digits.group() if digits else 0}0")
     if not math.isfinite(value):
         raise ValueError("the arrival time is not a finite number")
     return value

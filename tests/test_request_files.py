@@ -95,6 +95,26 @@ def test_azure_columns(tmp_path: Path) -> None:
     assert found.max_output_tokens == 44
 
 
+def test_timestamps_with_an_offset(tmp_path: Path) -> None:
+    text = (
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2024-05-10 00:00:00.009930+00:00,374,44\n"
+        "2024-05-10 01:00:02.009930+01:00,396,10\n"
+    )
+    assert trace(tmp_path, text).rate_per_s == pytest.approx(0.5)
+
+
+def test_a_huge_cell_is_no_crash(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="is no CSV"):
+        trace(tmp_path, "arrival_s,input_tokens,output_tokens\n" + "9" * 200_000 + ",1,1\n0,1,1\n")
+
+
+def test_line_ends_inside_json_text(tmp_path: Path) -> None:
+    """JSON allows U+2028 and U+0085 raw in text; they end no line of the file."""
+    line = '{"custom_id": "a", "body": {"prompt": "x\u2028y\x85z"}}'
+    assert prompts(tmp_path, line).requests == 1
+
+
 def test_bad_rows_are_counted_and_the_first_shown(tmp_path: Path) -> None:
     rows = ["0,10,5", *["1,x,5"] * 7, "2,10,5"]
     with pytest.raises(CompileError) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeplan.codegen.emit.skypilot import VLLM_DTYPES
 from moeplan.codegen.render import render
 from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.fleet import Choice
@@ -64,6 +65,15 @@ def interval(estimate: Estimate, before: str, after: str) -> str:
         f"{text} ({format_figure(estimate.low)} to {format_figure(estimate.high)})"
         if estimate.sigma
         else text
+    )
+
+
+def vllm_command(plan: Plan, policy: Policy) -> str:
+    """How to start one replica by hand; SkyPilot's files hold the same arguments."""
+    longest = max(r.context_tokens_max for r in plan.workload.classes if r.name == policy.serves)
+    return (
+        f"vllm serve MODEL --tensor-parallel-size {policy.gpus} --data-parallel-size {policy.data_parallel} "
+        f"--dtype {VLLM_DTYPES[policy.dtype]} --max-num-seqs {policy.sequences} --max-model-len {longest}"
     )
 
 
@@ -148,6 +158,7 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
         ],
         "schedule": replica.schedule,
         "unrun": is_unrun(plan, policy),
+        "command": vllm_command(plan, policy) if policy.engine == "vllm" else "",
         "latency": latency(policy) if policy.serves == "online" else "",
     }
 

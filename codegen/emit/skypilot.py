@@ -16,7 +16,7 @@ from moeplan.planner.ir.plan import Plan
 
 _READINESS_MARGIN = 1.5  # cold starts vary; a probe that gives up early kills healthy replicas
 _PORT = 8000
-_VLLM_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}
+VLLM_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}
 
 
 def emit(plan: Plan) -> dict[str, str]:
@@ -58,7 +58,7 @@ def _values(plan: Plan, choice: Choice, site: Site) -> dict[str, Any]:
         "port": _PORT,
         "tensor_parallel": policy.gpus,
         "data_parallel": policy.data_parallel,
-        "dtype": _VLLM_DTYPES[policy.dtype],
+        "dtype": VLLM_DTYPES[policy.dtype],
         "max_sequences": policy.sequences,
         "context_tokens": max(r.context_tokens_max for r in plan.workload.classes if r.name == site.serves),
     }

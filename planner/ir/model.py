@@ -43,6 +43,10 @@ class Attention:
             return 2 * self.heads * (2 * self.kv_lora_dim + self.rope_dim)
         return 2 * self.heads * (self.head_dim + self.value_dim)
 
+    def prefill_flops_per_pair(self) -> int:
+        """The same in prefill, where MLA expands its latents to heads instead of absorbing."""
+        return 2 * self.heads * (self.head_dim + self.value_dim)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters:

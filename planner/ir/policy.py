@@ -139,10 +139,14 @@ class Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejection:
-    """Why one machine cannot run one class: the constraint in numbers, and what would help."""
+    """Why one machine cannot run one class: the constraint in numbers, and what would help.
+
+    `excess` is what is needed over what there is, to find the nearest miss.
+    """
 
     machine: str
     serves: ClassName
     constraint: str
     message: str
     hint: str
+    excess: float

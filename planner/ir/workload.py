@@ -87,6 +87,7 @@ class Operator:
     parameters: int
     flops_per_token: float
     flops_per_context_token: float
+    prefill_flops_per_context_token: float
     kv_values_per_context_token: float
     context_limit_tokens: int
     activation_values_per_token: float

@@ -57,7 +57,11 @@ def _column(policy: Policy, market: Market, offer: Offer | None, price: float) -
 
 
 def require_columns(
-    spec: Spec, workload: Workload, columns: Sequence[Column], rejections: Sequence[Rejection]
+    spec: Spec,
+    workload: Workload,
+    policies: Sequence[Policy],
+    columns: Sequence[Column],
+    rejections: Sequence[Rejection],
 ) -> None:
     """Every class needs a column; otherwise say why each machine was refused, nearest miss first."""
     problems = []
@@ -70,6 +74,11 @@ def require_columns(
         if any(column.policy.serves == requests.name for column in columns):
             continue
         why = [r for r in rejections if r.serves == requests.name]
+        if able := sorted({p.machine.name for p in policies if p.serves == requests.name}):
+            message = f"{able[0]} could do the {requests.name} work, but has no {spec.market.purchase} offer"
+            hint = "allow the other purchase kind, or more regions"
+            problems.append(Diagnostic(code="no-offer", span=spec.span("market"), message=message, hint=hint))
+            continue
         span = spec.span("machine" if spec.machine else f"workload.{requests.name}")
         if not why:
             problems.append(
@@ -94,8 +103,8 @@ def require_columns(
 
 
 def _telling(rejections: Sequence[Rejection]) -> list[Rejection]:
-    """At most three refusals, each for another constraint first."""
+    """At most three refusals, each for another constraint, the nearest miss of each."""
     seen: dict[str, Rejection] = {}
-    for rejection in rejections:
+    for rejection in sorted(rejections, key=lambda r: (r.excess, r.machine)):
         seen.setdefault(rejection.constraint, rejection)
     return list(seen.values())[:3]

@@ -34,7 +34,7 @@ def choose_fleet(
 ) -> Fleet:
     """Return the cheapest fleet. Raises InfeasibleError naming the constraint that binds."""
     columns = find_columns(policies, offers, spec.market)
-    require_columns(spec, workload, columns, rejections)
+    require_columns(spec, workload, policies, columns, rejections)
     target = min(_TARGET_UTILISATION[c.policy.generated_tokens_per_s.provenance] for c in columns)
     limits = Limits(quota=dict(spec.market.quota), budget_usd_per_hour=spec.market.budget_usd_per_hour)
     answers: list[Answer] = []

@@ -7,6 +7,8 @@ machine without a GPU (`stream`).
 
 from __future__ import annotations
 
+import math
+
 from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import RequestClass, Workload
@@ -37,14 +39,28 @@ def _answers(
     workload: Workload, requests: RequestClass, roofline: Roofline, memory_limit_bytes: int | None
 ) -> list[Policy | Rejection]:
     """Each strategy's answer. Offloaded replicas answer in seconds per token: batch work only."""
+    if roofline.roofs[0].flops_per_s == 0:
+        return [_no_arithmetic(workload, requests, roofline)]
     if not roofline.has("gpu"):
         if requests.name == "online":
             return [_no_online_without_gpu(roofline)]
         return [stream_policy(workload, requests, roofline, memory_limit_bytes)]
     answers = [in_memory_policy(workload, requests, roofline)]
-    if requests.name == "batch":
+    if requests.name == "batch" and roofline.roof("dram").flops_per_s > 0:
         answers.append(offload_policy(workload, requests, roofline, memory_limit_bytes))
     return answers
+
+
+def _no_arithmetic(workload: Workload, requests: RequestClass, roofline: Roofline) -> Rejection:
+    known = ", ".join(sorted(roofline.machine.levels[0].flops_per_s)) or "nothing"
+    return Rejection(
+        machine=roofline.machine.name,
+        serves=requests.name,
+        constraint="dtype",
+        message=f"it computes in neither {workload.dtype} nor another dtype of its size, but in {known}",
+        hint="another model.dtype, or the machine's rate in this one",
+        excess=math.inf,
+    )
 
 
 def _no_online_without_gpu(roofline: Roofline) -> Rejection:
@@ -54,4 +70,5 @@ def _no_online_without_gpu(roofline: Roofline) -> Rejection:
         constraint="engine",
         message="online requests need a GPU: the bundled runtime does batch work only",
         hint="choose a machine with a GPU, or make the work a batch",
+        excess=math.inf,
     )

@@ -17,9 +17,10 @@ from moeplan.planner.ir.workload import BYTES_PER_VALUE, Workload
 # Copies from pageable memory reach this share of pinned ones (14.4 of 26.2 GB/s on a Gen4 x16 box).
 PAGEABLE_SHARE = 0.55
 # Where a processor lacks a dtype, what it computes in instead, same bytes first (a T4 has no bf16).
+# The first level computes in a dtype of the wanted size; a host beside a GPU may widen.
 _STAND_INS: dict[Dtype, tuple[Dtype, ...]] = {
-    "bf16": ("bf16", "fp16", "float32"),
-    "fp16": ("fp16", "bf16", "float32"),
+    "bf16": ("bf16", "fp16"),
+    "fp16": ("fp16", "bf16"),
     "float32": ("float32",),
 }
 _REFERENCE_MICRO_BATCH = 128
@@ -27,27 +28,29 @@ _REFERENCE_MICRO_BATCH = 128
 
 def find_roofline(workload: Workload, machine: Machine) -> Roofline:
     """Return what `machine` really gives for `workload`'s dtype, and where offloading pays."""
-    dtype = computed_dtype(machine.levels[0], workload.dtype)
-    roofs = tuple(_roof(level, workload.dtype) for level in machine.levels)
+    dtype = computed_dtype(machine.levels[0], workload.dtype) or workload.dtype
+    roofs: list[Roof] = []
+    for level in machine.levels:
+        widened = "float32" if roofs else ""
+        fastest = roofs[-1].bytes_per_s if roofs else math.inf
+        roofs.append(_roof(level, computed_dtype(level, workload.dtype) or widened, fastest))
     points = tuple(
         turning_point(workload.model, fast, slow, workload.dtype, _REFERENCE_MICRO_BATCH)
         for fast, slow in itertools.pairwise(roofs)
         if fast.flops_per_s
     )
-    return Roofline(machine=machine, dtype=dtype, roofs=roofs, turning_points=points)
+    return Roofline(machine=machine, dtype=dtype, roofs=tuple(roofs), turning_points=points)
 
 
-def computed_dtype(level: Level, wanted: Dtype) -> Dtype:
-    """The dtype that `level`'s processor computes in when asked for `wanted`."""
-    for dtype in _STAND_INS[wanted]:
-        if dtype in level.flops_per_s:
-            return dtype
-    return wanted
+def computed_dtype(level: Level, wanted: Dtype) -> Dtype | None:
+    """The dtype that `level`'s processor computes in when asked for `wanted`; None where it has none."""
+    return next((dtype for dtype in _STAND_INS[wanted] if dtype in level.flops_per_s), None)
 
 
-def _roof(level: Level, wanted: Dtype) -> Roof:
-    peak = level.flops_per_s.get(computed_dtype(level, wanted), 0.0)
-    up = level.up_bytes_per_s * level.up_efficiency
+def _roof(level: Level, dtype: str, fastest: float) -> Roof:
+    """`fastest` is the rate of the level above, which a link into it cannot outrun."""
+    peak = level.flops_per_s.get(dtype, 0.0)
+    up = min(level.up_bytes_per_s * level.up_efficiency, fastest)
     return Roof(
         level=level.name,
         bytes=level.bytes,

@@ -143,6 +143,7 @@ def _linear(
         parameters=parameters,
         flops_per_token=2.0 * parameters * used,
         flops_per_context_token=0.0,
+        prefill_flops_per_context_token=0.0,
         kv_values_per_context_token=0.0,
         context_limit_tokens=0,
         activation_values_per_token=float(layers * values),
@@ -161,6 +162,7 @@ def _core(model: Model, name: OperatorName, layers: int, limit: int) -> Operator
         parameters=0,
         flops_per_token=0.0,
         flops_per_context_token=float(layers * attention.score_flops_per_pair()),
+        prefill_flops_per_context_token=float(layers * attention.prefill_flops_per_pair()),
         kv_values_per_context_token=float(layers * attention.kv_values_per_token()),
         context_limit_tokens=limit,
         activation_values_per_token=float(

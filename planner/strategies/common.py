@@ -110,4 +110,5 @@ def too_small(
         constraint=f"{level} memory",
         message=f"{what} needs {format_bytes(need)} of {level} memory, {format_bytes(limit)} may be used",
         hint=hint,
+        excess=need / limit,
     )

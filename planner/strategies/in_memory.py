@@ -218,4 +218,5 @@ def _too_slow(requests: RequestClass, roofline: Roofline, best: Policy) -> Rejec
             f"{late} {format_duration(reached)} alone, the SLO is {format_duration(wanted)}"
         ),
         hint=f"an SLO of {late.lower()} {format_duration(reached)} or more, or a faster machine",
+        excess=reached / wanted,
     )

@@ -8,6 +8,7 @@ prefill counts, residency is in whole experts, FLOPs of PV count, attention is c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,7 @@ def offload_policy(
             constraint="model",
             message=f"{workload.model.name} has no experts to offload",
             hint="GPUs that hold the whole model",
+            excess=math.inf,
         )
     host = min(roofline.roof("dram").bytes * HOST_SHARE, memory_limit_bytes or np.inf)
     search = _Search(workload, requests, roofline, float(host))

@@ -211,17 +211,21 @@ class _Point:
         return self.streamed_bytes / self.roofline.roof("disk").up_bytes_per_s
 
     def _launch_s(self, attention_calls: int, tokens: float) -> float:
+        return self._calls(attention_calls, tokens) * self.roofline.machine.launch_s
+
+    def _calls(self, attention_calls: int, tokens: float) -> float:
+        """Operator calls of one pass."""
         model = self.workload.model
         experts = model.experts * float(np.asarray(costs.touched_expert_share(model, tokens)))
         calls = CALLS_ATTENTION * attention_calls + CALLS_LAYER + CALLS_EXPERT * experts
         calls += _CALLS_SPAN * (self._spans - 1)
-        return model.layers * calls * self.roofline.machine.launch_s
+        return model.layers * calls
 
     @property
     def threads(self) -> int:
         """All cores, or one where operators are so small that sharing them costs more than it saves."""
         cores = host_threads(self.roofline)
-        calls = self._decode_launch_s / self.roofline.machine.launch_s
+        calls = self._calls(self.micro_batches, self.sequences)
         return 1 if self._decode_arithmetic_s * cores / calls < _WORTH_SHARING_S else cores
 
     @property
@@ -278,7 +282,7 @@ class _Point:
             gpus=0,
             data_parallel=1,
             threads=self.threads,
-            dtype=self.workload.dtype,
+            dtype=self.roofline.dtype,
             sequences=self.sequences,
             micro_batch=self.micro_batch,
             micro_batches=self.micro_batches,

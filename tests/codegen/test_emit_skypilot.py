@@ -44,6 +44,15 @@ def test_target_qps_is_a_number(compile_text: Compile) -> None:
     assert qps > 0
 
 
+def test_target_qps_of_all_replicas_is_the_rate(compile_text: Compile) -> None:
+    plan = compile_text(SPOT.replace("rate: 8/s", "rate: 80/s"))
+    total = sum(
+        service["service"]["replica_policy"]["target_qps_per_replica"] * site.replicas
+        for service, site in zip(emitted(plan), plan.placement.sites, strict=True)
+    )
+    assert total == pytest.approx(80.0, rel=1e-3)
+
+
 def test_on_demand_service_has_no_spot_keys(compile_text: Compile) -> None:
     """Fallback or a placer without use_spot is rejected."""
     for service in emitted(compile_text(ON_DEMAND)):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
+import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from conftest import ONLINE, batch_spec
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from moeplan.codegen.emit import emit_all
 from moeplan.planner.catalog import Catalog
-from moeplan.planner.diagnostics import InfeasibleError
+from moeplan.planner.diagnostics import CompileError, InfeasibleError
 from moeplan.planner.inputs import load_inputs
 from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.fleet import Fleet
 from moeplan.planner.ir.machine import Machine, Offer
+from moeplan.planner.ir.plan import Plan
 from moeplan.planner.ir.policy import BucketRate, Policy
 from moeplan.planner.ir.spec import MarketSpec, Spec
 from moeplan.planner.ir.workload import Bucket, Workload
@@ -23,6 +30,7 @@ from moeplan.planner.passes.fleet import choose_fleet
 from moeplan.planner.passes.policy import find_policies
 from moeplan.planner.passes.roofline import find_roofline
 from moeplan.planner.passes.workload import build_workload
+from moeplan.planner.pipeline import compile_plan
 from moeplan.planner.spec import parse_spec
 from moeplan.planner.verify import verify_fleet
 
@@ -201,6 +209,93 @@ def test_batch_meets_its_deadline(hours: float) -> None:
     # No single column that meets the deadline is cheaper than the fleet.
     bill = sum(choice.usd for choice in fleet.choices)
     assert all(other.cost_usd >= bill - 1e-3 for other in fleet.alternatives)
+
+
+@pytest.mark.parametrize(
+    ("market", "deadline"), [("machine: g4dn.16xlarge", "10min"), ("market: {gpus: [H100]}", "5min")]
+)
+def test_the_deadline_hint_is_enough(compile_text: Callable[[str], Plan], market: str, deadline: str) -> None:
+    """What the hint says is enough, compiles."""
+    sizes = "requests: 5000, prompt: 700, output: 200"
+    text = f"name: x\nmodel: mixtral-8x7b\nworkload: {{batch: {{{sizes}, deadline: TIME}}}}\n{market}\n"
+    with pytest.raises(InfeasibleError, match="the deadline leaves no fleet") as caught:
+        compile_text(text.replace("TIME", deadline))
+    enough = re.search("hint: (.*) is enough for one machine", str(caught.value))
+    assert enough is not None
+    compile_text(text.replace("TIME", enough.group(1)))
+
+
+# Regressions: small work, large work, three-way splits, long and short deadlines
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "batch: {requests: 10, prompt: 512, output: 128, deadline: 30d}",
+        "batch: {requests: 1, prompt: 1, output: 1, deadline: 365d}",
+        "batch: {requests: 3000000, prompt: 700, output: 200, deadline: 4h}",
+        "online: {rate: 0.01/h, sizes: [{prompt: 100, output: 100}], slo: {ttft: 2s, itl: 100ms}}",
+        "online: {rate: 300/s, sizes: [{prompt: 1500, output: 200}], slo: {ttft: 2s, itl: 50ms}}",
+        "online: {rate: 1/h, sizes: [{prompt: 900, output: 200, share: 99.8%},"
+        " {prompt: 90, output: 20, share: 0.2%}], slo: {ttft: 5s, itl: 100ms}}",
+    ],
+)
+@pytest.mark.parametrize(
+    "market", ["{}", "{purchase: on-demand}", "{gpus: [A100-80GB, H100, L40S, A100, A10G]}"]
+)
+def test_any_amount_of_work(compile_text: Callable[[str], Plan], text: str, market: str) -> None:
+    compile_text(f"name: x\nmodel: mixtral-8x7b\nworkload: {{{text}}}\nmarket: {market}\n")
+
+
+def test_three_way_split(compile_text: Callable[[str], Plan]) -> None:
+    text = (
+        "name: x\nmodel: mixtral-8x7b\n"
+        "workload: {batch: {requests: 3000000, prompt: 700, output: 200, deadline: 4h}}\n"
+        "market: {gpus: [A100-80GB, H100, L40S, A100, A10G],"
+        " quota: {H100: 6, A100-80GB: 7, A100: 20, L40S: 12}}\n"
+    )
+    try:
+        plan = compile_text(text)
+    except InfeasibleError:
+        return
+    assert sum(route.share for route in plan.fleet.routes) == pytest.approx(1.0)
+
+
+def test_quota_is_shared_by_both_classes(compile_text: Callable[[str], Plan]) -> None:
+    text = (
+        "name: x\nmodel: qwen3-30b-a3b\nworkload:\n"
+        "  batch: {requests: 50000, prompt: 800, output: 300, deadline: 12h}\n"
+        "  online: {rate: 10/s, sizes: [{prompt: 600, output: 200}], slo: {ttft: 2s, itl: 60ms}}\n"
+        "market: {clouds: [gcp], gpus: [H100], quota: {H100: 3}}\n"
+    )
+    plan = compile_text(text)
+    assert sum(c.replicas * c.column.policy.machine.gpus for c in plan.fleet.choices) <= 3
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_random_specs_end_in_a_plan_or_an_answer(seed: int) -> None:
+    """Models, sizes, rates, deadlines and markets at random: a verified plan, or diagnostics, never a bug."""
+    draw = random.Random(seed)
+    model = draw.choice(
+        ["mixtral-8x7b", "olmoe-1b-7b", "gpt-oss-20b", "deepseek-v2-lite", "llama-3.1-8b", "dbrx"]
+    )
+    size = f"prompt: {draw.choice([1, 300, 3000])}, output: {draw.choice([1, 100, 900])}"
+    count, deadline = draw.choice([1, 7, 10**4, 10**7]), draw.choice(["1h", "30d"])
+    batch = f"batch: {{requests: {count}, {size}, deadline: {deadline}}}"
+    rate = draw.choice(["0.01/h", "1/min", "9/s", "700/s"])
+    online = (
+        f"online: {{rate: {rate}, sizes: [{{{size}}}], slo: {{ttft: 3s, itl: {draw.choice([20, 200])}ms}}}}"
+    )
+    work = draw.choice([batch, online, f"{batch}, {online}"])
+    gpus = draw.sample(["T4", "L4", "A10G", "L40S", "A100", "A100-80GB", "H100"], draw.randint(1, 6))
+    quota = {gpu: draw.choice([0, 1, 8, 300]) for gpu in draw.sample(gpus, draw.randint(0, len(gpus)))}
+    parts = [f"gpus: [{', '.join(gpus)}]", f"purchase: {draw.choice(['any', 'spot', 'on-demand'])}"]
+    parts += [f"quota: {{{', '.join(f'{g}: {n}' for g, n in quota.items())}}}"] if quota else []
+    parts += [f"budget: ${draw.choice([2, 40, 900])}/h"] if draw.random() < 0.3 else []
+    text = f"name: x\nmodel: {model}\nworkload: {{{work}}}\nmarket: {{{', '.join(parts)}}}\n"
+    with contextlib.suppress(CompileError):
+        emit_all(compile_plan(text, "spec.yaml"))
 
 
 def test_one_owned_machine_that_is_too_slow_says_by_how_much() -> None:

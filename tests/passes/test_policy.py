@@ -17,7 +17,7 @@ from moeplan.planner.passes.policy import find_policies
 from moeplan.planner.passes.roofline import find_roofline
 from moeplan.planner.passes.workload import build_workload
 from moeplan.planner.spec import parse_spec
-from moeplan.planner.verify import verify_policy
+from moeplan.planner.verify import verify_policy, verify_roofline
 
 
 def workload_of(text: str) -> Workload:
@@ -129,3 +129,50 @@ def test_more_memory_never_streams_slower(catalog: Catalog) -> None:
         assert isinstance(policy, Policy)
         speeds.append(policy.generated_tokens_per_s.value)
     assert all(b >= a * 0.995 for a, b in itertools.pairwise(speeds))
+
+
+def test_ttft_bounds_the_rate_too(catalog: Catalog) -> None:
+    """A long prompt: prefill alone takes most of a tight TTFT."""
+    text = ONLINE.replace("prompt: 2048", "prompt: 20000").replace(
+        "ttft: 2s, itl: 100ms", "ttft: TTFT, itl: 10s"
+    )
+    machine = catalog.machines["a2-ultragpu-1g"]
+    loose, tight = (offered(text.replace("TTFT", ttft), machine)[0] for ttft in ("20s", "1s"))
+    assert isinstance(loose, Policy)
+    assert isinstance(tight, Rejection) or tight.rates[1].batch < loose.rates[1].batch
+
+
+def test_latent_cache_is_copied_to_every_gpu(catalog: Catalog) -> None:
+    """DeepSeek-V3 on 8 H200 (TP 8): each GPU holds the whole latent cache of all sequences."""
+    text = batch_spec(model="deepseek-v3").replace("prompt: 77, output: 128", "prompt: 30000, output: 1000")
+    policy = next(p for p in offered(text, catalog.machines["p5en.48xlarge"]) if isinstance(p, Policy))
+    per_sequence = 61 * 576 * 2 * 30_500
+    cache = next(use.bytes for use in policy.memory if use.item == "KV cache")
+    assert policy.gpus == 8
+    assert policy.sequences * per_sequence <= cache / 8
+
+
+def test_staged_ring_is_in_the_memory_table(catalog: Catalog) -> None:
+    staged = changed(catalog.machines["g4dn.8xlarge"], "dram", bytes=140 * 2**30)
+    policy = offload(batch_spec(), staged)
+    assert policy.staged
+    ring = next(use.bytes for use in policy.memory if use.item == "pinned pages")
+    assert policy.pages.slots * policy.pages.slot_bytes <= ring * 1.001
+
+
+def test_a_machine_without_the_dtype_is_refused(catalog: Catalog) -> None:
+    machine = changed(catalog.machines["cpu-2core"], "dram", flops_per_s={"fp8": 1e12})  # type: ignore[arg-type]
+    (answer,) = offered(batch_spec(model="olmoe-1b-7b"), machine)
+    assert isinstance(answer, Rejection)
+    assert "computes in neither bf16 nor another dtype of its size, but in fp8" in answer.message
+
+
+def test_calls_that_cost_nothing_are_no_crash(catalog: Catalog) -> None:
+    machine = replace(catalog.machines["cpu-2core"], launch_s=0.0)
+    (policy,) = offered(batch_spec(model="olmoe-1b-7b"), machine)
+    assert isinstance(policy, Policy)
+
+
+def test_a_disk_faster_than_memory_is_held_to_it(catalog: Catalog) -> None:
+    machine = changed(catalog.machines["cpu-2core"], "disk", up_bytes_per_s=1e12)
+    verify_roofline(find_roofline(workload_of(batch_spec(model="olmoe-1b-7b")), machine))
