@@ -222,8 +222,8 @@ def test_show_and_summary(answered, runtime_dir):
     assert "None: error: line 2: is not JSON" in show(source, output, 3)
     text = summary(load(runtime_dir), report)
     assert text.startswith("10 requests, 5 with an error record; ")
-    assert "(plan 100.0, 10.0 to 1,000.0)" in text
-    assert "of 8.00 GiB" in text
+    assert "tokens/s, the plan expected 100 (10 to 1,000)" in text
+    assert "the plan allows 8.00" in text
 
 
 def test_progress_reaches_the_end(runtime_dir, tmp_path):
@@ -294,3 +294,18 @@ def test_measured_allocations_stay_within_the_plan(checkpoint, tmp_path):
         )
         assert held < plan.memory.workspace_bytes
     assert torch.get_num_threads() == plan.threads
+
+
+def test_the_input_is_never_the_output(runtime_dir, tmp_path):
+    source = write_input(tmp_path, LINES[:2])
+    before = source.read_bytes()
+    with pytest.raises(RunError, match="is the input"):
+        run_plan(runtime_dir, None, source, source)
+    assert source.read_bytes() == before
+
+
+def test_a_checkpoint_that_is_not_there(runtime_dir, tmp_path):
+    source = write_input(tmp_path, LINES[:2])
+    with pytest.raises(RunError, match="no such checkpoint folder") as caught:
+        run_plan(runtime_dir, tmp_path / "absent", source, tmp_path / "o.jsonl")
+    assert "--checkpoint" in caught.value.hint
