@@ -180,6 +180,12 @@ def calibrate(
     """
     from moeplan.runtime_min.calibrate import machine_yaml, measure
 
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > _IDLE_LOAD * cores:
+        print(
+            f"moeplan: the machine is not idle (load {load:.1f}): its figures may come out low",
+            file=sys.stderr,
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     text = machine_yaml(measure(output.parent))
     temporary = output.with_name(f".{output.name}.tmp")
@@ -199,6 +205,7 @@ def schema() -> None:
     print(json.dumps(spec_schema(), indent=2, sort_keys=True, ensure_ascii=False))
 
 
+_IDLE_LOAD = 0.3  # of the processors
 CATALOG_LISTS = ("models", "gpus", "machines", "offers", "sources")
 
 

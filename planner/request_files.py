@@ -177,10 +177,16 @@ def _checked_rows(path: Path, reader: csv.DictReader[str], span: Span) -> list[t
 
 
 def _trace_row(cells: list[str]) -> tuple[float, int, int]:
-    prompt, output = int(cells[1]), int(cells[2])
+    prompt, output = _whole_number(cells[1]), _whole_number(cells[2])
     if not (0 < prompt < 10**7 and 0 <= output < 10**7):
-        raise ValueError("token counts must be positive")
+        raise ValueError("token counts must be from 1 to 10,000,000")
     return _seconds(cells[0]), prompt, max(1, output)
+
+
+def _whole_number(cell: str | None) -> int:
+    if cell is None or not re.fullmatch("[0-9]{1,12}", cell.strip()):
+        raise ValueError(f"{cell!r} is not a number of tokens")
+    return int(cell)
 
 
 def _seconds(text: str) -> float:

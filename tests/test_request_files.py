@@ -133,7 +133,8 @@ def test_bad_rows_are_counted_and_the_first_shown(tmp_path: Path) -> None:
         ("arrival_s,input_tokens,output_tokens\n0,1,1\n0,1,1\n", "at one instant"),
         ("arrival_s,input_tokens,output_tokens\nnan,1,1\n1,1,1\n", "not a finite number"),
         ("arrival_s,input_tokens,output_tokens\n0,1\n1,1,1\n", "cannot read this request"),
-        ("arrival_s,input_tokens,output_tokens\n0,-1,1\n1,1,1\n", "must be positive"),
+        ("arrival_s,input_tokens,output_tokens\n0,-1,1\n1,1,1\n", "'-1' is not a number of tokens"),
+        ("arrival_s,input_tokens,output_tokens\n0,0,1\n1,1,1\n", "must be from 1 to 10,000,000"),
     ],
 )
 def test_bad_traces(tmp_path: Path, text: str, message: str) -> None:
