@@ -273,7 +273,7 @@ def summary(plan: RuntimePlan, report: Report) -> str:
         f"{report.answered + report.failed + report.resumed} requests{resumed}{failed}; "
         f"{report.generated_tokens:,} tokens generated in {all_s:.1f} s",
         *(_speed(*speed) for speed in speeds if speed[2] > 0),
-        f"  memory     {_gib(report.peak_bytes)} GiB at peak, the plan allows {_gib(plan.memory.budget_bytes)}",
+        f"  memory     {_gib(report.peak_bytes)} GiB at peak, planned {_gib(plan.memory.budget_bytes)}",
     ]
     if report.bytes_read:
         waited = f"{report.stall_s:.1f} s of the run waited for them"

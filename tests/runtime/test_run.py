@@ -223,7 +223,7 @@ def test_show_and_summary(answered, runtime_dir):
     text = summary(load(runtime_dir), report)
     assert text.startswith("10 requests, 5 with an error record; ")
     assert "tokens/s, the plan expected 100 (10 to 1,000)" in text
-    assert "the plan allows 8.00" in text
+    assert "planned 8.00" in text
 
 
 def test_progress_reaches_the_end(runtime_dir, tmp_path):
