@@ -82,10 +82,10 @@ class _Reader:
             if name in block.fields:
                 found[name] = self.read(value, block.fields[name].kind, f"{key}.{name}" if key else name)
             else:
-                meant |= {known for known in [nearest_word(name, block.fields)] if known}
+                meant.add(nearest_word(name, block.fields))
                 hint = nearest(name, block.fields, f"known keys: {', '.join(block.fields)}")
                 self.problem("unknown-key", span, f"unknown key {name!r}{_inside(key)}", hint)
-        self._check_keys(block, found.keys() | meant, place(self.path, node.start_mark), key)
+        self._check_keys(block, found.keys(), meant, place(self.path, node.start_mark), key)
         return found
 
     def _pairs(self, node: yaml.MappingNode, key: str) -> Iterator[tuple[str, Span, yaml.Node]]:
@@ -103,18 +103,22 @@ class _Reader:
                 seen.add(name_node.value)
                 yield name_node.value, span, value
 
-    def _check_keys(self, block: Block, found: AbstractSet[str], span: Span, key: str) -> None:
+    def _check_keys(
+        self, block: Block, found: AbstractSet[str], meant: AbstractSet[str], span: Span, key: str
+    ) -> None:
+        """What is `found` must not exclude each other; what is neither found nor `meant` may be missing."""
+        known = found | meant
         for name, field in block.fields.items():
-            if field.required and name not in found:
+            if field.required and name not in known:
                 self._missing(name, span, key, field.kind)
-        if block.any_of and not any(name in found for name in block.any_of):
+        if block.any_of and not any(name in known for name in block.any_of):
             self.problem("missing-key", span, f"{key or 'the spec'} needs {' or '.join(block.any_of)}")
         if block.exclusive and all(name in found for name in block.exclusive):
             first, second = block.exclusive
             self.problem("exclusive-keys", self.spans[second], f"{first!r} and {second!r} exclude each other")
         present = [option for option in block.options if option.key in found]
         names = [option.key for option in block.options]
-        if block.options and not present:
+        if block.options and not any(option in known for option in names):
             self.problem("missing-key", span, f"{key} needs {' or '.join(names)}")
         if len(present) > 1:
             second = present[1].key
@@ -124,7 +128,7 @@ class _Reader:
             )
         elif present:
             for name in present[0].needs:
-                if name not in found:
+                if name not in known:
                     self._missing(name, span, key, block.fields[name].kind)
 
     def _missing(self, name: str, span: Span, key: str, kind: Kind) -> None:

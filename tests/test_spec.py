@@ -182,6 +182,16 @@ def test_bad_spec(text: str, message: str) -> None:
     assert message in problems(text)
 
 
+def test_a_misspelt_key_beside_its_alternative() -> None:
+    """The unknown key is told; it neither counts as missing nor excludes what stands beside it."""
+    text = FULL.replace("  path:", "  name: m\n  paht:").replace("market:\n", "machine: m\nmarkt:\n")
+    lines = [line for line in problems(text).splitlines() if line.startswith("spec.yaml")]
+    assert [line.rpartition("unknown key ")[2] for line in lines] == [
+        "'paht' in model [unknown-key]",
+        "'markt' [unknown-key]",
+    ]
+
+
 def test_bytes_that_are_not_utf8() -> None:
     assert "spec.yaml:2:8: this byte is not UTF-8 text [not-utf8]" in problems(b"name: x\nmodel: \xff\n")
 
@@ -271,7 +281,7 @@ def _edited(text: str, draw: random.Random) -> str:
     at = draw.randrange(len(text) + 1)
     lines = text.splitlines(keepends=True) or [""]
     line = draw.randrange(len(lines))
-    match draw.randrange(6):
+    match draw.randrange(7):
         case 0:
             return text[:at] + draw.choice(TOKENS) + text[at:]
         case 1:
@@ -284,6 +294,8 @@ def _edited(text: str, draw: random.Random) -> str:
             return "".join([*lines[:line], lines[line], *lines[line:]])
         case 4:
             return "".join(lines[:line] + lines[line + 1 :])
+        case 5:  # two letters swapped, as typing does
+            return text[:at] + text[at + 1 : at + 2] + text[at : at + 1] + text[at + 2 :]
         case _:
             return (
                 text[:at]
