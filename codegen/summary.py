@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeplan.codegen.emit.report import interval, is_unrun, latency
+from moeplan.codegen.emit.report import interval, latency, why_unrun
 from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan, Replica
@@ -78,6 +78,6 @@ def _next_line(plan: Plan, replica: Replica, folder: str, checkpoint_option: str
         times = f"  ({count} times, each with its part of the requests)" if count > 1 else ""
         batch = f"sky jobs launch {file} --env INPUT=... --env OUTPUT=...{times}"
         return f"sky serve up {file}" if policy.serves == "online" else batch
-    if unrun := is_unrun(plan, policy):
+    if unrun := why_unrun(plan, policy):
         return f"{unrun}: the figures are predictions"
     return f"moeplan run {folder}{checkpoint_option} --input REQUESTS.jsonl --output ANSWERS.jsonl"

@@ -74,7 +74,7 @@ def write(files: Mapping[str, str], folder: Path, force: bool = False) -> list[s
         raise ConflictError(folder, conflicts)
     changed = []
     for path in sorted(files, key=lambda path: (path == LOCK, path)):
-        if _write_one(folder / path, files[path].encode()):
+        if write_file(folder / path, files[path].encode()):
             changed.append(path)
     for path in obsolete:
         (folder / path).unlink(missing_ok=True)
@@ -137,7 +137,8 @@ def _is_inside(path: str) -> bool:
     return not parts.is_absolute() and ".." not in parts.parts and bool(parts.parts)
 
 
-def _write_one(path: Path, data: bytes) -> bool:
+def write_file(path: Path, data: bytes) -> bool:
+    """Write under a temporary name and rename; False where the bytes are there already. Raises OSError."""
     if path.is_file() and path.read_bytes() == data:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)

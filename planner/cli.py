@@ -178,6 +178,7 @@ def calibrate(
 
     The result is a machine file for `machine: {file: ...}` or `--machine`.
     """
+    from moeplan.codegen.write import write_file
     from moeplan.runtime_min.calibrate import machine_yaml, measure
 
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
@@ -188,9 +189,7 @@ def calibrate(
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     text = machine_yaml(measure(output.parent))
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, output)
+    write_file(output, text.encode())
     print(text, end="")
     print(f"wrote {output}; use it with `machine: {{file: {output.name}}}` or `--machine {output}`")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeplan.codegen.emit.skypilot import VLLM_DTYPES
 from moeplan.codegen.render import render
+from moeplan.codegen.vllm import vllm_arguments
 from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
@@ -68,22 +68,13 @@ def interval(estimate: Estimate, before: str, after: str) -> str:
     )
 
 
-def vllm_command(plan: Plan, policy: Policy) -> str:
-    """How to start one replica by hand; SkyPilot's files hold the same arguments."""
-    longest = max(r.context_tokens_max for r in plan.workload.classes if r.name == policy.serves)
-    return (
-        f"vllm serve MODEL --tensor-parallel-size {policy.gpus} --data-parallel-size {policy.data_parallel} "
-        f"--dtype {VLLM_DTYPES[policy.dtype]} --max-num-seqs {policy.sequences} --max-model-len {longest}"
-    )
-
-
 def latency(policy: Policy) -> str:
     """The slowest bucket's TTFT and ITL."""
     ttft, itl = max(r.ttft_s for r in policy.rates), max(r.itl_s for r in policy.rates)
     return f"TTFT {format_duration(ttft)}, ITL {format_duration(itl)}"
 
 
-def is_unrun(plan: Plan, policy: Policy) -> str:
+def why_unrun(plan: Plan, policy: Policy) -> str:
     """Why the bundled runtime cannot execute a policy that is planned for it; empty where it can."""
     if policy.simulated_only:
         return "this version of runtime_min does not execute plans for a GPU"
@@ -157,10 +148,15 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
             if policy.engine == "runtime_min" and p.p1_flops_per_byte > 0
         ],
         "schedule": replica.schedule,
-        "unrun": is_unrun(plan, policy),
-        "command": vllm_command(plan, policy) if policy.engine == "vllm" else "",
+        "unrun": why_unrun(plan, policy),
+        "command": _vllm_command(plan, policy) if policy.engine == "vllm" else "",
         "latency": latency(policy) if policy.serves == "online" else "",
     }
+
+
+def _vllm_command(plan: Plan, policy: Policy) -> str:
+    """How to start one replica by hand."""
+    return " ".join(["vllm serve MODEL", *vllm_arguments(plan, policy)])
 
 
 def _how(policy: Policy) -> str:

@@ -31,7 +31,7 @@ def emit(plan: Plan) -> dict[str, str]:
 
 def _runtime_plan(plan: Plan, replica: Replica, schedule: Schedule, text: str) -> plan_file.RuntimePlan:
     policy = replica.policy
-    requests = next(r for r in plan.workload.classes if r.name == policy.serves)
+    requests = plan.workload.request_class(policy.serves)
     return plan_file.RuntimePlan(
         format=plan_file.FORMAT,
         name=f"{plan.spec.name}/{replica.name}",

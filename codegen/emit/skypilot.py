@@ -10,13 +10,13 @@ import math
 from typing import Any
 
 from moeplan.codegen.render import render
+from moeplan.codegen.vllm import vllm_arguments
 from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan
 
 _READINESS_MARGIN = 1.5  # cold starts vary; a probe that gives up early kills healthy replicas
 _PORT = 8000
-VLLM_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}
 
 
 def emit(plan: Plan) -> dict[str, str]:
@@ -56,17 +56,13 @@ def _values(plan: Plan, choice: Choice, site: Site) -> dict[str, Any]:
         "qps": _target_qps(plan, choice, site),
         "disk_gb": math.ceil(plan.workload.model.weight_bytes() * 1.2 / 1e9) + 100,
         "port": _PORT,
-        "tensor_parallel": policy.gpus,
-        "data_parallel": policy.data_parallel,
-        "dtype": VLLM_DTYPES[policy.dtype],
-        "max_sequences": policy.sequences,
-        "context_tokens": max(r.context_tokens_max for r in plan.workload.classes if r.name == site.serves),
+        "vllm": vllm_arguments(plan, policy),
     }
 
 
 def _target_qps(plan: Plan, choice: Choice, site: Site) -> float:
     """Requests per second that one replica is planned to take."""
-    requests = next(r for r in plan.workload.classes if r.name == site.serves)
+    requests = plan.workload.request_class(site.serves)
     routed = sum(
         route.share * requests.buckets[route.bucket].share
         for route in plan.fleet.routes

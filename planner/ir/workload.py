@@ -110,6 +110,13 @@ class Workload:
                 return operator
         raise KeyError(name)
 
+    def request_class(self, name: ClassName) -> RequestClass:
+        """The class called `name`; raises KeyError where the workload has none."""
+        for requests in self.classes:
+            if requests.name == name:
+                return requests
+        raise KeyError(name)
+
     @property
     def value_bytes(self) -> int:
         """Bytes of one activation, cached or computed-with value."""

@@ -70,6 +70,11 @@ def _load(requests: RequestClass, column: Column, bucket: int) -> float:
     return wanted / rate if rate > 0 else math.inf
 
 
+def _whole_load(requests: RequestClass, column: Column) -> float:
+    """Replicas that all requests keep busy on one column; infinite where it cannot serve some size."""
+    return sum(_load(requests, column, b) for b in range(len(requests.buckets)))
+
+
 def _online_problem(
     requests: RequestClass, columns: Sequence[Column], target: float, limits: Limits
 ) -> tuple[pulp.LpProblem, dict[str, pulp.LpVariable]]:
@@ -148,7 +153,7 @@ def _online_alternatives(
     """Every other column alone, in USD per hour."""
     found = []
     for column in columns:
-        load = sum(_load(requests, column, b) for b in range(len(requests.buckets)))
+        load = _whole_load(requests, column)
         if not math.isfinite(load) or [column] == list(used):
             continue
         replicas = math.ceil(load / target - 1e-9) + (SPOT_OVERPROVISION if column.market == "spot" else 0)
@@ -178,7 +183,7 @@ def _too_much(
 ) -> tuple[Span, str, str]:
     """Why, if neither quota nor budget is to blame: one machine's rate, or the sizes."""
     if any(column.market == "owned" for column in columns):
-        load = min(sum(_load(requests, c, b) for b in range(len(requests.buckets))) for c in columns)
+        load = min(_whole_load(requests, column) for column in columns)
         most = requests.rate_per_s * target / load
         hint = f"one machine, loaded to {target:.0%}, serves {most:.3g}/s of this mix"
         return spec.span("workload.online.rate"), "the rate", hint

@@ -1,0 +1,17 @@
+"""A policy -> the arguments that vLLM is started with."""
+
+from __future__ import annotations
+
+from moeplan.planner.ir.plan import Plan
+from moeplan.planner.ir.policy import Policy
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}
+
+
+def vllm_arguments(plan: Plan, policy: Policy) -> tuple[str, str]:
+    """How a replica is spread over its GPUs, and what bounds its batch: one line each."""
+    longest = plan.workload.request_class(policy.serves).context_tokens_max
+    return (
+        f"--tensor-parallel-size {policy.gpus} --data-parallel-size {policy.data_parallel}",
+        f"--dtype {_DTYPES[policy.dtype]} --max-num-seqs {policy.sequences} --max-model-len {longest}",
+    )
