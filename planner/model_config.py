@@ -62,7 +62,7 @@ def model_from_config(config: Mapping[str, object], name: str, source: str, wher
         model_type=str(model_type),
         source=source,
         hidden=architecture.hidden,
-        vocab=architecture.vocab,
+        vocab=architecture.frame.vocab,
         attention=architecture.attention,
         dense_layers=architecture.dense_layers,
         dense_intermediate=architecture.dense_intermediate,
@@ -74,7 +74,7 @@ def model_from_config(config: Mapping[str, object], name: str, source: str, wher
         parameters=architecture.parameters(),
         stored_bytes_per_expert_parameter=experts_bytes,
         stored_bytes_per_other_parameter=other_bytes,
-        max_context_tokens=architecture.max_context_tokens,
+        max_context_tokens=architecture.frame.max_context_tokens,
     )
 
 
@@ -87,17 +87,32 @@ def supported_model_types() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Frame:
+    """What stands around the layers; every model type names it alike."""
+
+    vocab: int
+    max_context_tokens: int
+    tied: bool
+
+
+def _frame(keys: _Keys) -> _Frame:
+    return _Frame(
+        vocab=keys.size("vocab_size"),
+        max_context_tokens=keys.context_tokens(),
+        tied=keys.flag("tie_word_embeddings", False),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Architecture:
     """What an adapter found out; counts called `_per_layer` are parameters of one layer."""
 
+    frame: _Frame
     hidden: int
-    vocab: int
-    max_context_tokens: int
     attention: Attention
     attention_per_layer: int
     norms_per_layer: int
-    final_norm: int
-    tied: bool
+    norm_bias: bool = False
     dense_layers: int = 0
     dense_intermediate: int = 0
     mlp_bias: bool = False
@@ -114,14 +129,14 @@ class _Architecture:
         """Counts of the whole model. Every MLP is gated: three matrices of hidden x intermediate."""
         layers = self.dense_layers + self.moe_layers
         return Parameters(
-            embedding=self.vocab * self.hidden,
-            lm_head=0 if self.tied else self.vocab * (self.hidden + self.lm_head_bias),
+            embedding=self.frame.vocab * self.hidden,
+            lm_head=0 if self.frame.tied else self.frame.vocab * (self.hidden + self.lm_head_bias),
             attention=layers * self.attention_per_layer,
             router=self.moe_layers * self.experts * (self.hidden + self.router_bias),
             routed_experts=self.moe_layers * self.experts * self.expert_parameters(),
             shared_experts=self.moe_layers * self._mlp(self.shared_intermediate, self.mlp_bias),
             dense_mlp=self.dense_layers * self._mlp(self.dense_intermediate, self.mlp_bias),
-            norms=layers * self.norms_per_layer + self.final_norm,
+            norms=layers * self.norms_per_layer + self.hidden * (1 + self.norm_bias),
         )
 
     def expert_parameters(self) -> int:
@@ -208,14 +223,11 @@ def _mixtral(keys: _Keys) -> _Architecture:
         window=_window(keys, "sliding_window", layers),
     )
     return _Architecture(
+        frame=_frame(keys),
         hidden=hidden,
-        vocab=keys.size("vocab_size"),
-        max_context_tokens=keys.context_tokens(),
         attention=attention,
         attention_per_layer=count,
         norms_per_layer=2 * hidden,
-        final_norm=hidden,
-        tied=keys.flag("tie_word_embeddings", False),
         moe_layers=layers,
         experts=keys.size("num_local_experts", "num_experts"),
         experts_per_token=keys.size("num_experts_per_tok"),
@@ -237,14 +249,12 @@ def _phimoe(keys: _Keys) -> _Architecture:
         window=_window(keys, "sliding_window", layers),
     )
     return _Architecture(
+        frame=_frame(keys),
         hidden=hidden,
-        vocab=keys.size("vocab_size"),
-        max_context_tokens=keys.context_tokens(),
         attention=attention,
         attention_per_layer=count,
         norms_per_layer=2 * 2 * hidden,
-        final_norm=2 * hidden,
-        tied=keys.flag("tie_word_embeddings", False),
+        norm_bias=True,
         moe_layers=layers,
         experts=keys.size("num_local_experts", "num_experts"),
         experts_per_token=keys.size("num_experts_per_tok"),
@@ -267,14 +277,11 @@ def _dbrx(keys: _Keys) -> _Architecture:
         head_dim=max(1, hidden // heads),
     )
     return _Architecture(
+        frame=_frame(keys),
         hidden=hidden,
-        vocab=keys.size("vocab_size"),
-        max_context_tokens=keys.context_tokens(),
         attention=attention,
         attention_per_layer=count,
         norms_per_layer=2 * hidden,
-        final_norm=hidden,
-        tied=keys.flag("tie_word_embeddings", False),
         moe_layers=keys.size("n_layers"),
         experts=ffn_keys.size("moe_num_experts"),
         experts_per_token=ffn_keys.size("moe_top_k"),
@@ -301,14 +308,11 @@ def _qwen3_moe(keys: _Keys) -> _Architecture:
         window=_window(keys, "sliding_window", layers) if slides else (0, 0),
     )
     return _Architecture(
+        frame=_frame(keys),
         hidden=hidden,
-        vocab=keys.size("vocab_size"),
-        max_context_tokens=keys.context_tokens(),
         attention=attention,
         attention_per_layer=count,
         norms_per_layer=2 * hidden + 2 * head_dim,
-        final_norm=hidden,
-        tied=keys.flag("tie_word_embeddings", False),
         dense_layers=layers - moe_layers,
         dense_intermediate=keys.size("intermediate_size") if moe_layers < layers else 0,
         moe_layers=moe_layers,
@@ -335,14 +339,11 @@ def _olmoe(keys: _Keys) -> _Architecture:
         bias=keys.flag("attention_bias", False),
     )
     return _Architecture(
+        frame=_frame(keys),
         hidden=hidden,
-        vocab=keys.size("vocab_size"),
-        max_context_tokens=keys.context_tokens(),
         attention=attention,
         attention_per_layer=count,
         norms_per_layer=2 * hidden + (heads + kv_heads) * head_dim,
-        final_norm=hidden,
-        tied=keys.flag("tie_word_embeddings", False),
         moe_layers=layers,
         experts=keys.size("num_experts", "num_local_experts"),
         experts_per_token=keys.size("num_experts_per_tok"),
@@ -384,14 +385,11 @@ def _deepseek(keys: _Keys) -> _Architecture:
     moe_layers = sum(i % every == 0 for i in range(first_moe, layers))
     expert = keys.size("moe_intermediate_size")
     return _Architecture(
+        frame=_frame(keys),
         hidden=hidden,
-        vocab=keys.size("vocab_size"),
-        max_context_tokens=keys.context_tokens(),
         attention=attention,
         attention_per_layer=count,
         norms_per_layer=2 * hidden + norms,
-        final_norm=hidden,
-        tied=keys.flag("tie_word_embeddings", False),
         dense_layers=layers - moe_layers,
         dense_intermediate=keys.size("intermediate_size") if moe_layers < layers else 0,
         mlp_bias=keys.flag("mlp_bias", False),
@@ -420,14 +418,11 @@ def _glm4_moe(keys: _Keys) -> _Architecture:
     dense_layers = min(layers, keys.size("first_k_dense_replace", least=0))
     expert = keys.size("moe_intermediate_size")
     return _Architecture(
+        frame=_frame(keys),
         hidden=hidden,
-        vocab=keys.size("vocab_size"),
-        max_context_tokens=keys.context_tokens(),
         attention=attention,
         attention_per_layer=count,
         norms_per_layer=2 * hidden + 2 * head_dim * keys.flag("use_qk_norm", False),
-        final_norm=hidden,
-        tied=keys.flag("tie_word_embeddings", False),
         dense_layers=dense_layers,
         dense_intermediate=keys.size("intermediate_size") if dense_layers else 0,
         moe_layers=layers - dense_layers,
@@ -454,14 +449,11 @@ def _gpt_oss(keys: _Keys) -> _Architecture:
         window=_window(keys, "sliding_window", (layers + 1) // 2 if windowed is None else windowed),
     )
     return _Architecture(
+        frame=_frame(keys),
         hidden=hidden,
-        vocab=keys.size("vocab_size"),
-        max_context_tokens=keys.context_tokens(),
         attention=attention,
         attention_per_layer=count,
         norms_per_layer=2 * hidden,
-        final_norm=hidden,
-        tied=keys.flag("tie_word_embeddings", False),
         moe_layers=layers,
         experts=keys.size("num_local_experts", "num_experts"),
         experts_per_token=keys.size("num_experts_per_tok", "experts_per_token"),
@@ -493,14 +485,11 @@ def _llama4_text(keys: _Keys) -> _Architecture:
         window=_window(keys, "attention_chunk_size", _llama4_chunked_layers(keys, layers)),
     )
     return _Architecture(
+        frame=_frame(keys),
         hidden=hidden,
-        vocab=keys.size("vocab_size"),
-        max_context_tokens=keys.context_tokens(),
         attention=attention,
         attention_per_layer=count,
         norms_per_layer=2 * hidden,
-        final_norm=hidden,
-        tied=keys.flag("tie_word_embeddings", False),
         dense_layers=layers - moe_layers,
         dense_intermediate=keys.size("intermediate_size_mlp") if moe_layers < layers else 0,
         moe_layers=moe_layers,
@@ -578,14 +567,11 @@ def _dense(
 ) -> _Architecture:
     """What the dense adapters share."""
     return _Architecture(
+        frame=_frame(keys),
         hidden=hidden,
-        vocab=keys.size("vocab_size"),
-        max_context_tokens=keys.context_tokens(),
         attention=attention,
         attention_per_layer=attention_per_layer,
         norms_per_layer=norms_per_layer,
-        final_norm=hidden,
-        tied=keys.flag("tie_word_embeddings", False),
         dense_layers=layers,
         dense_intermediate=keys.size("intermediate_size"),
         mlp_bias=keys.flag("mlp_bias", False),
