@@ -20,6 +20,9 @@ Quantity = float | NDArray[np.float64]
 # A40, A100 and H100, TP 1-8 and 1-4096 tokens (Vidur's profiles, MIT licence): p = 1.5, median error 4.5 %.
 KNEE = 1.5
 _HALF_BYTES = 2.0
+EIGHT_BITS, FOUR_BITS = 1.1, 0.6  # bytes per stored weight, scales included
+# Attention cores reach about half of the FLOP/s of matrix products (softmax between two small products).
+_ATTENTION_COMPUTE_SHARE = 0.5
 # Round figures for a cold start; SkyServe reports 183 s for Llama-2-7B under vLLM on AWS.
 _BOOT_S = 90.0
 _ENGINE_START_S = 45.0
@@ -86,31 +89,74 @@ def knee(memory_s: Quantity, compute_s: Quantity) -> Quantity:
     return (memory_s**KNEE + compute_s**KNEE) ** (1.0 / KNEE)
 
 
+def is_attention_core(operator: Operator) -> bool:
+    """Whether `operator` works on the cache and has no weights."""
+    return operator.kv_values_per_context_token > 0
+
+
+def operator_bytes_per_s(operator: Operator, roof: Roof) -> float:
+    """The rate at which `operator`'s kernel reads memory."""
+    if is_attention_core(operator):
+        return roof.attention_bytes_per_s
+    return roof.expert_bytes_per_s if operator.name == "routed_experts" else roof.bytes_per_s
+
+
+def operator_flops_per_s(operator: Operator, roof: Roof) -> float:
+    """The rate at which `operator` computes: weights of 8 or 4 bits may use faster arithmetic."""
+    if is_attention_core(operator):
+        return roof.flops_per_s * _ATTENTION_COMPUTE_SHARE
+    if operator.stored_bytes_per_parameter <= FOUR_BITS:
+        return roof.flops_4bit_per_s
+    if operator.stored_bytes_per_parameter <= EIGHT_BITS:
+        return roof.flops_8bit_per_s
+    return roof.flops_per_s
+
+
+def operator_seconds(
+    workload: Workload,
+    operator: Operator,
+    roof: Roof,
+    tokens: Quantity,
+    context: Quantity,
+    kv_copies: float = 1.0,
+) -> Quantity:
+    """Seconds to run `operator` in all its layers once over `tokens` decode tokens at `roof`.
+
+    The cache is read `kv_copies` times: GPUs that share a KV head each read it.
+    """
+    moved = (
+        weight_bytes(workload, operator, tokens)
+        + kv_copies * kv_bytes_read(workload, operator, tokens, context)
+        + activation_bytes(workload, operator, tokens)
+    )
+    return knee(
+        np.asarray(moved) / operator_bytes_per_s(operator, roof),
+        np.asarray(flops(operator, tokens, context)) / operator_flops_per_s(operator, roof),
+    )
+
+
 def call_seconds(
     workload: Workload, operators: Iterable[Operator], roof: Roof, tokens: Quantity, context: Quantity
 ) -> Quantity:
     """Seconds to run `operators` (all layers) once over `tokens` decode tokens at `roof`."""
     total: Quantity = 0.0 * np.asarray(tokens, dtype=float)
     for operator in operators:
-        moved = (
-            weight_bytes(workload, operator, tokens)
-            + kv_bytes_read(workload, operator, tokens, context)
-            + activation_bytes(workload, operator, tokens)
-        )
-        total = total + knee(
-            np.asarray(moved) / roof.bytes_per_s,
-            np.asarray(flops(operator, tokens, context)) / roof.flops_per_s,
-        )
+        total = total + operator_seconds(workload, operator, roof, tokens, context)
     return total
 
 
-def prefill_flops(workload: Workload, sequences: Quantity, prompt: float) -> Quantity:
+def operator_prefill_flops(operator: Operator, sequences: Quantity, prompt: Quantity) -> Quantity:
     """FLOPs of `sequences` prompts of `prompt` tokens; the LM head runs on each last token only."""
+    tokens = sequences if operator.name == "lm_head" else sequences * prompt
+    seen = _seen_context(operator, prompt / 2.0)
+    return tokens * (operator.flops_per_token + operator.prefill_flops_per_context_token * seen)
+
+
+def prefill_flops(workload: Workload, sequences: Quantity, prompt: float) -> Quantity:
+    """FLOPs of all operators for `sequences` prompts of `prompt` tokens."""
     total: Quantity = 0.0 * np.asarray(sequences, dtype=float)
     for operator in workload.operators:
-        tokens = sequences if operator.name == "lm_head" else sequences * prompt
-        seen = _seen_context(operator, prompt / 2.0)
-        total = total + tokens * (operator.flops_per_token + operator.prefill_flops_per_context_token * seen)
+        total = total + operator_prefill_flops(operator, sequences, prompt)
     return total
 
 

@@ -19,13 +19,17 @@ _ACHIEVED = ("calibrated", "measured")
 
 # Relative standard error of a prediction, by where the figures come from. Datasheet figures with default
 # efficiencies leave about 30 % on the published MoE-Lightning runs, one calibration about 15 %.
-_SIGMA: dict[str, float] = {"datasheet": 0.30, "analytic": 0.40, "calibrated": 0.15, "measured": 0.15}
+SIGMA: dict[str, float] = {"datasheet": 0.30, "analytic": 0.40, "calibrated": 0.15, "measured": 0.15}
 
-# Efficiencies where nothing better is known: linear operators of Llama-2 on A40, A100 and H100 (profiles of
-# microsoft/vidur: 0.735 of bandwidth, 0.732 of compute); prefill on A100 and V100 (0.68-0.81); pinned copies
-# over PCIe 0.70-0.82 of nominal; CPU attention reads at half of the host's nominal bandwidth.
-MEMORY_EFFICIENCY = 0.735
-COMPUTE_EFFICIENCY = 0.732
+# Efficiencies where nothing better is known. The first four: fitted to measured serving runs of ten models on
+# six GPU types, with vLLM's fixed costs (benchmarks/serving_accuracy.py, docs/accuracy.md). Prefill on
+# A100 and V100: 0.68-0.81. Pinned copies over PCIe: 0.70-0.82 of nominal. CPU attention reads at half of the
+# host's nominal bandwidth; CPU products as the linear operators in microsoft/vidur's profiles (0.732).
+MEMORY_EFFICIENCY = 0.84
+EXPERT_MEMORY_EFFICIENCY = 0.71
+ATTENTION_MEMORY_EFFICIENCY = 0.91
+COMPUTE_EFFICIENCY = 0.62
+HOST_COMPUTE_EFFICIENCY = 0.732
 PREFILL_EFFICIENCY = 0.72
 LINK_EFFICIENCY = 0.75
 HOST_MEMORY_EFFICIENCY = 0.5
@@ -56,6 +60,8 @@ class Gpu:
     peer_bytes_per_s: float
     launch_s: float
     memory_efficiency: float
+    expert_memory_efficiency: float
+    attention_memory_efficiency: float
     compute_efficiency: float
     prefill_efficiency: float
     offload_prefill_efficiency: float
@@ -99,6 +105,12 @@ def _gpu(fields: Fields, name: str, base: Gpu | None, achieved: bool) -> Gpu:
         peer_bytes_per_s=known.rate("peer_bytes_per_s"),
         launch_s=fields.figure("launch_s", 0.0, 1.0, base.launch_s if base else _GPU_LAUNCH_S),
         memory_efficiency=known.share("memory_efficiency", "memory_bytes_per_s", MEMORY_EFFICIENCY),
+        expert_memory_efficiency=known.share(
+            "expert_memory_efficiency", "memory_bytes_per_s", EXPERT_MEMORY_EFFICIENCY
+        ),
+        attention_memory_efficiency=known.share(
+            "attention_memory_efficiency", "memory_bytes_per_s", ATTENTION_MEMORY_EFFICIENCY
+        ),
         compute_efficiency=known.share("compute_efficiency", "flops_per_s", COMPUTE_EFFICIENCY),
         prefill_efficiency=known.share("prefill_efficiency", "flops_per_s", PREFILL_EFFICIENCY),
         offload_prefill_efficiency=known.share(
@@ -205,7 +217,7 @@ def read_machine(
         peer_bytes_per_s=gpu.peer_bytes_per_s if gpu else 0.0,
         launch_s=gpu.launch_s if gpu else launch_s,
         provenance=_provenance(provenance),
-        sigma=fields.figure("sigma", 0.0, 10.0, _SIGMA.get(provenance, 0.4)),
+        sigma=fields.figure("sigma", 0.0, 10.0, SIGMA.get(provenance, 0.4)),
         source=_machine_source(fields, sources, host, gpu),
     )
     if disk_level.bytes_per_s > dram_level.bytes_per_s:
@@ -252,6 +264,8 @@ def _gpu_level(gpu: Gpu) -> Level:
         flops_per_s=gpu.flops_per_s,
         up_bytes_per_s=0.0,
         memory_efficiency=gpu.memory_efficiency,
+        expert_memory_efficiency=gpu.expert_memory_efficiency,
+        attention_memory_efficiency=gpu.attention_memory_efficiency,
         compute_efficiency=gpu.compute_efficiency,
         prefill_efficiency=gpu.prefill_efficiency,
         up_efficiency=1.0,
@@ -278,14 +292,17 @@ class _Parts:
 
     def dram(self, cpu: Fields | None, dram: Fields | None, gpu: Gpu | None) -> Level:
         """DRAM, the cores that work out of it, and the link up to the GPU where there is one."""
+        reached = self._share(dram, "efficiency", HOST_MEMORY_EFFICIENCY)
         return Level(
             name="dram",
             bytes=dram.bytes("bytes", _BYTES) if dram else 1,
             bytes_per_s=dram.figure("bytes_per_s", *_RATE, self._dram_bytes_per_s()) if dram else 1.0,
             flops_per_s=self._cpu_flops(cpu),
             up_bytes_per_s=gpu.host_link_bytes_per_s if gpu else 0.0,
-            memory_efficiency=self._share(dram, "efficiency", HOST_MEMORY_EFFICIENCY),
-            compute_efficiency=self._share(cpu, "compute_efficiency", COMPUTE_EFFICIENCY),
+            memory_efficiency=reached,
+            expert_memory_efficiency=reached,
+            attention_memory_efficiency=reached,
+            compute_efficiency=self._share(cpu, "compute_efficiency", HOST_COMPUTE_EFFICIENCY),
             prefill_efficiency=self._share(cpu, "prefill_efficiency", PREFILL_EFFICIENCY),
             up_efficiency=gpu.link_efficiency if gpu else 1.0,
         )
@@ -305,6 +322,8 @@ class _Parts:
             flops_per_s={},
             up_bytes_per_s=rate or 1.0,
             memory_efficiency=efficiency,
+            expert_memory_efficiency=efficiency,
+            attention_memory_efficiency=efficiency,
             compute_efficiency=1.0,
             prefill_efficiency=1.0,
             up_efficiency=efficiency,

@@ -18,7 +18,8 @@ class Level:
 
     For a machine with several GPUs the gpu level is one GPU. `flops_per_s` maps a dtype to the dense peak
     (empty for a disk). `up_bytes_per_s` is the link to the next faster level, per GPU for the link into a
-    GPU; 0.0 on the fastest level. Efficiencies are the share of each nominal rate that kernels reach.
+    GPU; 0.0 on the fastest level. Efficiencies are the share of each nominal rate that kernels reach:
+    `memory_efficiency` of matrix products, the others of routed experts and of decode attention.
     """
 
     name: LevelName
@@ -27,6 +28,8 @@ class Level:
     flops_per_s: Mapping[str, float]
     up_bytes_per_s: float
     memory_efficiency: float
+    expert_memory_efficiency: float
+    attention_memory_efficiency: float
     compute_efficiency: float
     prefill_efficiency: float
     up_efficiency: float

@@ -12,14 +12,21 @@ from moeplan.planner.ir.spec import Dtype
 class Roof:
     """Effective rates of one level: nominal times efficiency, for the dtype that it computes in.
 
-    `up_bytes_per_s` is what reaches the next faster level, pinned; `up_pageable_bytes_per_s` from pageable
-    memory. A level that does not compute has flops_per_s 0.
+    `bytes_per_s` is what matrix products read at; routed experts and decode attention have rates of their
+    own. `flops_8bit_per_s` and `flops_4bit_per_s` are for weights stored in so few bits: the rate of the
+    compute dtype where the processor has no faster one. `up_bytes_per_s` is what reaches the next faster
+    level, pinned; `up_pageable_bytes_per_s` from pageable memory. A level that does not compute has
+    flops_per_s 0.
     """
 
     level: LevelName
     bytes: int
     bytes_per_s: float
+    expert_bytes_per_s: float
+    attention_bytes_per_s: float
     flops_per_s: float
+    flops_8bit_per_s: float
+    flops_4bit_per_s: float
     prefill_flops_per_s: float
     offload_prefill_flops_per_s: float
     up_bytes_per_s: float

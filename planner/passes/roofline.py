@@ -33,7 +33,7 @@ def find_roofline(workload: Workload, machine: Machine) -> Roofline:
     for level in machine.levels:
         widened = "float32" if roofs else ""
         fastest = roofs[-1].bytes_per_s if roofs else math.inf
-        roofs.append(_roof(level, computed_dtype(level, workload.dtype) or widened, fastest))
+        roofs.append(level_roof(level, computed_dtype(level, workload.dtype) or widened, fastest))
     points = tuple(
         turning_point(workload.model, fast, slow, workload.dtype, _REFERENCE_MICRO_BATCH)
         for fast, slow in itertools.pairwise(roofs)
@@ -47,15 +47,21 @@ def computed_dtype(level: Level, wanted: Dtype) -> Dtype | None:
     return next((dtype for dtype in _STAND_INS[wanted] if dtype in level.flops_per_s), None)
 
 
-def _roof(level: Level, dtype: str, fastest: float) -> Roof:
-    """`fastest` is the rate of the level above, which a link into it cannot outrun."""
+def level_roof(level: Level, dtype: str, fastest: float = math.inf) -> Roof:
+    """What one level gives; `fastest` is the rate of the level above, which a link into it cannot outrun."""
     peak = level.flops_per_s.get(dtype, 0.0)
+    peak_8bit = max(peak, level.flops_per_s.get("fp8", 0.0))
+    peak_4bit = max(peak, level.flops_per_s.get("fp4", 0.0))
     up = min(level.up_bytes_per_s * level.up_efficiency, fastest)
     return Roof(
         level=level.name,
         bytes=level.bytes,
         bytes_per_s=level.bytes_per_s * level.memory_efficiency,
+        expert_bytes_per_s=level.bytes_per_s * level.expert_memory_efficiency,
+        attention_bytes_per_s=level.bytes_per_s * level.attention_memory_efficiency,
         flops_per_s=peak * level.compute_efficiency,
+        flops_8bit_per_s=peak_8bit * level.compute_efficiency,
+        flops_4bit_per_s=peak_4bit * level.compute_efficiency,
         prefill_flops_per_s=peak * level.prefill_efficiency,
         offload_prefill_flops_per_s=peak * level.offload_prefill_efficiency,
         up_bytes_per_s=up,

@@ -1,8 +1,8 @@
 """The model in GPU memory under vLLM, continuous batching: the largest request rate that keeps the SLO.
 
-A decode step of b sequences takes t(b) = Σ over operators of a rounded roofline, plus kernel launches and
-all-reduces. A prompt is prefilled in t_p, and each token of a request waits for b·t_p/o of other requests'
-prefill, so ITL = t(b) + b·t_p/o and one copy serves b/(o·ITL) requests a second.
+A decode step of b sequences takes t(b), the prefill of a prompt t_p (both in `planner/serving.py`), and each
+token of a request waits for b·t_p/o of other requests' prefill, so ITL = t(b) + b·t_p/o and one copy serves
+b/(o·ITL) requests a second.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moeplan.planner import costs
+from moeplan.planner import costs, serving
 from moeplan.planner.ir.policy import NO_PAGES, BucketRate, MemoryLimit, PassTime, Policy, Rejection
-from moeplan.planner.ir.roofline import Roofline
+from moeplan.planner.ir.roofline import Roof, Roofline
 from moeplan.planner.ir.workload import Bucket, RequestClass, Workload
 from moeplan.planner.strategies.common import GPU_SHARE, estimate, host_threads, lanes, too_small, uses
 from moeplan.planner.units import format_duration
 
 _MAX_SEQUENCES = 256  # vLLM's default max_num_seqs
 _PREFILL_TOKENS = 8192  # vLLM's chunk of prompt tokens per step
-_ALL_REDUCE_S = 20e-6  # fixed cost of one all-reduce; 12-25 µs were measured on NVLink machines
-_CALLS_PER_LAYER = 12  # kernels that vLLM launches per layer, fused where it fuses
+# Fitted with the catalog's default efficiencies to measured serving runs: benchmarks/serving_accuracy.py.
+VLLM = serving.Engine(
+    layer_s=27e-6, moe_layer_s=35e-6, all_reduce_s=18e-6, peer_efficiency=0.27, mixed_prefill=0.87
+)
 
 
 def in_memory_policy(workload: Workload, requests: RequestClass, roofline: Roofline) -> Policy | Rejection:
@@ -63,47 +65,45 @@ class _Copy:
     @property
     def kv_bytes(self) -> float:
         """What is left for the cache."""
-        return self.limit_bytes - costs.held_weight_bytes(self.workload) - self.workspace_bytes
+        return self.limit_bytes - self.weight_bytes - self.workspace_bytes
+
+    @property
+    def weight_bytes(self) -> float:
+        return serving.weight_bytes(self.workload, self.tp)
 
     @property
     def longest_request_bytes(self) -> float:
         return self._held(self.requests.context_tokens_max)
 
     def _held(self, context: float) -> float:
-        """Cache bytes of one sequence on all GPUs: KV heads are shared out, and copied where there are fewer
-        heads than GPUs; MLA's latent cache has no heads."""
-        attention = self.workload.model.attention
-        parts = 1 if attention.kind == "mla" else attention.kv_heads
-        copies = self.tp / min(self.tp, parts)
+        """Cache bytes of one sequence on all GPUs."""
+        copies = serving.kv_copies(self.workload.model.attention, self.tp)
         return copies * float(np.asarray(costs.kv_bytes_held(self.workload, 1.0, context)))
 
     def step_parts(self, batch: costs.Quantity, context: float) -> dict[str, costs.Quantity]:
         """Seconds of one decode step by cause, over all layers."""
-        roof, model = self.roofline.roof("gpu"), self.workload.model
-        compute = costs.call_seconds(self.workload, self.workload.operators, roof, batch, context) / self.tp
-        parts: dict[str, costs.Quantity] = {
-            "gpu": compute,
-            "launch": model.layers * _CALLS_PER_LAYER * self.roofline.machine.launch_s,
-        }
-        if self.tp > 1:
-            moved = batch * model.hidden * self.workload.value_bytes * 2 * (self.tp - 1) / self.tp
-            parts["all-reduce"] = (
-                2 * model.layers * (_ALL_REDUCE_S + moved / self.roofline.machine.peer_bytes_per_s)
-            )
-        return parts
+        return serving.step_parts(*self._shared, batch, context)
 
     def prefill_s(self, prompt: float) -> float:
-        work = float(np.asarray(costs.prefill_flops(self.workload, 1.0, prompt)))
-        return work / (self.roofline.roof("gpu").prefill_flops_per_s * self.tp)
+        return float(np.asarray(serving.prefill_s(*self._shared, prompt)))
+
+    @property
+    def _shared(self) -> tuple[Workload, Roof, float, serving.Sharding, serving.Engine]:
+        peer = self.roofline.machine.peer_bytes_per_s
+        return self.workload, self.roofline.roof("gpu"), peer, serving.Sharding(tensor=self.tp), VLLM
+
+    def _itl_s(self, batch: costs.Quantity, context: float, bucket: Bucket) -> NDArray[np.float64]:
+        prefill = self.prefill_s(bucket.prompt_tokens)
+        parts = self.step_parts(batch, context)
+        return np.asarray(serving.inter_token_s(parts, prefill, VLLM, batch, bucket.output_tokens))
 
     def rate(self, number: int, bucket: Bucket) -> BucketRate:
         """The largest batch that memory and SLO allow, and the requests per second that it gives."""
         context = bucket.prompt_tokens + bucket.output_tokens / 2
         held = self._held(context)
         batch = np.arange(1.0, max(1, min(_MAX_SEQUENCES, int(self.kv_bytes // held))) + 1)
-        prefill = self.prefill_s(bucket.prompt_tokens)
-        itl = _total(self.step_parts(batch, context)) + batch * prefill / bucket.output_tokens
-        ttft = prefill + itl
+        itl = self._itl_s(batch, context, bucket)
+        ttft = self.prefill_s(bucket.prompt_tokens) + itl
         good = np.flatnonzero(self._keeps_slo(ttft, itl))
         best = int(good[-1]) if good.size else 0
         copies = self.roofline.machine.gpus // self.tp
@@ -129,7 +129,7 @@ class _Copy:
         batch = max(rate.batch for rate in rates)
         prompt, output = requests.mean_prompt_tokens(), requests.mean_output_tokens()
         parts = self.step_parts(float(batch), prompt + output / 2)
-        decode = PassTime(lanes=lanes([("gpu", float(_total(parts)))]), serial_s=0.0)
+        decode = PassTime(lanes=lanes([("gpu", _total(parts))]), serial_s=0.0)
         prefill = PassTime(lanes=lanes([("gpu", self.prefill_s(prompt))]), serial_s=0.0)
         copies = roofline.machine.gpus // tp
         return Policy(
@@ -162,8 +162,11 @@ class _Copy:
         )
 
     def _memory(self) -> list[tuple[str, float]]:
-        weights = costs.held_weight_bytes(self.workload)
-        return [("weights", weights), ("workspace", self.workspace_bytes), ("KV cache", self.kv_bytes)]
+        return [
+            ("weights", self.weight_bytes),
+            ("workspace", self.workspace_bytes),
+            ("KV cache", self.kv_bytes),
+        ]
 
     def _bottleneck(self, batch: int, prompt: float, output: float) -> str:
         """What a request's seconds go to: its share of decode steps by cause, and prefill."""
@@ -171,13 +174,12 @@ class _Copy:
             name: float(np.asarray(s))
             for name, s in self.step_parts(float(batch), prompt + output / 2).items()
         }
-        spent["prefill"] = batch * self.prefill_s(prompt) / output
-        spent["gpu decode"] = spent.pop("gpu")
+        spent["prefill"] = batch * self.prefill_s(prompt) * VLLM.mixed_prefill / output
         return max(sorted(spent), key=lambda name: spent[name])
 
 
-def _total(parts: dict[str, costs.Quantity]) -> NDArray[np.float64]:
-    return np.asarray(sum(np.asarray(seconds) for seconds in parts.values()))
+def _total(parts: dict[str, costs.Quantity]) -> float:
+    return float(sum(np.asarray(seconds) for seconds in parts.values()))
 
 
 def _mixed_rate(requests: RequestClass, rates: tuple[BucketRate, ...]) -> float:
@@ -190,7 +192,7 @@ def _mixed_rate(requests: RequestClass, rates: tuple[BucketRate, ...]) -> float:
 
 
 def _does_not_fit(requests: RequestClass, roofline: Roofline, copy: _Copy) -> Rejection:
-    need = costs.held_weight_bytes(copy.workload) + copy.workspace_bytes + copy.longest_request_bytes
+    need = copy.weight_bytes + copy.workspace_bytes + copy.longest_request_bytes
     return too_small(
         roofline,
         requests,

@@ -18,7 +18,11 @@ def roof(level: str, flops_per_s: float, bytes_per_s: float, up_bytes_per_s: flo
         level=level,  # type: ignore[arg-type]
         bytes=1,
         bytes_per_s=bytes_per_s,
+        expert_bytes_per_s=bytes_per_s,
+        attention_bytes_per_s=bytes_per_s,
         flops_per_s=flops_per_s,
+        flops_8bit_per_s=flops_per_s,
+        flops_4bit_per_s=flops_per_s,
         prefill_flops_per_s=flops_per_s,
         offload_prefill_flops_per_s=flops_per_s,
         up_bytes_per_s=up_bytes_per_s,
