@@ -11,7 +11,8 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}
 def vllm_arguments(plan: Plan, policy: Policy) -> tuple[str, str]:
     """How a replica is spread over its GPUs, and what bounds its batch: one line each."""
     longest = plan.workload.request_class(policy.serves).context_tokens_max
+    fp8 = " --quantization fp8_per_tensor" if policy.weights_dtype == "fp8" else ""
     return (
         f"--tensor-parallel-size {policy.gpus} --data-parallel-size {policy.data_parallel}",
-        f"--dtype {_DTYPES[policy.dtype]} --max-num-seqs {policy.sequences} --max-model-len {longest}",
+        f"--dtype {_DTYPES[policy.dtype]} --max-num-seqs {policy.sequences} --max-model-len {longest}{fp8}",
     )

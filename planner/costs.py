@@ -6,6 +6,7 @@ Quantities may be numbers or numpy arrays of one shape, so that a search is a si
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,8 @@ Quantity = float | NDArray[np.float64]
 # A40, A100 and H100, TP 1-8 and 1-4096 tokens (Vidur's profiles, MIT licence): p = 1.5, median error 4.5 %.
 KNEE = 1.5
 _HALF_BYTES = 2.0
-EIGHT_BITS, FOUR_BITS = 1.1, 0.6  # bytes per stored weight, scales included
+# Bytes per stored weight, scales and the few wider weights of a quantised model included.
+EIGHT_BITS, FOUR_BITS = 1.6, 0.6
 # Attention cores reach about half of the FLOP/s of matrix products (softmax between two small products).
 _ATTENTION_COMPUTE_SHARE = 0.5
 # Round figures for a cold start; SkyServe reports 183 s for Llama-2-7B under vLLM on AWS.
@@ -176,6 +178,23 @@ def held_weight_bytes(workload: Workload) -> float:
     routed = held_bytes_per_parameter(model.stored_bytes_per_expert_parameter, workload)
     other = held_bytes_per_parameter(model.stored_bytes_per_other_parameter, workload)
     return p.routed_experts * routed + (p.total() - p.routed_experts) * other
+
+
+def in_fp8(workload: Workload) -> Workload:
+    """The workload with the matrices of its layers held in fp8, as vLLM rounds them while loading: not the
+    embedding, the LM head, the router and the norms."""
+    model, p = workload.model, workload.model.parameters
+    kept = p.embedding + p.lm_head + p.router + p.norms
+    others = p.total() - p.routed_experts
+    mean = (others - kept + model.stored_bytes_per_other_parameter * kept) / others
+    operators = tuple(
+        op
+        if op.name in ("lm_head", "router") or is_attention_core(op)
+        else replace(op, stored_bytes_per_parameter=1.0)
+        for op in workload.operators
+    )
+    smaller = replace(model, stored_bytes_per_expert_parameter=1.0, stored_bytes_per_other_parameter=mean)
+    return replace(workload, model=smaller, operators=operators)
 
 
 def resident_parameters(model: Model) -> int:

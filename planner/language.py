@@ -204,6 +204,11 @@ MODEL = Block(
         "dtype": Field(
             kind=choice("bf16", "fp16", "float32"), default="bf16", doc="what the arithmetic runs in"
         ),
+        "quantize": Field(
+            kind=choice("never", "fp8"),
+            default="never",
+            doc="fp8: vLLM may round 16-bit weights to 8 bits as it loads them, where that serves more",
+        ),
     },
 )
 BATCH = Block(

@@ -610,9 +610,12 @@ def _stored_bytes(keys: _Keys, architecture: _Architecture) -> tuple[float, floa
     if method == "mxfp4":
         return _mxfp4_bytes(architecture, plain), plain
     if method == "fp8":
-        return _fp8_bytes(architecture, plain, quantization.block_values())
+        return _layer_bytes(architecture, plain, 1.0, 4.0, quantization.block_values())
+    if method in ("awq", "gptq"):
+        bits, group = quantization.size("bits"), quantization.group_values()
+        return _layer_bytes(architecture, plain, bits / 8, 2.0 + bits / 8, group)
     if method:
-        keys.wrong(f"unsupported quant_method {method!r}: supported are fp8 and mxfp4")
+        keys.wrong(f"unsupported quant_method {method!r}: supported are awq, fp8, gptq and mxfp4")
     return plain, plain
 
 
@@ -624,9 +627,12 @@ def _mxfp4_bytes(architecture: _Architecture, plain: float) -> float:
     return (1 - biases) * 4.25 / 8 + biases * plain
 
 
-def _fp8_bytes(architecture: _Architecture, plain: float, block_values: int) -> tuple[float, float]:
-    """Every matrix in a layer but the router: one byte and its share of a float32 scale per block."""
-    matrix = 1 + 4 / block_values if block_values else 1.0
+def _layer_bytes(
+    architecture: _Architecture, plain: float, weight: float, block: float, block_values: int
+) -> tuple[float, float]:
+    """Every matrix in a layer but the router: `weight` bytes and a share of the `block` bytes that some
+    values have in common. fp8: a float32 scale; AWQ and GPTQ: a 16-bit scale and a zero point."""
+    matrix = weight + block / block_values if block_values else weight
     parameters = architecture.parameters()
     quantized = parameters.attention + parameters.shared_experts + parameters.dense_mlp
     other = parameters.total() - parameters.routed_experts
@@ -774,6 +780,10 @@ class _Keys:
             self._ill_typed("weight_block_size", value, "two whole numbers")
             return 0
         return int(value[0] * value[1])
+
+    def group_values(self) -> int:
+        """How many weights share one scale in AWQ and GPTQ: `group_size`, 0 where a whole row does (-1)."""
+        return 0 if self._config.get("group_size") == -1 else self.size("group_size")
 
     def wrong(self, problem: str) -> None:
         """Note a problem in the config."""

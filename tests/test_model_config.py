@@ -298,6 +298,16 @@ def test_fp8_blocks_carry_a_scale() -> None:
     assert math.isclose(model.weight_bytes(), expected, rel_tol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_four_bit_groups_carry_a_scale_and_a_zero_point(method: str) -> None:
+    """4 bits, and for 128 of them a 16-bit scale and a 4-bit zero point; one per row is not counted."""
+    quantized = {**SMALL["mixtral"], "torch_dtype": "float16"}
+    four = build({**quantized, "quantization_config": {"quant_method": method, "bits": 4, "group_size": 128}})
+    assert four.stored_bytes_per_expert_parameter == pytest.approx(0.5 + 2.5 / 128)
+    eight = build({**quantized, "quantization_config": {"quant_method": method, "bits": 8, "group_size": -1}})
+    assert eight.stored_bytes_per_expert_parameter == 1.0
+
+
 @pytest.mark.parametrize(
     ("key", "dtype", "expected"),
     [("torch_dtype", "float32", 4.0), ("dtype", "float16", 2.0), ("torch_dtype", "torch.bfloat16", 2.0)],
@@ -361,7 +371,8 @@ def test_relations_are_checked() -> None:
     [
         ("tie_word_embeddings", 1, "'tie_word_embeddings' is 1, expected true or false"),
         ("torch_dtype", "int3", "'torch_dtype' is \"int3\", expected one of"),
-        ("quantization_config", {"quant_method": "awq"}, "unsupported quant_method 'awq'"),
+        ("quantization_config", {"quant_method": "eetq"}, "unsupported quant_method 'eetq'"),
+        ("quantization_config", {"quant_method": "awq"}, "missing key 'quantization_config.bits'"),
         ("quantization_config", {}, "missing key 'quantization_config.quant_method'"),
         ("quantization_config", {"quant_method": "fp8", "weight_block_size": [0, 1]}, "two whole numbers"),
         ("quantization_config", 4, "expected a group of keys"),

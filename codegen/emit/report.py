@@ -164,7 +164,8 @@ def _how(policy: Policy) -> str:
     if policy.engine == "vllm":
         gpus = f"{policy.gpus} GPU{'s' * (policy.gpus > 1)}"
         copies = f"{policy.data_parallel} copies on {gpus} each" if policy.data_parallel > 1 else gpus
-        return f"vLLM, {copies}, weights in GPU memory, at most {batch}"
+        rounded = " rounded to fp8" if policy.weights_dtype == "fp8" else ""
+        return f"vLLM, {copies}, weights{rounded} in GPU memory, at most {batch}"
     plural = "" if policy.micro_batches == 1 else "es"
     groups = f"{policy.micro_batches} micro-batch{plural} of {policy.micro_batch}"
     if policy.gpus:

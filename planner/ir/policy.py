@@ -12,6 +12,7 @@ from moeplan.planner.ir.workload import ClassName
 
 Engine = Literal["runtime_min", "vllm"]
 Where = Literal["gpu", "cpu"]
+WeightsDtype = Literal["checkpoint", "fp8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +98,8 @@ class Policy:
     One copy of the model spans `gpus` GPUs (tensor parallelism); the machine runs `data_parallel` copies.
     `threads` compute on the host. `sequences` (N) are in flight together, in `micro_batches` groups of
     `micro_batch` (μ). Weights rest at `weights_on`; `resident_share` of the routed experts stays where they
-    are computed.
+    are computed. `weights_dtype` is what they are held in: as the checkpoint stores them, or rounded to fp8
+    by the engine as it loads them.
     """
 
     machine: Machine
@@ -126,6 +128,7 @@ class Policy:
     generated_tokens_per_s: Estimate
     rates: tuple[BucketRate, ...]
     bottleneck: str
+    weights_dtype: WeightsDtype = "checkpoint"
 
     @property
     def simulated_only(self) -> bool:

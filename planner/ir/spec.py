@@ -9,6 +9,7 @@ from typing import Literal
 from moeplan.planner.diagnostics import Span
 
 Dtype = Literal["bf16", "fp16", "float32"]
+Quantize = Literal["never", "fp8"]
 Cloud = Literal["aws", "gcp", "azure"]
 Purchase = Literal["any", "spot", "on-demand"]
 
@@ -20,6 +21,7 @@ class ModelRef:
     name: str = ""
     path: str = ""
     dtype: Dtype = "bf16"
+    quantize: Quantize = "never"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeplan.planner.ir.model import Model
-from moeplan.planner.ir.spec import Dtype, Slo
+from moeplan.planner.ir.spec import Dtype, Quantize, Slo
 
 ClassName = Literal["batch", "online"]
 OperatorName = Literal[
@@ -96,10 +96,14 @@ class Operator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What must be computed: the model's operators and the request classes."""
+    """What must be computed: the model's operators and the request classes.
+
+    `quantize` says whether an engine may store 16-bit weights in fewer bits.
+    """
 
     model: Model
     dtype: Dtype
+    quantize: Quantize
     operators: tuple[Operator, ...]
     classes: tuple[RequestClass, ...]
 

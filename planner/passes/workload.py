@@ -22,7 +22,11 @@ def build_workload(spec: Spec, inputs: Inputs) -> Workload:
         classes.append(_online(spec.workload.online, inputs))
     _require_context(spec, inputs.model, classes)
     return Workload(
-        model=inputs.model, dtype=spec.model.dtype, operators=_operators(inputs.model), classes=tuple(classes)
+        model=inputs.model,
+        dtype=spec.model.dtype,
+        quantize=spec.model.quantize,
+        operators=_operators(inputs.model),
+        classes=tuple(classes),
     )
 
 

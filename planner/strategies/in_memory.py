@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.planner import costs, serving
-from moeplan.planner.ir.policy import NO_PAGES, BucketRate, MemoryLimit, PassTime, Policy, Rejection
+from moeplan.planner.ir.policy import (
+    NO_PAGES,
+    BucketRate,
+    MemoryLimit,
+    PassTime,
+    Policy,
+    Rejection,
+    WeightsDtype,
+)
 from moeplan.planner.ir.roofline import Roof, Roofline
 from moeplan.planner.ir.workload import Bucket, RequestClass, Workload
 from moeplan.planner.strategies.common import GPU_SHARE, estimate, host_threads, lanes, too_small, uses
@@ -28,9 +36,15 @@ VLLM = serving.Engine(
 
 
 def in_memory_policy(workload: Workload, requests: RequestClass, roofline: Roofline) -> Policy | Rejection:
-    """Return the tensor-parallel degree with which the whole machine serves most requests per second."""
+    """Return the tensor-parallel degree with which the whole machine serves most requests per second, and the
+    weights' dtype where the engine may choose it."""
     gpus = roofline.machine.gpus
-    copies = [_Copy(workload, requests, roofline, tp) for tp in (1, 2, 4, 8, 16) if gpus % tp == 0]
+    copies = [
+        _Copy(held, requests, roofline, tp, weights_dtype)
+        for weights_dtype, held in _held_workloads(workload, roofline).items()
+        for tp in (1, 2, 4, 8, 16)
+        if gpus % tp == 0
+    ]
     fitting = [copy for copy in copies if copy.kv_bytes >= copy.longest_request_bytes]
     if not fitting:
         return _does_not_fit(requests, roofline, copies[-1])
@@ -41,6 +55,16 @@ def in_memory_policy(workload: Workload, requests: RequestClass, roofline: Roofl
     return best
 
 
+def _held_workloads(workload: Workload, roofline: Roofline) -> dict[WeightsDtype, Workload]:
+    """The workload with its weights in each dtype that may be chosen. vLLM keeps fp8 weights on Turing GPUs
+    and later: those with 8-bit arithmetic of some kind."""
+    known = roofline.machine.level("gpu").flops_per_s
+    sixteen_bit = workload.model.stored_bytes_per_expert_parameter >= 2.0
+    if workload.quantize == "fp8" and sixteen_bit and ("fp8" in known or "int8" in known):
+        return {"checkpoint": workload, "fp8": costs.in_fp8(workload)}
+    return {"checkpoint": workload}
+
+
 @dataclass(frozen=True)
 class _Copy:
     """One copy of the model over `tp` GPUs."""
@@ -49,6 +73,7 @@ class _Copy:
     requests: RequestClass
     roofline: Roofline
     tp: int
+    weights_dtype: WeightsDtype
 
     @property
     def limit_bytes(self) -> float:
@@ -159,6 +184,7 @@ class _Copy:
             generated_tokens_per_s=estimate(roofline, _mixed_rate(requests, rates) * output, tp),
             rates=rates,
             bottleneck=self._bottleneck(batch, prompt, output),
+            weights_dtype=self.weights_dtype,
         )
 
     def _memory(self) -> list[tuple[str, float]]:

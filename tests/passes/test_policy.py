@@ -90,6 +90,30 @@ def test_offloaded_replicas_never_serve_online(catalog: Catalog) -> None:
     assert all(isinstance(answer, Rejection) or answer.engine == "vllm" for answer in answers)
 
 
+def fp8(text: str) -> str:
+    return text.replace("model: qwen3-30b-a3b", "model: {name: qwen3-30b-a3b, quantize: fp8}")
+
+
+def test_fp8_weights_are_chosen_where_they_serve_more(catalog: Catalog) -> None:
+    """Half the bytes serve more on one H100; half the bytes fit an L40S, which 16-bit weights do not."""
+    for name, changes in (("a3-highgpu-1g", True), ("g6e.xlarge", True)):
+        plain, rounded = (offered(text, catalog.machines[name])[0] for text in (ONLINE, fp8(ONLINE)))
+        assert isinstance(rounded, Policy)
+        assert (rounded.weights_dtype == "fp8") is changes
+        if isinstance(plain, Policy):
+            assert plain.weights_dtype == "checkpoint"
+            assert rounded.generated_tokens_per_s.value > plain.generated_tokens_per_s.value
+            assert rounded.memory[0].bytes < 0.6 * plain.memory[0].bytes
+
+
+def test_a_gpu_without_eight_bit_arithmetic_keeps_the_weights(catalog: Catalog) -> None:
+    """vLLM's fp8 kernels begin with Turing; a V100 is older."""
+    machine = next(m for m in catalog.machines.values() if m.gpu == "V100" and m.gpus == 8)
+    text = fp8(ONLINE).replace("quantize: fp8", "quantize: fp8, dtype: fp16")
+    answer = offered(text, machine)[0]
+    assert not isinstance(answer, Policy) or answer.weights_dtype == "checkpoint"
+
+
 def test_slo_bounds_the_rate(catalog: Catalog) -> None:
     """A tighter ITL never gives more requests per second, and the chosen batch keeps both promises."""
     rates = []
