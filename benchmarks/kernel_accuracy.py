@@ -14,7 +14,6 @@ the k experts of one token, as some planners do; it is fitted the same way.
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from fitting import Array, fit
+from tables import read_rows
 
 from moeplan.planner import costs, serving
 from moeplan.planner.catalog import Catalog, load_catalog
@@ -62,7 +62,7 @@ def read_shapes(folder: Path) -> tuple[list[Shape], int]:
     catalog = load_catalog(None, Span("catalog"))
     bins: dict[tuple[str, str, int], list[dict[str, str]]] = defaultdict(list)
     cached = 0
-    for row in csv.DictReader((folder / "moe_kernel_bf16.csv").open(newline="")):
+    for row in read_rows(folder / "moe_kernel_bf16.csv"):
         if row["moe_ep_size"] != "1" or int(row["num_tokens"]) > MOST_TOKENS:
             continue
         inner = int(row["inter_size"]) // int(row["moe_tp_size"])
@@ -154,7 +154,7 @@ def show_kernels(folder: Path) -> None:
 
 def show_activated(folder: Path) -> None:
     """Time by activated experts: fitted to every second count of experts, tested on the others."""
-    rows = list(csv.DictReader((folder / "moe_kernel_activated_experts_rtxpro6000.csv").open(newline="")))
+    rows = read_rows(folder / "moe_kernel_activated_experts_rtxpro6000.csv")
     tokens, active, measured = (
         np.array([float(row[key]) for row in rows]) for key in ("tokens", "activated_experts", "time_us")
     )
@@ -178,7 +178,7 @@ def show_weights(folder: Path) -> None:
     catalog = load_catalog(None, Span("catalog"))
     known = {"gpt-oss-20b (MoE)": "gpt-oss-20b", "Llama-3.1-8B": "llama-3.1-8b"}
     print("\nweights per GPU          vLLM GiB   ours GiB   error")
-    for row in csv.DictReader((folder / "vllm_memory_h100.csv").open(newline="")):
+    for row in read_rows(folder / "vllm_memory_h100.csv"):
         model = catalog.models.get(known.get(row["model"], ""))
         config = _QWEN3.get(row["model"])
         if model is None and config is not None:

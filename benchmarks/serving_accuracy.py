@@ -6,12 +6,13 @@ The first file is NVIDIA AIConfigurator's table of measured serving runs (ai-dyn
 Apache-2.0), the second the subset of it on which other predictors were run. Ten constants (five efficiencies,
 a cost per layer and engine, two of all-reduces) are fitted to all groups but those of one (model, GPU), then
 of one model, and tested on what was left out; nothing is fitted per row. "Calibrated" adds one factor per
-(GPU, engine, tensor-parallel degree). `shipped` are the constants in planner/, which come from all rows.
+(GPU, engine, tensor-parallel degree). Time to first token has four more constants, for vLLM only; it depends
+on how requests arrive, which the table does not say, and is predicted less well. `shipped` are the constants
+in planner/, which come from all rows.
 """
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from fitting import Array, fit
 from serving_rows import Group, batch_in_memory, read_groups
+from tables import read_rows
 
 from moeplan.planner import serving
 from moeplan.planner.catalog import machines
@@ -41,8 +43,15 @@ _CONSTANTS = {
     "layer_s.sglang": (50e-6, 1e-6, 200e-6),
     "layer_s.trtllm": (50e-6, 1e-6, 200e-6),
 }
-NAMES = tuple(_CONSTANTS)
+_FIRST_TOKEN = {
+    "first_steps": (1.0, 0.0, 10.0),
+    "first_prefill": (1.0, 0.5, 6.0),
+    "queued": (0.1, 0.0, 1.0),
+    "prefill_moe_layer_s": (3e-4, 0.0, 3e-3),
+}
+NAMES, FIRST_NAMES = tuple(_CONSTANTS), tuple(_FIRST_TOKEN)
 _START, _LOW, _HIGH = (np.array([c[i] for c in _CONSTANTS.values()]) for i in range(3))
+_FIRST_BOUNDS = tuple(np.array([c[i] for c in _FIRST_TOKEN.values()]) for i in range(3))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,21 +66,42 @@ class Table:
         return np.array([value(group) for group in self.groups for _ in group.rows])
 
 
+def engine_of(group: Group, value: dict[str, float]) -> serving.Engine:
+    """The group's engine with some constants; those of the first token are 0 where `value` lacks them."""
+    named = {
+        name: value[name] for name in ("moe_layer_s", "all_reduce_s", "peer_efficiency", "mixed_prefill")
+    }
+    first = {name: value.get(name, 0.0) for name in FIRST_NAMES}
+    return serving.Engine(layer_s=value[f"layer_s.{group.engine}"], **named, **first)
+
+
 def predict(group: Group, constants: Array) -> Array:
     """Seconds per output token of each row: a decode step, and its share of other requests' prefill."""
-    value = dict(zip(NAMES, constants, strict=True))
+    return _step_and_prefill(group, dict(zip(NAMES, constants, strict=True)))[0]
+
+
+def _step_and_prefill(group: Group, value: dict[str, float]) -> tuple[Array, Array]:
+    """Seconds between tokens and of the prefill of each row."""
     level = replace(group.gpu, **{name: value[name] for name in NAMES[:4]})
-    roof = level_roof(level, group.workload.dtype)
-    engine = serving.Engine(
-        layer_s=value[f"layer_s.{group.engine}"],
-        **{name: value[name] for name in ("moe_layer_s", "all_reduce_s", "peer_efficiency", "mixed_prefill")},
-    )
+    roof, engine = level_roof(level, group.workload.dtype), engine_of(group, value)
     batch = batch_in_memory(group)
-    context = group.prompt + group.output / 2
     shared = (group.workload, roof, group.peer_bytes_per_s, group.sharding, engine)
-    parts = serving.step_parts(*shared, batch, context)
+    parts = serving.step_parts(*shared, batch, group.prompt + group.output / 2)
     prefill = serving.prefill_s(*shared, group.prompt)
-    return np.asarray(serving.inter_token_s(parts, prefill, engine, batch, group.output))
+    between = serving.inter_token_s(parts, prefill, engine, batch, group.output)
+    return np.asarray(between), np.asarray(prefill)
+
+
+def first_token_errors(groups: list[Group], constants: Array, first: Array) -> Array:
+    """Log errors of the time to first token; 0 where requests queue for cache, whose wait nobody predicts."""
+    value = dict(zip(NAMES + FIRST_NAMES, [*constants, *first], strict=True))
+    found = []
+    for group in groups:
+        between, prefill = _step_and_prefill(group, value)
+        batch = batch_in_memory(group)
+        seconds = serving.first_token_s(group.workload, engine_of(group, value), prefill, between, batch)
+        found.append(np.where(batch < group.batch, 0.0, np.log(np.asarray(seconds) / group.ttft_s)))
+    return np.concatenate(found)
 
 
 def shipped() -> Array:
@@ -87,16 +117,34 @@ def errors(groups: list[Group], constants: Array) -> Array:
     return np.concatenate([np.log(predict(group, constants) / group.itl_s) for group in groups])
 
 
-def fitted(groups: list[Group]) -> Array:
-    """Constants of least error, where every (model, GPU, engine) weighs the same however many its rows."""
+def _equal_groups(groups: list[Group]) -> Array:
+    """Weights of rows, with which every (model, GPU, engine) counts the same however many its rows."""
     counts: dict[tuple[str, str, str], int] = defaultdict(int)
     for group in groups:
         counts[group.family, group.system, group.engine] += len(group.rows)
-    weight = np.array(
-        [counts[g.family, g.system, g.engine] ** -0.5 for g in groups for _ in g.rows], dtype=float
-    )
-    weight /= weight.mean()
+    weight = np.array([counts[g.family, g.system, g.engine] ** -0.5 for g in groups for _ in g.rows])
+    return np.asarray(weight / weight.mean())
+
+
+def fitted(groups: list[Group]) -> Array:
+    """Constants of least error."""
+    weight = _equal_groups(groups)
     return fit(lambda constants: weight * errors(groups, constants), _START, _LOW, _HIGH)
+
+
+def first_token_left_out(groups: list[Group]) -> Table:
+    """Times to first token of vLLM's rows, each (model, GPU) left out of both fits."""
+    vllm = [group for group in groups if group.engine == "vllm"]
+    order: list[Group] = []
+    found = []
+    for label in dict.fromkeys((g.family, g.system) for g in vllm):
+        held, rest = ([g for g in vllm if ((g.family, g.system) == label) is same] for same in (True, False))
+        constants = fitted([g for g in groups if (g.family, g.system) != label])
+        weight = _equal_groups(rest)
+        first = fit(lambda x, c=constants, w=weight, r=rest: w * first_token_errors(r, c, x), *_FIRST_BOUNDS)
+        order += held
+        found.append(first_token_errors(held, constants, first))
+    return Table(groups=order, log_error=np.concatenate(found))
 
 
 def left_out(groups: list[Group], label: Callable[[Group], object]) -> Table:
@@ -150,7 +198,7 @@ def show_groups(table: Table) -> None:
 
 def show_peers(name: str, table: Table, file: Path) -> None:
     """The rows on which other predictors were run, theirs beside ours."""
-    rows = {row["id"]: row for row in csv.DictReader(file.open(newline=""))}
+    rows = {row["id"]: row for row in read_rows(file)}
     ids = [row for group in table.groups for row in group.rows]
     ours = {row: error for row, error in zip(ids, relative(table.log_error), strict=True) if row in rows}
     print(f"\n{name}, {len(ours)} of {len(rows)} rows: mean {_stats(ours.values())}")
@@ -166,6 +214,25 @@ def show_peers(name: str, table: Table, file: Path) -> None:
 def _stats(values: Iterable[float]) -> str:
     found = np.array(list(values))
     return f"{found.mean():.1%}, median {np.median(found):.1%}"
+
+
+def show_first_token(groups: list[Group], constants: Array) -> None:
+    vllm = [group for group in groups if group.engine == "vllm"]
+    weight = _equal_groups(vllm)
+    first = fit(lambda x: weight * first_token_errors(vllm, constants, x), *_FIRST_BOUNDS)
+    print(
+        "\ntime to first token, vLLM: "
+        + ", ".join(f"{n} {v:.3g}" for n, v in zip(FIRST_NAMES, first, strict=True))
+    )
+    table = first_token_left_out(groups)
+    served = table.log_error != 0.0
+    dense = table.of(lambda g: g.dense)
+    plain, scaled = relative(table.log_error), relative(calibrated(table))
+    for name, of in (("dense", dense & served), ("MoE", ~dense & served)):
+        print(
+            f"  (model, GPU) left out, {name}, {of.sum()} rows: median error {np.median(plain[of]):.1%}, "
+            f"calibrated {np.median(scaled[of]):.1%}"
+        )
 
 
 def main() -> None:
@@ -188,6 +255,7 @@ def main() -> None:
         f" calibrated: {coverage(calibrated(by_group), sigmas[1]):.1%}"
     )
     show_groups(by_group)
+    show_first_token(groups, everything)
     if len(sys.argv) == 3:
         show_peers("model left out", by_model, Path(sys.argv[2]))
 

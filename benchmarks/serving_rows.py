@@ -9,13 +9,13 @@ Labels are repaired by two rules that look at labels only, never at the measured
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tables import read_rows
 
 from moeplan.planner import costs
 from moeplan.planner.catalog import Catalog, load_catalog
@@ -108,7 +108,7 @@ def read_groups(path: Path) -> tuple[list[Group], int]:
     """The aggregated (one pool) rows of the table, grouped, and how many were left out by the rules."""
     catalog = load_catalog(None, Span("catalog"))
     bins: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
-    for row in csv.DictReader(path.open(newline="")):
+    for row in read_rows(path):
         if row["mode"] == "agg" and float(row["silicon_tpot_ms"] or 0) > 0 and row["pp_size"] in ("", "1"):
             sharding = shards(row)
             quant = row["gemm_quant_mode"], row["moe_quant_mode"]

@@ -29,6 +29,10 @@ class Engine:
     and combining tokens), `all_reduce_s` in every all-reduce, which moves its data at `peer_efficiency` of
     the nominal GPU-to-GPU rate. Decode steps of other requests see only `mixed_prefill` of a prompt's own
     prefill time: its tokens ride along with weights that are read anyway.
+
+    A first token waits for `first_steps` decode steps (the one under way, then its own) and for `queued` of
+    the prefills of all running requests; its prefill takes `first_prefill` of the plain arithmetic, and
+    `prefill_moe_layer_s` more in each layer with experts.
     """
 
     layer_s: float
@@ -36,6 +40,10 @@ class Engine:
     all_reduce_s: float
     peer_efficiency: float
     mixed_prefill: float
+    first_steps: float
+    first_prefill: float
+    queued: float
+    prefill_moe_layer_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,3 +150,11 @@ def inter_token_s(
     prefills of the requests that enter meanwhile (`batch` of them per `output` steps) add to it."""
     step: Quantity = sum((seconds for seconds in parts.values()), start=0.0 * np.asarray(batch))
     return step + batch * prefill * engine.mixed_prefill / output
+
+
+def first_token_s(
+    workload: Workload, engine: Engine, prefill: Quantity, inter_token: Quantity, batch: Quantity
+) -> Quantity:
+    """Mean seconds to the first token while `batch` requests run in a closed loop; bursts can take longer."""
+    own = prefill * engine.first_prefill + workload.model.moe_layers * engine.prefill_moe_layer_s
+    return own + engine.first_steps * inter_token + engine.queued * batch * prefill

@@ -7,7 +7,8 @@ b/(o·ITL) requests a second.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,15 @@ _MAX_SEQUENCES = 256  # vLLM's default max_num_seqs
 _PREFILL_TOKENS = 8192  # vLLM's chunk of prompt tokens per step
 # Fitted with the catalog's default efficiencies to measured serving runs: benchmarks/serving_accuracy.py.
 VLLM = serving.Engine(
-    layer_s=27e-6, moe_layer_s=35e-6, all_reduce_s=18e-6, peer_efficiency=0.27, mixed_prefill=0.87
+    layer_s=27e-6,
+    moe_layer_s=35e-6,
+    all_reduce_s=18e-6,
+    peer_efficiency=0.27,
+    mixed_prefill=0.87,
+    first_steps=2.2,
+    first_prefill=1.1,
+    queued=0.064,
+    prefill_moe_layer_s=1.05e-3,
 )
 
 
@@ -128,7 +137,8 @@ class _Copy:
         held = self._held(context)
         batch = np.arange(1.0, max(1, min(_MAX_SEQUENCES, int(self.kv_bytes // held))) + 1)
         itl = self._itl_s(batch, context, bucket)
-        ttft = self.prefill_s(bucket.prompt_tokens) + itl
+        prefill = self.prefill_s(bucket.prompt_tokens)
+        ttft = np.asarray(serving.first_token_s(self.workload, VLLM, prefill, itl, batch))
         good = np.flatnonzero(self._keeps_slo(ttft, itl))
         best = int(good[-1]) if good.size else 0
         copies = self.roofline.machine.gpus // self.tp
@@ -226,8 +236,21 @@ def _does_not_fit(requests: RequestClass, roofline: Roofline, copy: _Copy) -> Re
         need,
         copy.limit_bytes,
         f"{copy.workload.model.name} in memory with one request of {requests.context_tokens_max} tokens",
-        "more or larger GPUs",
+        _what_would_fit(copy, need),
     )
+
+
+def _what_would_fit(copy: _Copy, need: float) -> str:
+    """The smallest machine of the same GPU that would do, or the weights' dtype that makes this one do."""
+    machine = copy.roofline.machine
+    count = 2 ** math.ceil(math.log2(need / copy.limit_bytes * copy.tp))
+    hint = (
+        f"{count} {machine.gpu} GPUs in one machine" if machine.gpu else f"{count} such GPUs in one machine"
+    )
+    smaller = replace(copy, workload=costs.in_fp8(copy.workload))
+    if copy.workload.quantize == "never" and smaller.kv_bytes >= smaller.longest_request_bytes:
+        hint += ", or `quantize: fp8` in the spec's model"
+    return hint
 
 
 def _too_slow(requests: RequestClass, roofline: Roofline, best: Policy) -> Rejection:

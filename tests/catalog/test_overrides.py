@@ -96,7 +96,7 @@ def test_machine_file(tmp_path: Path) -> None:
     """Calibrated rates are reached rates: efficiencies are 1."""
     machine = machine_of(tmp_path, MACHINE)
     assert (machine.name, machine.gpus, machine.cpu_cores) == ("my-box", 0, 2)
-    assert (machine.provenance, machine.sigma, machine.launch_s) == ("calibrated", 0.15, 5e-6)
+    assert (machine.provenance, machine.sigma, machine.launch_s) == ("calibrated", 0.18, 5e-6)
     dram, disk = machine.levels
     assert (dram.bytes, dram.bytes_per_s, dram.memory_efficiency) == (25_000_000_000, 2.2e10, 1.0)
     assert (disk.up_bytes_per_s, disk.up_efficiency) == (2.0e9, 1.0)

@@ -106,6 +106,13 @@ def test_fp8_weights_are_chosen_where_they_serve_more(catalog: Catalog) -> None:
             assert rounded.memory[0].bytes < 0.6 * plain.memory[0].bytes
 
 
+def test_a_model_too_large_for_gpus_says_what_would_do(catalog: Catalog) -> None:
+    """61 GB of weights: two 48 GB cards hold them, or one with half the bytes."""
+    refused = offered(ONLINE, catalog.machines["g6e.xlarge"])[0]
+    assert isinstance(refused, Rejection)
+    assert refused.hint == "2 L40S GPUs in one machine, or `quantize: fp8` in the spec's model"
+
+
 def test_a_gpu_without_eight_bit_arithmetic_keeps_the_weights(catalog: Catalog) -> None:
     """vLLM's fp8 kernels begin with Turing; a V100 is older."""
     machine = next(m for m in catalog.machines.values() if m.gpu == "V100" and m.gpus == 8)
