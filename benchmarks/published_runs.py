@@ -75,7 +75,7 @@ def predict(catalog, machine: Machine, row: dict) -> tuple[float, str]:  # type:
         row["micro_batch"],
         math.ceil(requests / row["micro_batch"]),
     )
-    return policy.generated_tokens_per_s.value, policy.bottleneck
+    return policy.generated_tokens_per_s.value, str(policy.bottleneck)
 
 
 def spearman(a: list[float], b: list[float]) -> float:

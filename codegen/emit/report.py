@@ -132,7 +132,9 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
         "decode": interval(policy.decode_tokens_per_s, "", " tokens/s"),
         "prefill": interval(policy.prefill_tokens_per_s, "", " tokens/s"),
         "provenance": policy.generated_tokens_per_s.provenance,
-        "bottleneck": policy.bottleneck,
+        "bottleneck": str(policy.bottleneck),
+        "lane_heading": "lane" if policy.decode.overlap else "part",
+        "share_heading": "busy" if policy.decode.overlap else "share",
         "lanes": [
             (lane.lane, format_duration(lane.seconds), f"{lane.seconds / policy.decode.seconds:.0%}")
             for lane in policy.decode.lanes

@@ -13,6 +13,7 @@ from moeplan.planner.ir.workload import ClassName
 Engine = Literal["runtime_min", "vllm"]
 Where = Literal["gpu", "cpu"]
 WeightsDtype = Literal["checkpoint", "fp8"]
+Phase = Literal["prefill", "decode", "steps"]  # steps of continuous batching do both
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,19 +42,59 @@ class LaneTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bottleneck:
+    """The lane that bounds a phase, and the one that would bound it next (empty where no other works).
+
+    Where lanes `overlap`, a share is the part of the pass that the lane is busy, and what `next_share` leaves
+    is its slack. Where they follow one another, a share is the lane's part of the pass.
+    """
+
+    phase: Phase
+    lane: str
+    share: float
+    next_lane: str
+    next_share: float
+    overlap: bool
+
+    def __str__(self) -> str:
+        if self.overlap:
+            first, then = self.lane, f"{self.next_lane} at {self.next_share:.0%}"
+        else:
+            first, then = (
+                f"{self.lane}, {self.share:.0%} of the time",
+                f"{self.next_lane}, {self.next_share:.0%}",
+            )
+        return f"{self.phase}: {first}" + (f"; next {then}" if self.next_lane else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PassTime:
-    """One pass over the model: lanes overlap, so it takes as long as the busiest, plus `serial_s`."""
+    """One pass over the model, its seconds by resource or cause.
+
+    Lanes that `overlap` take as long as the busiest, others as long as all together; `serial_s` is on top.
+    """
 
     lanes: tuple[LaneTime, ...]
     serial_s: float
+    overlap: bool = True
 
     @property
     def seconds(self) -> float:
-        return max(lane.seconds for lane in self.lanes) + self.serial_s
+        times = [lane.seconds for lane in self.lanes]
+        return (max(times) if self.overlap else sum(times)) + self.serial_s
 
-    @property
-    def bottleneck(self) -> str:
-        return max(self.lanes, key=lambda lane: lane.seconds).lane
+    def bottleneck(self, phase: Phase) -> Bottleneck:
+        """The busiest lane and the second; of equally busy ones the first in the table."""
+        first, *others = sorted(self.lanes, key=lambda lane: -lane.seconds)
+        second = others[0] if others and others[0].seconds else LaneTime(lane="", seconds=0.0)
+        return Bottleneck(
+            phase=phase,
+            lane=first.lane,
+            share=first.seconds / self.seconds,
+            next_lane=second.lane,
+            next_share=second.seconds / self.seconds,
+            overlap=self.overlap,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +168,7 @@ class Policy:
     decode_tokens_per_s: Estimate
     generated_tokens_per_s: Estimate
     rates: tuple[BucketRate, ...]
-    bottleneck: str
+    bottleneck: Bottleneck
     weights_dtype: WeightsDtype = "checkpoint"
 
     @property

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from moeplan.planner.costs import Quantity
 from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.machine import LevelName
-from moeplan.planner.ir.policy import BucketRate, LaneTime, MemoryUse, PassTime, Rejection
+from moeplan.planner.ir.policy import Bottleneck, BucketRate, LaneTime, MemoryUse, PassTime, Rejection
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import RequestClass
 from moeplan.planner.units import format_bytes
@@ -71,11 +71,11 @@ def run_seconds(
     return np.asarray(prefill + batches * requests.decode_passes() * np.asarray(decode_s))
 
 
-def bottleneck(requests: RequestClass, prefill: PassTime, decode: PassTime) -> str:
-    """The lane that bounds the phase in which a batch spends most of its time."""
+def bottleneck(requests: RequestClass, prefill: PassTime, decode: PassTime) -> Bottleneck:
+    """What bounds the phase in which a batch spends most of its time."""
     if prefill.seconds > requests.decode_passes() * decode.seconds:
-        return f"prefill: {prefill.bottleneck}"
-    return f"decode: {decode.bottleneck}"
+        return prefill.bottleneck("prefill")
+    return decode.bottleneck("decode")
 
 
 def batch_rates(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from moeplan.planner import costs, serving
 from moeplan.planner.ir.policy import (
     NO_PAGES,
+    Bottleneck,
     BucketRate,
     MemoryLimit,
     PassTime,
@@ -164,7 +165,7 @@ class _Copy:
         batch = max(rate.batch for rate in rates)
         prompt, output = requests.mean_prompt_tokens(), requests.mean_output_tokens()
         parts = self.step_parts(float(batch), prompt + output / 2)
-        decode = PassTime(lanes=lanes([("gpu", _total(parts))]), serial_s=0.0)
+        decode = _step(parts)
         prefill = PassTime(lanes=lanes([("gpu", self.prefill_s(prompt))]), serial_s=0.0)
         copies = roofline.machine.gpus // tp
         return Policy(
@@ -204,18 +205,17 @@ class _Copy:
             ("KV cache", self.kv_bytes),
         ]
 
-    def _bottleneck(self, batch: int, prompt: float, output: float) -> str:
-        """What a request's seconds go to: its share of decode steps by cause, and prefill."""
-        spent = {
-            name: float(np.asarray(s))
-            for name, s in self.step_parts(float(batch), prompt + output / 2).items()
-        }
-        spent["prefill"] = batch * self.prefill_s(prompt) * VLLM.mixed_prefill / output
-        return max(sorted(spent), key=lambda name: spent[name])
+    def _bottleneck(self, batch: int, prompt: float, output: float) -> Bottleneck:
+        """What a token's seconds go to: the parts of its decode step, and other requests' prefill."""
+        parts = self.step_parts(float(batch), prompt + output / 2)
+        spent = {**parts, "prefill": batch * self.prefill_s(prompt) * VLLM.mixed_prefill / output}
+        return _step(spent).bottleneck("steps")
 
 
-def _total(parts: dict[str, costs.Quantity]) -> float:
-    return float(sum(np.asarray(seconds) for seconds in parts.values()))
+def _step(parts: dict[str, costs.Quantity]) -> PassTime:
+    """The parts of one step, one after the other."""
+    times = ((name, float(np.asarray(seconds))) for name, seconds in parts.items())
+    return PassTime(lanes=lanes(times), serial_s=0.0, overlap=False)
 
 
 def _mixed_rate(requests: RequestClass, rates: tuple[BucketRate, ...]) -> float:
