@@ -14,6 +14,7 @@ from moeplan.planner.ir.machine import Machine
 from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.model_config import load_model
+from moeplan.planner.profile_file import ProfileRow, read_profile
 from moeplan.planner.request_files import PromptsFile, Trace, read_prompts, read_trace
 from moeplan.planner.suggest import nearest
 from moeplan.planner.units import format_bytes
@@ -33,6 +34,7 @@ class Inputs:
     machine: Machine | None
     prompts: PromptsFile | None
     trace: Trace | None
+    profile: tuple[ProfileRow, ...] = ()
 
 
 def load_inputs(spec: Spec, machine_file: Path | None = None) -> Inputs:
@@ -51,9 +53,13 @@ def load_inputs(spec: Spec, machine_file: Path | None = None) -> Inputs:
     machine = _try(problems, lambda: _machine(spec, catalog, folder, machine_file))
     prompts = _try(problems, lambda: read_prompts(spec, folder))
     trace = _try(problems, lambda: read_trace(spec, folder))
-    if problems or model is None:
+    # Its rows name models and machines: without them every row would be a problem.
+    profile = () if problems else _try(problems, lambda: _profile(spec, catalog, folder, model, machine))
+    if problems or model is None or profile is None:
         raise CompileError(*problems)
-    return Inputs(catalog=catalog, model=model, machine=machine, prompts=prompts, trace=trace)
+    return Inputs(
+        catalog=catalog, model=model, machine=machine, prompts=prompts, trace=trace, profile=profile
+    )
 
 
 def _try(problems: list[Diagnostic], read: Callable[[], _T]) -> _T | None:
@@ -95,6 +101,17 @@ def _pinned(spec: Spec, catalog: Catalog, folder: Path, override: Path | None) -
     return _named("machine", spec.machine.name, catalog.machines, spec.span("machine.name"))
 
 
+def _profile(
+    spec: Spec, catalog: Catalog, folder: Path, model: Model | None, machine: Machine | None
+) -> tuple[ProfileRow, ...]:
+    """The rows of the spec's profile; they may name what the catalog has and what the spec brings along."""
+    if not spec.profile_file:
+        return ()
+    machines = {**catalog.machines, **({machine.name: machine} if machine else {})}
+    models = {**catalog.models, **({model.name: model} if model else {})}
+    return read_profile(folder / spec.profile_file, spec.span("profile"), machines, sorted(models))
+
+
 def _named(kind: str, name: str, known: Mapping[str, _T], span: Span) -> _T:
     if name in known:
         return known[name]
@@ -115,6 +132,7 @@ def input_digests(spec: Spec, text: bytes, machine_file: Path | None) -> dict[st
     named = {
         "prompts": batch.prompts_file if batch else "",
         "trace": online.trace_file if online else "",
+        "profile": spec.profile_file,
         "machine": machine.file if machine and machine_file is None else "",
     }
     paths = {key: folder / name for key, name in named.items() if name}

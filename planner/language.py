@@ -100,6 +100,7 @@ MACHINE_NAME = replace(WORD, examples=("g4dn.16xlarge",))
 GPU_NAME = replace(WORD, examples=("T4", "A100-80GB"))
 PROMPTS_PATH = replace(PATH, examples=("requests.jsonl",))
 TRACE_PATH = replace(PATH, examples=("trace.csv",))
+PROFILE_PATH = replace(PATH, examples=("profile.csv",))
 MACHINE_PATH = replace(PATH, examples=("machine.yaml",))
 FOLDER = replace(PATH, examples=("./catalog",))
 COUNT = Scalar(
@@ -307,5 +308,11 @@ SPEC = Block(
         ),
         "market": Field(kind=MARKET, doc="where machines may be rented"),
         "catalog": Field(kind=FOLDER, doc="a folder with own or replacing catalog entries"),
+        "profile": Field(
+            kind=PROFILE_PATH,
+            doc="a CSV of your own measurements, which correct the predictions: columns machine, model, "
+            "engine, gpus, prompt_tokens, output_tokens, batch and any of prefill_tokens_per_s, "
+            "decode_tokens_per_s, requests_per_s, ttft_s, itl_s, each of one copy of the model",
+        ),
     },
 )

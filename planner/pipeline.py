@@ -16,6 +16,7 @@ from moeplan.planner.ir.policy import Policy
 from moeplan.planner.passes.fleet import choose_fleet
 from moeplan.planner.passes.placement import place
 from moeplan.planner.passes.policy import find_policies
+from moeplan.planner.passes.profile import apply_profile
 from moeplan.planner.passes.roofline import find_roofline
 from moeplan.planner.passes.schedule import build_schedule
 from moeplan.planner.passes.workload import build_workload
@@ -59,8 +60,10 @@ def compile_plan(
         verify.verify_roofline(roofline)
     limit = spec.machine.memory_bytes if spec.machine else None
     found = run("policies", lambda: tuple(find_policies(workload, roofline, limit) for roofline in rooflines))
-    policies = tuple(policy for accepted, _ in found for policy in accepted)
-    rejections = tuple(refusal for _, refused in found for refusal in refused)
+    predicted = tuple(policy for accepted, _ in found for policy in accepted)
+    profiled = run("profile", lambda: apply_profile(workload, rooflines, predicted, inputs.profile))
+    policies = profiled.policies
+    rejections = (*(refusal for _, refused in found for refusal in refused), *profiled.rejections)
     for policy in policies:
         verify.verify_policy(policy)
     fleet = run("fleet", lambda: choose_fleet(spec, workload, policies, rejections, offers))
@@ -82,6 +85,7 @@ def compile_plan(
         spec=spec,
         workload=workload,
         rejections=rejections,
+        unused_rows=profiled.unused,
         fleet=fleet,
         replicas=replicas,
         placement=placement,

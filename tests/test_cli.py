@@ -131,7 +131,17 @@ def test_json_is_the_plan(spec: Path) -> None:
 def test_dump_ir_and_time_passes(spec: Path) -> None:
     done = moeplan("compile", spec, "--dump-ir", spec.parent / "ir", "--time-passes")
     names = sorted(path.name for path in (spec.parent / "ir").iterdir())
-    levels = ["spec", "inputs", "workload", "rooflines", "policies", "fleet", "schedules", "placement"]
+    levels = [
+        "spec",
+        "inputs",
+        "workload",
+        "rooflines",
+        "policies",
+        "profile",
+        "fleet",
+        "schedules",
+        "placement",
+    ]
     assert names == [f"{number}-{level}.json" for number, level in enumerate(levels)]
     assert all(json.loads(path.read_text()) is not None for path in (spec.parent / "ir").iterdir())
     assert [line.split()[-1] for line in done.stderr.splitlines()] == levels

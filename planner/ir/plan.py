@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moeplan.planner.ir.fleet import Fleet
 from moeplan.planner.ir.placement import Placement
 from moeplan.planner.ir.policy import Policy, Rejection
+from moeplan.planner.ir.profile import UnusedRow
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.schedule import Schedule
 from moeplan.planner.ir.spec import Spec
@@ -25,11 +26,15 @@ class Replica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A compiled spec. `facts_sha256` is of the model, machines and offers that it was chosen from."""
+    """A compiled spec. `facts_sha256` is of the model, machines and offers that it was chosen from.
+
+    `unused_rows` are those of the user's profile that no prediction follows.
+    """
 
     spec: Spec
     workload: Workload
     rejections: tuple[Rejection, ...]
+    unused_rows: tuple[UnusedRow, ...]
     fleet: Fleet
     replicas: tuple[Replica, ...]
     placement: Placement

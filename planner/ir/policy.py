@@ -7,6 +7,7 @@ from typing import Literal
 
 from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.machine import LevelName, Machine
+from moeplan.planner.ir.profile import Correction
 from moeplan.planner.ir.spec import Dtype
 from moeplan.planner.ir.workload import ClassName
 
@@ -140,7 +141,8 @@ class Policy:
     `threads` compute on the host. `sequences` (N) are in flight together, in `micro_batches` groups of
     `micro_batch` (μ). Weights rest at `weights_on`; `resident_share` of the routed experts stays where they
     are computed. `weights_dtype` is what they are held in: as the checkpoint stores them, or rounded to fp8
-    by the engine as it loads them.
+    by the engine as it loads them. `corrections` say which rates the user's measurements changed; pass times
+    stay as predicted.
     """
 
     machine: Machine
@@ -170,6 +172,7 @@ class Policy:
     rates: tuple[BucketRate, ...]
     bottleneck: Bottleneck
     weights_dtype: WeightsDtype = "checkpoint"
+    corrections: tuple[Correction, ...] = ()
 
     @property
     def simulated_only(self) -> bool:

@@ -107,6 +107,7 @@ class Spec:
     machine: MachineRef | None
     market: MarketSpec
     catalog: str = ""
+    profile_file: str = ""
     spans: Mapping[str, Span] = field(default_factory=dict, compare=False)
 
     def span(self, key: str) -> Span:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,9 @@ from moeplan.planner.costs import Quantity
 from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.machine import LevelName
 from moeplan.planner.ir.policy import Bottleneck, BucketRate, LaneTime, MemoryUse, PassTime, Rejection
+from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roofline
-from moeplan.planner.ir.workload import RequestClass
+from moeplan.planner.ir.workload import Bucket, RequestClass
 from moeplan.planner.units import format_bytes
 
 # Shares of a memory that a plan may use, as MoE-Lightning's released optimiser has them: the rest is left to
@@ -23,6 +25,17 @@ HOST_SHARE = 0.80
 PLATEAU = 0.005
 # Predictions over several GPUs leave out host contention (published runs: worst error 26 % in sample).
 _TENSOR_PARALLEL_SIGMA = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slower:
+    """How many times longer than predicted each phase takes."""
+
+    prefill: float = 1.0
+    decode: float = 1.0
+
+
+AS_PREDICTED = Slower()
 
 
 def estimate(roofline: Roofline, value: float, gpus: int = 1) -> Estimate:
@@ -91,6 +104,31 @@ def batch_rates(
             ttft_s=prefill.seconds,
             itl_s=decode.seconds,
         ),
+    )
+
+
+def resized(requests: RequestClass, bucket: Bucket, count: int) -> RequestClass:
+    """`count` requests of the bucket's mean size, spread about it as `requests` are about theirs."""
+    prompts = bucket.prompt_tokens / requests.mean_prompt_tokens()
+    outputs = bucket.output_tokens / requests.mean_output_tokens()
+    return replace(
+        requests,
+        buckets=(replace(bucket, share=1.0),),
+        prompt_tokens_min=max(1, round(requests.prompt_tokens_min * prompts)),
+        prompt_tokens_max=max(1, round(requests.prompt_tokens_max * prompts)),
+        output_tokens_max=max(1, round(requests.output_tokens_max * outputs)),
+        requests=count,
+    )
+
+
+def batch_figures(requests: RequestClass, sequences: int, prefill_s: float, decode_s: float) -> Figures:
+    """Figures of a batch class whose batches of `sequences` take so long to prefill and per decode pass."""
+    return Figures(
+        prefill_tokens_per_s=sequences * requests.mean_prompt_tokens() / prefill_s,
+        decode_tokens_per_s=sequences * requests.decode_occupancy() / decode_s,
+        requests_per_s=requests.requests / float(run_seconds(requests, sequences, prefill_s, decode_s)),
+        ttft_s=prefill_s,
+        itl_s=decode_s,
     )
 
 

@@ -24,9 +24,19 @@ from moeplan.planner.ir.policy import (
     Rejection,
     WeightsDtype,
 )
+from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roof, Roofline
 from moeplan.planner.ir.workload import Bucket, RequestClass, Workload
-from moeplan.planner.strategies.common import GPU_SHARE, estimate, host_threads, lanes, too_small, uses
+from moeplan.planner.strategies.common import (
+    AS_PREDICTED,
+    GPU_SHARE,
+    Slower,
+    estimate,
+    host_threads,
+    lanes,
+    too_small,
+    uses,
+)
 from moeplan.planner.units import format_duration
 
 _MAX_SEQUENCES = 256  # vLLM's default max_num_seqs
@@ -73,6 +83,38 @@ def _held_workloads(workload: Workload, roofline: Roofline) -> dict[WeightsDtype
     if workload.quantize == "fp8" and sixteen_bit and ("fp8" in known or "int8" in known):
         return {"checkpoint": workload, "fp8": costs.in_fp8(workload)}
     return {"checkpoint": workload}
+
+
+def in_memory_figures(
+    workload: Workload,
+    requests: RequestClass,
+    roofline: Roofline,
+    policy: Policy,
+    bucket: Bucket,
+    batch: int,
+    slower: Slower,
+) -> Figures:
+    """What one copy of the model does with `batch` requests of the bucket's size in flight."""
+    held = _held_workloads(workload, roofline)[policy.weights_dtype]
+    copy = _Copy(held, requests, roofline, policy.gpus, policy.weights_dtype)
+    times = copy.times(bucket, float(batch), slower)
+    return Figures(
+        prefill_tokens_per_s=bucket.prompt_tokens / times.prefill,
+        decode_tokens_per_s=batch / float(times.step),
+        requests_per_s=batch / (bucket.output_tokens * float(times.itl)),
+        ttft_s=float(times.ttft),
+        itl_s=float(times.itl),
+    )
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Seconds of one prompt's prefill, of a decode step, between two tokens of a request, to its first."""
+
+    prefill: float
+    step: NDArray[np.float64]
+    itl: NDArray[np.float64]
+    ttft: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -127,19 +169,26 @@ class _Copy:
         peer = self.roofline.machine.peer_bytes_per_s
         return self.workload, self.roofline.roof("gpu"), peer, serving.Sharding(tensor=self.tp), VLLM
 
-    def _itl_s(self, batch: costs.Quantity, context: float, bucket: Bucket) -> NDArray[np.float64]:
+    def times(self, bucket: Bucket, batch: costs.Quantity, slower: Slower) -> _Times:
+        """What `batch` requests of the bucket's size in flight wait for."""
+        context = bucket.prompt_tokens + bucket.output_tokens / 2
         prefill = self.prefill_s(bucket.prompt_tokens)
-        parts = self.step_parts(batch, context)
-        return np.asarray(serving.inter_token_s(parts, prefill, VLLM, batch, bucket.output_tokens))
+        parts = {name: s * slower.decode for name, s in self.step_parts(batch, context).items()}
+        itl = serving.inter_token_s(parts, prefill * slower.prefill, VLLM, batch, bucket.output_tokens)
+        before_steps = serving.first_token_s(self.workload, VLLM, prefill, 0.0, batch)
+        return _Times(
+            prefill=prefill * slower.prefill,
+            step=np.asarray(sum(parts.values())),
+            itl=np.asarray(itl),
+            ttft=np.asarray(before_steps * slower.prefill + VLLM.first_steps * itl),
+        )
 
     def rate(self, number: int, bucket: Bucket) -> BucketRate:
         """The largest batch that memory and SLO allow, and the requests per second that it gives."""
-        context = bucket.prompt_tokens + bucket.output_tokens / 2
-        held = self._held(context)
+        held = self._held(bucket.prompt_tokens + bucket.output_tokens / 2)
         batch = np.arange(1.0, max(1, min(_MAX_SEQUENCES, int(self.kv_bytes // held))) + 1)
-        itl = self._itl_s(batch, context, bucket)
-        prefill = self.prefill_s(bucket.prompt_tokens)
-        ttft = np.asarray(serving.first_token_s(self.workload, VLLM, prefill, itl, batch))
+        times = self.times(bucket, batch, AS_PREDICTED)
+        itl, ttft = times.itl, times.ttft
         good = np.flatnonzero(self._keeps_slo(ttft, itl))
         best = int(good[-1]) if good.size else 0
         copies = self.roofline.machine.gpus // self.tp

@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 from moeplan.planner import costs
 from moeplan.planner.ir.machine import LevelName
 from moeplan.planner.ir.policy import NO_PAGES, MemoryLimit, Pages, PassTime, Policy, Rejection
+from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import OperatorName, RequestClass, Workload
 from moeplan.planner.strategies.common import (
     GPU_SHARE,
     HOST_SHARE,
+    Slower,
+    batch_figures,
     batch_rates,
     bottleneck,
     estimate,
@@ -82,6 +85,23 @@ def offload_policy_at(
     """The policy with a given μ and n_ub, whether it fits or not: to compare with what others chose."""
     search = _Search(workload, requests, roofline, float(roofline.roof("dram").bytes))
     return search.policy(search.evaluate(np.array([float(micro_batch)]), np.array([float(micro_batches)])))
+
+
+def offload_figures(
+    workload: Workload,
+    requests: RequestClass,
+    roofline: Roofline,
+    policy: Policy,
+    sequences: int,
+    slower: Slower,
+) -> Figures:
+    """What the machine does with `sequences` of `requests` in flight, in micro-batches like the policy's."""
+    limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
+    search = _Search(workload, requests, roofline, float(limit))
+    micro_batches = math.ceil(sequences / policy.micro_batch)
+    point = search.evaluate(np.array([sequences / micro_batches]), np.array([float(micro_batches)]))
+    prefill_s, decode_s = _pass_time(point.prefill).seconds, _pass_time(point.decode).seconds
+    return batch_figures(requests, sequences, prefill_s * slower.prefill, decode_s * slower.decode)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,13 @@ import numpy as np
 
 from moeplan.planner import costs
 from moeplan.planner.ir.policy import MemoryLimit, Pages, PassTime, Policy, Rejection
+from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import RequestClass, Workload
 from moeplan.planner.strategies.common import (
     HOST_SHARE,
+    Slower,
+    batch_figures,
     batch_rates,
     bottleneck,
     estimate,
@@ -60,6 +63,21 @@ def stream_policy(
         return _refusal(points[0])
     speed = np.array([point.generated_tokens_per_s for point in feasible])
     return feasible[smallest_of_best(speed, np.array([float(p.sequences) for p in feasible]))].policy()
+
+
+def stream_figures(
+    workload: Workload,
+    requests: RequestClass,
+    roofline: Roofline,
+    policy: Policy,
+    sequences: int,
+    slower: Slower,
+) -> Figures:
+    """What the machine does with `sequences` of `requests` in flight, in the memory that `policy` may use."""
+    limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
+    point = _Point(workload, requests, roofline, float(limit), sequences)
+    prefill_s, decode_s = point.prefill.seconds * slower.prefill, point.decode.seconds * slower.decode
+    return batch_figures(requests, sequences, prefill_s, decode_s)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,31 @@
+"""A policy's configuration at any size and batch: what each strategy would predict there."""
+
+from __future__ import annotations
+
+from moeplan.planner.ir.policy import Policy
+from moeplan.planner.ir.profile import Figures
+from moeplan.planner.ir.roofline import Roofline
+from moeplan.planner.ir.workload import Bucket, RequestClass, Workload
+from moeplan.planner.strategies.common import AS_PREDICTED, Slower
+from moeplan.planner.strategies.in_memory import in_memory_figures
+from moeplan.planner.strategies.offload import offload_figures
+from moeplan.planner.strategies.stream import stream_figures
+
+
+def figures_at(
+    workload: Workload,
+    requests: RequestClass,
+    roofline: Roofline,
+    policy: Policy,
+    bucket: Bucket,
+    batch: int,
+    slower: Slower = AS_PREDICTED,
+) -> Figures:
+    """Return what one copy of the model, run as `policy` runs it, does with `batch` requests in flight.
+
+    vLLM mixes sizes freely and answers for the bucket's; the bundled runtime answers for the whole class.
+    """
+    if policy.engine == "vllm":
+        return in_memory_figures(workload, requests, roofline, policy, bucket, batch, slower)
+    strategy = offload_figures if policy.gpus else stream_figures
+    return strategy(workload, requests, roofline, policy, batch, slower)
