@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from moeplan.planner.ir.plan import Plan
     from moeplan.planner.pipeline import Trace
+    from moeplan.runtime_min.run import Report
 
 app = typer.Typer(
     name="moeplan",
@@ -147,6 +150,9 @@ def run(
         Path | None, typer.Option("--checkpoint", help="the model's folder [default: as the spec says]")
     ] = None,
     show: Annotated[int, typer.Option("--show", help="print the first N answers")] = 0,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="add what was measured to this CSV, for `profile:`")
+    ] = None,
 ) -> None:
     """Run a plan on this machine.
 
@@ -167,7 +173,44 @@ def run(
         )
         raise typer.Exit(2)
     arguments = ["run", str(folders[0]), "--input", str(input), "--output", str(output), "--show", str(show)]
-    raise typer.Exit(runtime_main(arguments + (["--checkpoint", str(checkpoint)] if checkpoint else [])))
+    arguments += ["--checkpoint", str(checkpoint)] if checkpoint else []
+    raise typer.Exit(runtime_main(arguments, _recorder(plan, folders[0].name, profile) if profile else None))
+
+
+def _recorder(plan: Path, replica: str, profile: Path) -> Callable[[Report], None]:
+    """What adds a run's figures to `profile`; raises CompileError now if no row can be added there."""
+    import json
+
+    from moeplan.codegen.write import write_file
+    from moeplan.planner.ir.profile import FIGURES
+    from moeplan.planner.profile_file import ProfileRow, read_text, with_row
+
+    compiled = json.loads((plan / "plan.json").read_bytes())
+    policy = next(r["policy"] for r in compiled["replicas"] if r["name"] == replica)
+    read_text(profile)
+
+    def record(report: Report) -> None:
+        full = report.full
+        if full is None:
+            print(f"{profile}: no row added: the whole run was resumed", file=sys.stderr)
+            return
+        requests = full.sequences * full.batches
+        row = ProfileRow(
+            machine=policy["machine"]["name"],
+            model=compiled["workload"]["model"]["name"],
+            engine="runtime_min",
+            gpus=policy["gpus"],
+            prompt_tokens=full.prompt_tokens / requests,
+            output_tokens=full.generated_tokens / requests,
+            batch=full.sequences,
+            figures={name: value for name in FIGURES if (value := full.figures().get(name))},
+        )
+        write_file(profile, with_row(read_text(profile), str(profile), row).encode())
+        print(
+            f"  profile    {profile} has the figures; `profile: {profile.name}` in the spec plans with them"
+        )
+
+    return record
 
 
 @app.command()

@@ -21,7 +21,7 @@ MEASURED_SIGMA = 0.05
 # One measured cell carried over to others: 5.1 % mean error over 35 cells of Mélange's Fig. 3b (4 to 18 % by
 # choice of the cell), 4 to 22 % over AIConfigurator's groups. Also the expected scatter around a fit.
 CALIBRATED_SIGMA = 0.10
-_SAME_SIZE = math.log(1.01)  # means of the same requests, rounded or counted by another tokenizer
+_SAME = math.log(1.01)  # means of the same requests, rounded or counted by another tokenizer
 _NEARBY = math.log(2.0)
 _FEWEST_TO_FIT = 3
 # The slope of a fit is 1 before there is evidence, give or take 0.25, and never leaves 0.5 to 1.5: beyond,
@@ -37,13 +37,11 @@ class Known:
     row: ProfileRow
     predicted: Figures
 
-    def distance(self, bucket: Bucket, batch: int) -> tuple[float, float]:
-        """How far the row's sizes and its batch are away, each as a log ratio."""
-        sizes = (
-            self.row.prompt_tokens / bucket.prompt_tokens,
-            self.row.output_tokens / bucket.output_tokens,
-        )
-        return max(abs(math.log(ratio)) for ratio in sizes), abs(math.log(self.row.batch / batch))
+    def distance(self, bucket: Bucket, batch: int) -> float:
+        """The farthest of prompt, output and batch, as a log ratio."""
+        row = self.row
+        ratios = (row.prompt_tokens / bucket.prompt_tokens, row.output_tokens / bucket.output_tokens)
+        return max(abs(math.log(ratio)) for ratio in (*ratios, row.batch / batch))
 
     def ratio(self, figure: FigureName) -> float:
         """Measured over predicted."""
@@ -86,16 +84,16 @@ def _law(
     known: Sequence[Known], figure: FigureName, bucket: Bucket, batch: int, predicted: float
 ) -> Law | None:
     """Same point, then a fit, then the nearest row; None where no row is near and there are few."""
-    near = sorted((sum(k.distance(bucket, batch)), k.row.line, k) for k in known)
-    for _, line, row in near:
-        sizes, batches = row.distance(bucket, batch)
-        if sizes <= _SAME_SIZE and batches == 0.0:
-            return Law(method="exact", lines=(line,), factor=row.ratio(figure), sigma=MEASURED_SIGMA)
+    if not known:
+        return None
+    nearest = min(known, key=lambda k: (k.distance(bucket, batch), k.row.line))
+    distance, lines, factor = nearest.distance(bucket, batch), (nearest.row.line,), nearest.ratio(figure)
+    if distance <= _SAME:
+        return Law(method="exact", lines=lines, factor=factor, sigma=MEASURED_SIGMA)
     if len(known) >= _FEWEST_TO_FIT:
         return _fit(known, figure, predicted)
-    for _, line, row in near:
-        if max(row.distance(bucket, batch)) <= _NEARBY:
-            return Law(method="nearby", lines=(line,), factor=row.ratio(figure), sigma=CALIBRATED_SIGMA)
+    if distance <= _NEARBY:
+        return Law(method="nearby", lines=lines, factor=factor, sigma=CALIBRATED_SIGMA)
     return None
 
 

@@ -29,10 +29,11 @@ _Cells = Mapping[str, tuple[str, Span]]  # column -> text and place
 class ProfileRow:
     """One measured point: `batch` requests in flight on one copy of the model over `gpus` GPUs.
 
-    Token counts are means. `figures` holds what was measured, of one copy; `line` is the row's place.
+    Token counts are means. `figures` holds what was measured, of one copy; `line` is the row's place, 0 for
+    a row that is in no file yet.
     """
 
-    line: int
+    line: int = 0
     machine: str
     model: str
     engine: Engine
@@ -81,13 +82,23 @@ def read_profile(
     return tuple(rows)
 
 
-def with_row(text: str, path: str, row: ProfileRow) -> str:
-    """`text`, a profile or nothing, with `row` in place of the row of the same point, or at the end.
+def read_text(path: Path) -> str:
+    """A profile to add a row to; only its header where there is none yet.
 
-    Raises CompileError where `text` has no header that a row can follow.
+    Raises OSError, and CompileError where the text is no CSV with the header of a profile.
     """
-    if not text.strip():
-        text = ",".join(COLUMNS) + "\n"
+    try:
+        text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
+    except UnicodeDecodeError:
+        problem = Diagnostic(code="unreadable-file", span=Span(str(path)), message="is not UTF-8 text")
+        raise CompileError(problem) from None
+    text = text if text.strip() else ",".join(COLUMNS) + "\n"
+    _split(text, str(path))
+    return text
+
+
+def with_row(text: str, path: str, row: ProfileRow) -> str:
+    """`text` with `row` in place of the row of the same point, or at the end; raises as `read_text` does."""
     header, lines = _split(text, path)
     wanted = _row_text(header, row)
     kept = text.rstrip("\n").split("\n")

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.plan_file import load
-from moeplan.runtime_min.run import bench_plan, run_plan, show, summary
+from moeplan.runtime_min.run import Report, bench_plan, run_plan, show, summary
 
 INTERRUPTED = 130
 BAR = 30  # characters
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0, 2 for a plan, checkpoint or input that cannot be used, 130 for an interruption."""
+def main(argv: Sequence[str] | None = None, finished: Callable[[Report], None] | None = None) -> int:
+    """Run a command; 0, 2 for a plan, checkpoint or input that cannot be used, 130 for an interruption.
+
+    `finished` gets the report of a run that is complete.
+    """
     options = _parser().parse_args(argv)
     try:
-        return _run(options) if options.command == "run" else _bench(options)
+        report = _run(options) if options.command == "run" else _bench(options)
+        if finished:
+            finished(report)
+        return 0
     except RunError as error:
         print(error, file=sys.stderr)
         if error.hint:
@@ -53,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> Report:
     progress = progress_bar if sys.stderr.isatty() else _silent
     report = run_plan(options.runtime_dir, options.checkpoint, options.input, options.output, progress)
     if sys.stderr.isatty():
@@ -61,15 +67,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.show > 0:
         print(show(options.input, options.output, options.show))
     print(summary(load(options.runtime_dir), report))
-    return 0
+    return report
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _bench(options: argparse.Namespace) -> Report:
     report = bench_plan(
         options.runtime_dir, options.checkpoint, options.prompt_tokens, options.tokens, options.batches
     )
     print(summary(load(options.runtime_dir), report))
-    return 0
+    return report
 
 
 def progress_bar(done: int, total: int, tokens: int) -> None:

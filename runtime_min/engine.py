@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -63,6 +63,10 @@ class Stats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
+    def since(self, before: Stats) -> Stats:
+        """What came to `before`."""
+        return Stats(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
+
 
 class Engine:
     """A plan with its checkpoint loaded. Use as a context manager: the reader threads end with it."""
@@ -84,6 +88,7 @@ class Engine:
         torch.set_num_threads(plan.threads)
         self.plan = plan
         self.stats = Stats()
+        self.batches: list[tuple[int, Stats]] = []  # sequences and sums of each batch
         dtype = DTYPES[m.compute_dtype]
         self._pages = PageStore(refs, m.layers, pages, lambda *at: page_names(m, pages, *at), dtype)
         self.model = Mixtral(plan, self.config, self._pages)
@@ -111,6 +116,7 @@ class Engine:
 
         `more` says that another batch follows, for which weights may be read ahead.
         """
+        before = replace(self.stats)
         order = pack([len(g.prompt) for g in generations], self.plan.batch.micro_batch)
         active = [(place, generations[at]) for place, at in enumerate(order)]
         sources = {id(g): generator(g.sampling) for g in generations}
@@ -129,6 +135,7 @@ class Engine:
             active = [(place, g) for place, g in active if not g.finish]
             phase = DECODE
             after_pass()
+        self.batches.append((len(generations), self.stats.since(before)))
 
     def _forward(self, phase: int, step: Pass, more: bool) -> Tensor:
         """The next-token scores of each sequence: float32 [N, vocab]."""

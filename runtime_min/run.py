@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,9 +26,39 @@ from moeplan.runtime_min.prompts import PromptError, Prompts
 from moeplan.runtime_min.results import Results
 
 if TYPE_CHECKING:
-    from moeplan.runtime_min.engine import Engine, Generation
+    from moeplan.runtime_min.engine import Engine, Generation, Stats
 
 Progress = Callable[[int, int, int], None]  # requests done, requests in all, tokens generated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullBatches:
+    """The fullest batches of a run, all of one number of `sequences`, and the sums over them.
+
+    `warm`: without the first batch of the run, which waits for caches and threads to come up.
+    """
+
+    sequences: int
+    batches: int
+    warm: bool
+    prompt_tokens: int
+    generated_tokens: int
+    decode_tokens: int
+    decode_passes: int
+    prefill_s: float
+    decode_s: float
+
+    def figures(self) -> dict[str, float]:
+        """Measured rates and latencies, by the names that a profile has for them."""
+        figures = {
+            "prefill_tokens_per_s": self.prompt_tokens / self.prefill_s,
+            "requests_per_s": self.sequences * self.batches / (self.prefill_s + self.decode_s),
+            "ttft_s": self.prefill_s / self.batches,
+        }
+        if self.decode_passes:
+            figures["decode_tokens_per_s"] = self.decode_tokens / self.decode_s
+            figures["itl_s"] = self.decode_s / self.decode_passes
+        return figures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +77,7 @@ class Report:
     stall_s: float
     bytes_read: int
     peak_bytes: int
+    full: FullBatches | None
 
 
 def run_plan(
@@ -247,6 +278,27 @@ def _report(engine: Engine, answered: int, failed: int, resumed: int) -> Report:
         stall_s=engine.disk.stall_s,
         bytes_read=engine.disk.bytes_read,
         peak_bytes=_peak_bytes(),
+        full=_full_batches(engine.batches),
+    )
+
+
+def _full_batches(batches: Sequence[tuple[int, Stats]]) -> FullBatches | None:
+    """The batches with the most sequences, summed; the last one of a run is often smaller."""
+    if not batches:
+        return None
+    most = max(sequences for sequences, _ in batches)
+    warm = sum(sequences == most for sequences, _ in batches[1:]) > 0
+    full = [stats for sequences, stats in batches[int(warm) :] if sequences == most]
+    return FullBatches(
+        sequences=most,
+        batches=len(full),
+        warm=warm,
+        prompt_tokens=sum(stats.prompt_tokens for stats in full),
+        generated_tokens=sum(stats.generated_tokens for stats in full),
+        decode_tokens=sum(stats.decode_tokens for stats in full),
+        decode_passes=sum(stats.decode_passes for stats in full),
+        prefill_s=sum(stats.prefill_s for stats in full),
+        decode_s=sum(stats.decode_s for stats in full),
     )
 
 

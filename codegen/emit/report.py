@@ -11,6 +11,7 @@ from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import Policy, Rejection
+from moeplan.planner.ir.profile import Correction
 from moeplan.planner.ir.workload import RequestClass
 from moeplan.planner.units import format_bytes, format_duration, format_figure
 from moeplan.runtime_min.plan_file import ARCHITECTURES
@@ -33,6 +34,7 @@ def emit(plan: Plan) -> dict[str, str]:
             (a.column, a.serves, a.replicas, f"{a.cost_usd:.2f}", a.note) for a in plan.fleet.alternatives
         ],
         "refusals": _refusals(plan),
+        "unused_rows": [(row.line, row.reason) for row in plan.unused_rows],
         "totals": _parameters(plan.workload.model.parameters.total()),
         "active": _parameters(plan.workload.model.active_parameters()),
         "weights": format_bytes(plan.workload.model.weight_bytes()),
@@ -128,10 +130,15 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
     return {
         "name": replica.name,
         "how": _how(policy),
-        "generated": interval(policy.generated_tokens_per_s, "", " tokens/s"),
-        "decode": interval(policy.decode_tokens_per_s, "", " tokens/s"),
-        "prefill": interval(policy.prefill_tokens_per_s, "", " tokens/s"),
-        "provenance": policy.generated_tokens_per_s.provenance,
+        "phases": [
+            (name, interval(rate, "", " tokens/s"), rate.provenance)
+            for name, rate in (
+                ("prefill", policy.prefill_tokens_per_s),
+                ("decode", policy.decode_tokens_per_s),
+                ("generated, prefill included", policy.generated_tokens_per_s),
+            )
+        ],
+        "corrections": _correction_lines(policy),
         "bottleneck": str(policy.bottleneck),
         "lane_heading": "lane" if policy.decode.overlap else "part",
         "share_heading": "busy" if policy.decode.overlap else "share",
@@ -154,6 +161,28 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
         "command": _vllm_command(plan, policy) if policy.engine == "vllm" else "",
         "latency": latency(policy) if policy.serves == "online" else "",
     }
+
+
+def _correction_lines(policy: Policy) -> list[str]:
+    """What the profile's rows did to each figure, sizes of one treatment together."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[Correction]] = {}
+    for correction in policy.corrections:
+        groups.setdefault((correction.figure, correction.method, correction.lines), []).append(correction)
+    return [_correction_line(group) for group in groups.values()]
+
+
+def _correction_line(group: list[Correction]) -> str:
+    first = group[0]
+    low, high = (f(correction.factor for correction in group) for f in (min, max))
+    factor = f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
+    lines = f"line{'s' * (len(first.lines) > 1)} {', '.join(map(str, first.lines))}"
+    rows = f"{len(first.lines)} rows ({lines}; residual {first.residual:.0%})"
+    how = {
+        "exact": f"measured at this point ({lines}), {factor} of the prediction",
+        "nearby": f"scaled by {factor} ({lines}, within a factor of 2)",
+        "fit": f"scaled by {factor}, a power law through {rows}",
+    }
+    return f"{first.figure}: {how[first.method]}"
 
 
 def _vllm_command(plan: Plan, policy: Policy) -> str:
