@@ -206,9 +206,8 @@ def _recorder(plan: Path, replica: str, profile: Path) -> Callable[[Report], Non
             figures={name: value for name in FIGURES if (value := full.figures().get(name))},
         )
         write_file(profile, with_row(read_text(profile), str(profile), row).encode())
-        print(
-            f"  profile    {profile} has the figures; `profile: {profile.name}` in the spec plans with them"
-        )
+        cold = "" if full.warm else " (one cold batch only)"
+        print(f"  profile    a row in {profile}{cold}; with `profile: {profile.name}` a spec follows it")
 
     return record
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from moeplan.planner import verify
 from moeplan.planner.candidates import candidate_machines, candidate_offers
+from moeplan.planner.capacity import capacity_bound
 from moeplan.planner.catalog import facts_digest
 from moeplan.planner.inputs import load_inputs
 from moeplan.planner.ir.plan import Plan, Replica
@@ -72,8 +73,13 @@ def compile_plan(
     def replica(name: str, policy: Policy) -> Replica:
         roofline = next(r for r in rooflines if r.machine == policy.machine)
         ours = policy.engine == "runtime_min"
-        schedule = build_schedule(workload, policy) if ours else None
-        return Replica(name=name, policy=policy, roofline=roofline, schedule=schedule)
+        return Replica(
+            name=name,
+            policy=policy,
+            roofline=roofline,
+            schedule=build_schedule(workload, policy) if ours else None,
+            bound=capacity_bound(workload, roofline, policy) if ours else None,
+        )
 
     replicas = run("schedules", lambda: tuple(replica(c.column.name, c.column.policy) for c in fleet.choices))
     for made in replicas:

@@ -10,7 +10,7 @@ from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan, Replica
-from moeplan.planner.ir.policy import Policy, Rejection
+from moeplan.planner.ir.policy import CapacityBound, Policy, Rejection
 from moeplan.planner.ir.profile import Correction
 from moeplan.planner.ir.workload import RequestClass
 from moeplan.planner.units import format_bytes, format_duration, format_figure
@@ -157,10 +157,24 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
             if policy.engine == "runtime_min" and p.p1_flops_per_byte > 0
         ],
         "schedule": replica.schedule,
+        "bound": _bound_line(replica.bound, policy) if replica.bound else "",
         "unrun": why_unrun(plan, policy),
         "command": _vllm_command(plan, policy) if policy.engine == "vllm" else "",
         "latency": latency(policy) if policy.serves == "online" else "",
     }
+
+
+def _bound_line(bound: CapacityBound, policy: Policy) -> str:
+    """The capacity bound, and how much of it the plan reaches."""
+    reached = policy.generated_tokens_per_s.value / bound.generated_tokens_per_s
+    why = "arithmetic alone takes as long"
+    if bound.binds == "memory":
+        why = (
+            f"memory holds the cache of {bound.sequences:,.0f} half-done requests, and the weights need "
+            f"{format_duration(bound.pass_s)} to pass once"
+        )
+    most = f"{format_figure(bound.generated_tokens_per_s)} generated tokens/s"
+    return f"No schedule exceeds {most}: {why}. This one is expected to reach {reached:.0%} of that"
 
 
 def _correction_lines(policy: Policy) -> list[str]:

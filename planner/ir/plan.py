@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moeplan.planner.ir.fleet import Fleet
 from moeplan.planner.ir.placement import Placement
-from moeplan.planner.ir.policy import Policy, Rejection
+from moeplan.planner.ir.policy import CapacityBound, Policy, Rejection
 from moeplan.planner.ir.profile import UnusedRow
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.schedule import Schedule
@@ -16,12 +16,16 @@ from moeplan.planner.ir.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:
-    """One kind of replica of the chosen fleet, and the schedule it executes where the runtime is ours."""
+    """One kind of replica of the chosen fleet.
+
+    It has a schedule where the runtime is ours, and a bound where weights move.
+    """
 
     name: str
     policy: Policy
     roofline: Roofline
     schedule: Schedule | None
+    bound: CapacityBound | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -185,6 +185,20 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CapacityBound:
+    """What no schedule of an offloaded policy can exceed, and whether memory or arithmetic is the bound.
+
+    Memory holds the cache of `sequences` half-done requests, and each gets a token when the weights have
+    passed once, in `pass_s`.
+    """
+
+    generated_tokens_per_s: float
+    binds: Literal["memory", "compute"]
+    sequences: float
+    pass_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rejection:
     """Why one machine cannot run one class: the constraint in numbers, and what would help.
 
