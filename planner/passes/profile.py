@@ -116,7 +116,14 @@ class _Case:
         told = {phase: next((f for f in tells if f in laws), None) for phase, tells in _TELLS.items()}
         factors = {phase: _slower(base, f, laws) if f else 1.0 for phase, f in told.items()}
         composed = self.predicted(bucket, batch, Slower(prefill=factors["prefill"], decode=factors["decode"]))
-        return replace(composed, **{f: law.at(base.get(f)) for f, law in laws.items()})
+        figures = replace(composed, **{f: law.at(base.get(f)) for f, law in laws.items()})
+        if self._follows_itl(laws):
+            figures = replace(figures, requests_per_s=batch / (bucket.output_tokens * figures.itl_s))
+        return figures
+
+    def _follows_itl(self, laws: Laws) -> bool:
+        """Under continuous batching requests/s are what Little's law makes of a measured ITL."""
+        return self.policy.engine == "vllm" and "itl_s" in laws and "requests_per_s" not in laws
 
     def _largest_batch(self, bucket: Bucket, most: int, laws: Laws) -> int:
         """The most sequences, up to the planned, with which the SLO is kept; 0 where one is too many."""
@@ -144,7 +151,13 @@ class _Case:
         moved = batch != rate.batch
         return BucketRate(
             bucket=rate.bucket,
-            requests_per_s=_estimate(rate.requests_per_s, factor, "requests_per_s", laws, moved),
+            requests_per_s=_estimate(
+                rate.requests_per_s,
+                factor,
+                "itl_s" if self._follows_itl(laws) else "requests_per_s",
+                laws,
+                moved,
+            ),
             batch=batch,
             ttft_s=figures.ttft_s,
             itl_s=figures.itl_s,
