@@ -51,10 +51,11 @@ def load_inputs(spec: Spec, machine_file: Path | None = None) -> Inputs:
         raise CompileError(*problems)
     model = _try(problems, lambda: _model(spec, catalog, folder))
     machine = _try(problems, lambda: _machine(spec, catalog, folder, machine_file))
+    # Its rows name models and machines: without the spec's own every row would be a problem.
+    unnamed = bool(problems)
+    profile = () if unnamed else _try(problems, lambda: _profile(spec, catalog, folder, model, machine))
     prompts = _try(problems, lambda: read_prompts(spec, folder))
     trace = _try(problems, lambda: read_trace(spec, folder))
-    # Its rows name models and machines: without them every row would be a problem.
-    profile = () if problems else _try(problems, lambda: _profile(spec, catalog, folder, model, machine))
     if problems or model is None or profile is None:
         raise CompileError(*problems)
     return Inputs(
