@@ -15,7 +15,7 @@ class Figures:
     """What one copy of the model does with requests of one size, a given number of them in flight.
 
     Prompt tokens over the seconds of prefill; generated tokens over the seconds of decode; finished requests
-    over all seconds; time to first token without queueing; mean time between tokens.
+    over all seconds; mean time to the first token and between tokens, as many in flight all the while.
     """
 
     prefill_tokens_per_s: float
