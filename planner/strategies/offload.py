@@ -1,7 +1,8 @@
 """Experts streamed from host memory through the GPU, decode attention on the CPU: CGOPipe's home ground.
 
 One pass over the layers keeps the lanes busy; it takes as long as the busiest, and longer near balance. The
-search maximises generated tokens per second, prefill included, over N = μ·n_ub sequences and whole resident experts.
+search maximises generated tokens per second, prefill included, over N = μ·n_ub sequences and whole resident
+experts.
 Source: MoE-Lightning (ASPLOS'25), section 4 and its released optimiser, with its known faults mended:
 prefill counts, residency is in whole experts, FLOPs of PV count, attention is charged at mean length.
 """
