@@ -11,7 +11,6 @@ from moeplan.planner.ir.spec import Dtype
 from moeplan.planner.ir.workload import ClassName
 
 Engine = Literal["runtime_min", "vllm"]
-Where = Literal["gpu", "cpu"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +95,10 @@ class Policy:
 
     One copy of the model spans `gpus` GPUs (tensor parallelism); the machine runs `data_parallel` copies.
     `threads` compute on the host. `sequences` (N) are in flight together, in `micro_batches` groups of
-    `micro_batch` (μ). Weights rest at `weights_on`; `resident_share` of the routed experts stays where they
-    are computed.
+    `micro_batch` (μ). `attention_gpu_share` of the micro-batches attend on the GPU, `kv_gpu_share` of them out
+    of GPU memory; the rest of the cache is in host memory. Weights rest at `weights_on`; of each layer's routed
+    experts `resident_share` stays where they are computed, `experts_cpu_share` are computed by the CPU in
+    decode, and `experts_disk_share` are read from disk in every pass. `staged` weights go through a pinned ring.
     """
 
     machine: Machine
@@ -111,10 +112,12 @@ class Policy:
     micro_batch: int
     micro_batches: int
     prefill_tokens: int
-    attention_on: Where
-    experts_on: Where
+    attention_gpu_share: float
+    kv_gpu_share: float
     weights_on: LevelName
     resident_share: float
+    experts_cpu_share: float
+    experts_disk_share: float
     staged: bool
     pages: Pages
     memory: tuple[MemoryUse, ...]

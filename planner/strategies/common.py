@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from moeplan.planner.costs import Quantity
 from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.machine import LevelName
+from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.policy import BucketRate, LaneTime, MemoryUse, PassTime, Rejection
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import RequestClass
@@ -23,6 +24,7 @@ HOST_SHARE = 0.80
 PLATEAU = 0.005
 # Predictions over several GPUs leave out host contention (published runs: worst error 26 % in sample).
 _TENSOR_PARALLEL_SIGMA = 1.5
+_ALL_REDUCE_S = 20e-6  # fixed cost of one all-reduce; 12-25 µs were measured on NVLink machines
 
 
 def estimate(roofline: Roofline, value: float, gpus: int = 1) -> Estimate:
@@ -32,6 +34,16 @@ def estimate(roofline: Roofline, value: float, gpus: int = 1) -> Estimate:
     return Estimate(
         value=value, sigma=sigma, provenance="analytic" if provenance == "datasheet" else provenance
     )
+
+
+def all_reduce_s(
+    roofline: Roofline, model: Model, value_bytes: int, tokens: Quantity, gpus: Quantity
+) -> NDArray[np.float64]:
+    """Seconds of the two all-reduces of every layer over `tokens` tokens; none on one GPU."""
+    moved = tokens * model.hidden * value_bytes * 2 * (gpus - 1) / gpus
+    peer = roofline.machine.peer_bytes_per_s
+    seconds = 2 * model.layers * (_ALL_REDUCE_S + np.asarray(moved) / max(peer, 1.0))
+    return np.where(np.asarray(gpus) > 1, seconds, 0.0)
 
 
 def host_threads(roofline: Roofline) -> int:
