@@ -69,11 +69,17 @@ def shared(layers: int, on_gpu: int, cache_up: int, on_cpu: int, disk_pages: int
 
 def unmoved(layers: int, on_gpu: int, cache_up: int, on_cpu: int) -> Schedule:
     """No expert moves: the CPU computes those that are not resident in both phases."""
-    return replace(shared(layers, on_gpu, cache_up, on_cpu), prefill_cpu_experts=True, pages_per_layer=0, slots=0)
+    return replace(
+        shared(layers, on_gpu, cache_up, on_cpu), prefill_cpu_experts=True, pages_per_layer=0, slots=0
+    )
 
 
 SHARED = [
-    *[shared(layers, *ways) for layers in (1, 3) for ways in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 2, 3), (3, 2, 1))],
+    *[
+        shared(layers, *ways)
+        for layers in (1, 3)
+        for ways in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 2, 3), (3, 2, 1))
+    ],
     *[unmoved(layers, *ways) for layers in (1, 3) for ways in ((1, 0, 0), (0, 0, 1), (2, 2, 2))],
     cgopipe(3, 4, False, gpu_attended=2, cache_up=1),
     cgopipe(3, 4, True, disk_pages=3),

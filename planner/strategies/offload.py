@@ -14,7 +14,6 @@ import numpy as np
 from moeplan.planner.ir.machine import LevelName
 from moeplan.planner.ir.policy import (
     NO_PAGES,
-    BucketRate,
     MemoryLimit,
     MemoryUse,
     Pages,
@@ -210,7 +209,9 @@ def _smallest(problem: Costs, gpus: Array) -> Point:
 
 def _least_bytes(problem: Costs, point: Point) -> tuple[Array, Array]:
     """GPU and host bytes that a point needs. Streamed experts may lie on disk; the CPU's may not."""
-    at_least = replace(point, resident=np.where(point.streams, point.resident, np.maximum(point.resident, 0.0)))
+    at_least = replace(
+        point, resident=np.where(point.streams, point.resident, np.maximum(point.resident, 0.0))
+    )
     gpu = problem.gpu_items(at_least) + problem.gpu_expert_items(at_least)
     held = np.where(point.streams, 0.0, problem.workload.model.experts - at_least.resident)
     ring = np.where(point.staged, problem.ring_bytes(point.units, at_least.resident), 0.0)

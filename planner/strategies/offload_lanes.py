@@ -254,7 +254,10 @@ class Costs:
         return [
             ("embedding", p.embedding * held + zero),
             ("LM head", p.lm_head * held + zero),
-            ("attention and other dense weights", (p.total() - p.routed_experts - p.embedding - p.lm_head) * held + zero),
+            (
+                "attention and other dense weights",
+                (p.total() - p.routed_experts - p.embedding - p.lm_head) * held + zero,
+            ),
             ("KV cache", point.on_gpu * one),
             ("KV pages", np.where(point.cache_up > 0, 2.0 * one / model.layers, 0.0)),
             ("hidden states", 2.0 * size * model.hidden * in_pass * units.gpus),

@@ -20,7 +20,6 @@ from moeplan.planner.strategies.offload_lanes import (
     Array,
     Costs,
     Layout,
-    Mask,
     Point,
     Shapes,
     Units,
