@@ -95,10 +95,11 @@ class Policy:
 
     One copy of the model spans `gpus` GPUs (tensor parallelism); the machine runs `data_parallel` copies.
     `threads` compute on the host. `sequences` (N) are in flight together, in `micro_batches` groups of
-    `micro_batch` (μ). `attention_gpu_share` of the micro-batches attend on the GPU, `kv_gpu_share` of them out
-    of GPU memory; the rest of the cache is in host memory. Weights rest at `weights_on`; of each layer's routed
-    experts `resident_share` stays where they are computed, `experts_cpu_share` are computed by the CPU in
-    decode, and `experts_disk_share` are read from disk in every pass. `staged` weights go through a pinned ring.
+    `micro_batch` (μ). `attention_gpu_share` of the micro-batches attend on the GPU, `kv_gpu_share` of them
+    out of GPU memory; the rest of the cache is in host memory. Weights rest at `weights_on`. Of each layer's
+    routed experts `resident_share` stay where they are computed, `experts_cpu_share` are computed by the CPU
+    in decode, `experts_disk_share` are read from disk in every pass. `staged` weights go through a pinned
+    ring.
     """
 
     machine: Machine

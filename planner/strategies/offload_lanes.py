@@ -306,7 +306,7 @@ class Costs:
         empty = Layout(units, on_gpu, cache_up, streams, np.zeros_like(on_gpu), np.zeros_like(on_gpu))
         free = self.gpu_limit_bytes(units.gpus) - total(self.gpu_items(empty))
         pages = np.where(streams, 2.0 * self._layer_expert_bytes, 0.0)
-        # Memory with r resident is r·(one expert of all layers) + (E - r)·(two pages): linear, so closed form.
+        # r resident take r·(one expert of all layers) + (E - r)·(two pages): linear, so closed form.
         slope = np.maximum(self.expert_bytes - pages, 1.0)
         most = np.floor((free - model.experts * pages) / slope)
         all_fit = free >= model.experts * self.expert_bytes

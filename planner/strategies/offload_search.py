@@ -33,8 +33,8 @@ _T = TypeVar("_T")
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 23, 26, 30, 34, 39, 45, 52, 64)
-_MOST_LAYOUTS = 6000  # attention splits searched exactly, all shapes together
-_FIRST = 200  # of them, by their bound, before the others are pruned by the best
+_MOST_LAYOUTS = 3000  # attention splits searched exactly, all shapes together
+_FIRST = 100  # of them, by their bound, before the others are pruned by the best
 
 
 def shapes(gpus: int, requests: int) -> Shapes:
@@ -168,7 +168,7 @@ def joined(first: _T, second: _T) -> _T:
     """One record of arrays with the elements of both."""
 
     def stack(a: object, b: object) -> object:
-        return np.concatenate([a, b]) if isinstance(a, np.ndarray) else joined(a, b)  # type: ignore[list-item]
+        return np.concatenate([a, b]) if isinstance(a, np.ndarray) else joined(a, b)
 
     values = {f.name: stack(getattr(first, f.name), getattr(second, f.name)) for f in fields(first)}  # type: ignore[arg-type]
     return type(first)(**values)
