@@ -172,6 +172,11 @@ class Costs:
         return model.expert_parameters() * model.moe_layers * model.stored_bytes_per_expert_parameter
 
     @property
+    def _disk_holds_the_model(self) -> bool:
+        size = self.workload.model.weight_bytes()
+        return self.roofline.has("disk") and size <= self.roofline.roof("disk").bytes
+
+    @property
     def _layer_expert_bytes(self) -> float:
         return self.expert_bytes / self.workload.model.moe_layers
 
@@ -329,7 +334,7 @@ class Costs:
         left = layout.room_bytes - np.where(staged, self.ring_bytes(layout.units, resident), 0.0)
         held = np.clip(np.floor(left / self.expert_bytes), 0.0, outside)
         disk = outside - held
-        readable = layout.streams & self.roofline.has("disk") | (disk == 0.0)
+        readable = layout.streams & self._disk_holds_the_model | (disk == 0.0)
         feasible = (
             (layout.most_resident >= 0) & (left >= 0) & readable & (cpu_experts <= held) & (resident >= 0)
         )
