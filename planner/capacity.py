@@ -13,9 +13,9 @@ import math
 import numpy as np
 
 from moeplan.planner import costs
-from moeplan.planner.ir.policy import CapacityBound, Policy
+from moeplan.planner.ir.policy import NO_PAGES, CapacityBound, Policy
 from moeplan.planner.ir.roofline import Roofline
-from moeplan.planner.ir.workload import RequestClass, Workload
+from moeplan.planner.ir.workload import Operator, RequestClass, Workload
 
 
 def capacity_bound(workload: Workload, roofline: Roofline, policy: Policy) -> CapacityBound | None:
@@ -30,10 +30,9 @@ def capacity_bound(workload: Workload, roofline: Roofline, policy: Policy) -> Ca
     context = requests.mean_prompt_tokens() + requests.mean_output_tokens() / 2
     held = float(np.asarray(costs.kv_bytes_held(workload, 1.0, context)))
     sequences = _cache_bytes(policy) / held if held else math.inf
-    streamed = _streamed_bytes(workload, policy, sequences)
-    if streamed == 0:
+    pass_s = _pass_s(workload, roofline, policy, sequences / policy.data_parallel)
+    if pass_s == 0:
         return None
-    pass_s = streamed / _arrival_bytes_per_s(roofline, policy)
     memory = sequences / pass_s
     compute = requests.mean_output_tokens() / _processor_s(workload, requests, roofline, policy)
     return CapacityBound(
@@ -45,45 +44,68 @@ def capacity_bound(workload: Workload, roofline: Roofline, policy: Policy) -> Ca
 
 
 def _cache_bytes(policy: Policy) -> float:
-    """What the levels that hold cache have beside weights."""
+    """What the levels that hold cache have beside weights, of all copies of the model."""
     levels = {use.level for use in policy.memory if "KV" in use.item}
-    weights = sum(use.bytes for use in policy.memory if use.level in levels and "weights" in use.item)
-    return sum(float(limit.bytes) for limit in policy.limits if limit.level in levels) - weights
+    free = 0.0
+    for limit in policy.limits:
+        if limit.level in levels:
+            uses = (use for use in policy.memory if use.level == limit.level and "weights" in use.item)
+            copies = policy.data_parallel if limit.level == "gpu" else 1
+            free += copies * (limit.bytes - sum(use.bytes for use in uses))
+    return free
 
 
-def _streamed_bytes(workload: Workload, policy: Policy, sequences: float) -> float:
-    """Weights that one pass over `sequences` sequences brings to the processor: the experts that are not
-    resident and are hit."""
+def _pass_s(workload: Workload, roofline: Roofline, policy: Policy, sequences: float) -> float:
+    """Seconds in which the experts that a decode pass over `sequences` sequences moves arrive at one copy."""
+    touched = float(np.asarray(costs.touched_expert_share(workload.model, sequences)))
+    if not policy.gpus:
+        return touched * _disk_pages_s(workload, roofline, policy)
+    model = workload.model
+    each = model.expert_parameters() * model.experts * model.moe_layers * touched
+    held = costs.held_bytes_per_parameter(model.stored_bytes_per_expert_parameter, workload)
+    moved = max(0.0, 1.0 - policy.resident_share - policy.experts_cpu_share)
+    from_disk = min(moved, policy.experts_disk_share) * model.stored_bytes_per_expert_parameter
+    link_s = moved * held * each / (roofline.roof("dram").up_bytes_per_s * policy.gpus)
+    if not from_disk:
+        return link_s
+    return max(link_s, from_disk * each * policy.data_parallel / roofline.roof("disk").up_bytes_per_s)
+
+
+def _disk_pages_s(workload: Workload, roofline: Roofline, policy: Policy) -> float:
+    """Seconds in which the disk gives all experts that are not resident: pages of whole experts, after one of
+    attention, as stored."""
     model, pages = workload.model, policy.pages
-    resident = policy.resident_share * model.experts
-    per_expert = model.expert_parameters() * costs.held_bytes_per_parameter(
-        model.stored_bytes_per_expert_parameter, workload
-    )
-    if policy.weights_on == "disk":  # pages of whole experts, after one of attention; read as stored
-        resident = max(0, pages.resident_pages - 1) * pages.experts_per_page
-        per_expert = model.expert_parameters() * model.stored_bytes_per_expert_parameter
-    elif policy.experts_on == "cpu":
+    if policy.weights_on != "disk":
         return 0.0
-    touched = float(np.asarray(costs.touched_expert_share(model, sequences)))
-    return max(0.0, model.experts - resident) * touched * per_expert * model.moe_layers
-
-
-def _arrival_bytes_per_s(roofline: Roofline, policy: Policy) -> float:
-    if policy.weights_on == "disk":
-        return roofline.roof("disk").up_bytes_per_s
-    return roofline.roof("dram").up_bytes_per_s * max(1, roofline.machine.gpus)
+    resident = max(0, pages.resident_pages - 1) * pages.experts_per_page
+    stored = model.expert_parameters() * model.stored_bytes_per_expert_parameter * model.moe_layers
+    return max(0.0, model.experts - resident) * stored / roofline.roof("disk").up_bytes_per_s
 
 
 def _processor_s(workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy) -> float:
-    """Seconds of arithmetic of one request where the experts are computed, memory traffic aside."""
-    roof, processors = roofline.roof("dram"), 1
-    prefill_flops_per_s = roof.prefill_flops_per_s
-    if policy.experts_on == "gpu":
-        roof, processors = roofline.roof("gpu"), roofline.machine.gpus
+    """Seconds of one request's arithmetic on the GPUs, or on the CPU where there are none, memory aside."""
+    roof, processors, cpu_prefill = roofline.roof("dram"), 1, 0.0
+    prefill_flops_per_s, shares = roof.prefill_flops_per_s, (1.0, 1.0)
+    if policy.gpus:
+        roof, processors = roofline.roof("gpu"), policy.gpus * policy.data_parallel
         prefill_flops_per_s = roof.offload_prefill_flops_per_s
+        shares = (policy.attention_gpu_share, 1.0 - policy.experts_cpu_share)
+        cpu_prefill = policy.experts_cpu_share if policy.pages == NO_PAGES else 0.0
     prompt, output = requests.mean_prompt_tokens(), requests.mean_output_tokens()
-    together = policy.attention_on == policy.experts_on
-    there = [op for op in workload.operators if together or "attention_core" not in op.name]
-    step = sum(float(np.asarray(costs.flops(op, 1.0, prompt + output / 2))) for op in there)
-    prefill = float(np.asarray(costs.prefill_flops(workload, 1.0, prompt)))
-    return (prefill / prefill_flops_per_s + (output - 1) * step / roof.flops_per_s) / processors
+    step = sum(
+        _share(op, *shares) * float(np.asarray(costs.flops(op, 1.0, prompt + output / 2)))
+        for op in workload.operators
+    )
+    prefill = sum(
+        _share(op, 1.0, 1.0 - cpu_prefill) * float(np.asarray(costs.operator_prefill_flops(op, 1.0, prompt)))
+        for op in workload.operators
+    )
+    fastest = max(roof.flops_per_s, roof.flops_8bit_per_s, roof.flops_4bit_per_s)
+    return (prefill / prefill_flops_per_s + (output - 1) * step / fastest) / processors
+
+
+def _share(operator: Operator, attention: float, experts: float) -> float:
+    """The part of an operator that the processor in question computes."""
+    if costs.is_attention_core(operator):
+        return attention
+    return experts if operator.name == "routed_experts" else 1.0

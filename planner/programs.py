@@ -83,9 +83,12 @@ def _cgopipe(s: Schedule, phase: Phase, micro_batches: int, number: int) -> Iter
                 yield from body(s, layer, j, micro_batches, ahead, pages, page, first)
             elif j < s.pages_per_layer:
                 yield from pages.advance(page)
-    yield Task(
-        op="head", lane="gpu", layer=s.layers - 1, item=0, slot=-1, reads=(("hidden",),), writes=(("token",),)
-    )
+    cpu_experts = s.prefill_cpu_experts if phase == "prefill" else s.decode_cpu_experts
+    partials = range(micro_batches if cpu_experts else 0)
+    for j in partials:
+        yield _load_partial(s.layers - 1, j)
+    reads: tuple[Buffer, ...] = (("hidden",), *(("partial", j) for j in partials))
+    yield Task(op="head", lane="gpu", layer=s.layers - 1, item=0, slot=-1, reads=reads, writes=(("token",),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +124,10 @@ class _PageStream:
             return
         layer, p = divmod(page, self.s.pages_per_layer)
         slot = page % self.s.slots
+        from_disk = p >= self.s.pages_per_layer - self.s.disk_pages
         yield Task(
-            op="stage_page",
-            lane="copier",
+            op="read_page" if from_disk else "stage_page",
+            lane="disk" if from_disk else "copier",
             layer=layer % self.s.layers,
             item=p,
             slot=slot,
@@ -150,90 +154,98 @@ def _decode_layer(
 ) -> Iterator[Task]:
     if ahead == 0:
         yield from _attend(s, layer, j, micro_batches)
-    yield Task(
-        op="load_hidden",
-        lane="h2d",
-        layer=layer,
-        item=j,
-        slot=-1,
-        reads=(("hidden_pin", j),),
-        writes=(("attended", j),),
-    )
+    if _on_cpu(s, j):
+        yield _task("load_hidden", "h2d", layer, j, (("hidden_pin", j),), (("attended", j),))
     if j < s.pages_per_layer:
         yield from pages.advance(page)
-    yield Task(
-        op="post_attention",
-        lane="gpu",
-        layer=layer,
-        item=j,
-        slot=(first + layer) % 2,
-        reads=(("attended", j), *pages.weights(first + layer)),
-        writes=(("hidden",),),
-    )
+    reads = (("attended", j), *pages.weights(first + layer))
+    writes: tuple[Buffer, ...] = (("hidden",), ("routed", j)) if s.decode_cpu_experts else (("hidden",),)
+    yield _task("post_attention", "gpu", layer, j, reads, writes, (first + layer) % 2)
+    if s.decode_cpu_experts:
+        yield from _cpu_experts(layer, j)
     if ahead > 0:
         yield from _attend(s, layer, j + ahead, micro_batches)
 
 
+def _on_cpu(s: Schedule, j: int) -> bool:
+    """Whether micro-batch j attends on the CPU; those that do not are the last."""
+    return j < s.micro_batches - s.gpu_attended - s.cache_up
+
+
+def _copied_up(s: Schedule, j: int) -> bool:
+    return not _on_cpu(s, j) and j < s.micro_batches - s.gpu_attended
+
+
+def _task(
+    op: str,
+    lane: str,
+    layer: int,
+    j: int,
+    reads: tuple[Buffer, ...],
+    writes: tuple[Buffer, ...],
+    slot: int = -1,
+) -> Task:
+    return Task(op=op, lane=lane, layer=layer, item=j, slot=slot, reads=reads, writes=writes)
+
+
 def _attend(s: Schedule, layer: int, j: int, micro_batches: int) -> Iterator[Task]:
-    """QKV on the GPU, then to the host, attention on the CPU; past the last micro-batch: the next layer."""
+    """Attention of micro-batch j, on the GPU or on the CPU; past the last micro-batch: the next layer.
+
+    It needs the whole output of the layer before: what the CPU's experts added is loaded first.
+    """
     if j >= micro_batches:
         layer, j = layer + 1, j - micro_batches
     if layer >= s.layers:
         return
-    yield Task(
-        op="pre_attention",
-        lane="gpu",
-        layer=layer,
-        item=j,
-        slot=-1,
-        reads=(("hidden",),),
-        writes=(("qkv", j),),
-    )
-    yield Task(
-        op="offload_qkv",
-        lane="d2h",
-        layer=layer,
-        item=j,
-        slot=-1,
-        reads=(("qkv", j),),
-        writes=(("qkv_pin", j),),
-    )
-    yield Task(
-        op="cpu_attention",
-        lane="cpu",
-        layer=layer,
-        item=j,
-        slot=-1,
-        reads=(("qkv_pin", j),),
-        writes=(("hidden_pin", j), ("kv",)),
-    )
+    reads: tuple[Buffer, ...] = (("hidden",),)
+    if s.decode_cpu_experts and layer > 0:
+        yield _load_partial(layer - 1, j)
+        reads = (("hidden",), ("partial", j))
+    if _on_cpu(s, j):
+        yield _task("pre_attention", "gpu", layer, j, reads, (("qkv", j),))
+        yield _task("offload_qkv", "d2h", layer, j, (("qkv", j),), (("qkv_pin", j),))
+        yield _task("cpu_attention", "cpu", layer, j, (("qkv_pin", j),), (("hidden_pin", j), ("kv", j)))
+    elif _copied_up(s, j):
+        yield _task("load_kv", "h2d", layer, j, (("kv", j),), (("kv_in", j % 2),), j % 2)
+        reads = (*reads, ("kv_in", j % 2))
+        yield _task("gpu_attention", "gpu", layer, j, reads, (("attended", j), ("kv_out", j % 2)), j % 2)
+        yield _task("store_kv", "d2h", layer, j, (("kv_out", j % 2),), (("kv", j),), j % 2)
+    else:
+        yield _task("gpu_attention", "gpu", layer, j, reads, (("attended", j),))
+
+
+def _cpu_experts(layer: int, j: int) -> Iterator[Task]:
+    """The routed hidden states of micro-batch j to the host, and the CPU's experts over them."""
+    yield _task("offload_routed", "d2h", layer, j, (("routed", j),), (("routed_pin", j),))
+    yield _task("cpu_experts", "cpu", layer, j, (("routed_pin", j),), (("partial_pin", j),))
+
+
+def _load_partial(layer: int, j: int) -> Task:
+    """What the CPU's experts add to micro-batch j, to the GPU: as late as possible, the link is in order."""
+    return _task("load_partial", "h2d", layer, j, (("partial_pin", j),), (("partial", j),))
 
 
 def _prefill_layer(
     s: Schedule, layer: int, j: int, micro_batches: int, ahead: int, pages: _PageStream, page: int, first: int
 ) -> Iterator[Task]:
-    """The whole layer on the GPU for one micro-batch; its keys and values go to the host."""
+    """The layer on the GPU for one micro-batch, the CPU's experts aside; its keys and values go to the host
+    unless they stay on the GPU."""
     del micro_batches, ahead
     if j < s.pages_per_layer:
         yield from pages.advance(page)
-    yield Task(
-        op="prefill_layer",
-        lane="gpu",
-        layer=layer,
-        item=j,
-        slot=(first + layer) % 2,
-        reads=pages.weights(first + layer),
-        writes=(("hidden",), ("kv_out", j % 2)),
-    )
-    yield Task(
-        op="store_kv",
-        lane="d2h",
-        layer=layer,
-        item=j,
-        slot=j % 2,
-        reads=(("kv_out", j % 2),),
-        writes=(("kv",),),
-    )
+    reads = pages.weights(first + layer)
+    if s.prefill_cpu_experts and layer > 0:
+        yield _load_partial(layer - 1, j)
+        reads = (("partial", j), *reads)
+    stored = _on_cpu(s, j) or _copied_up(s, j)
+    writes: tuple[Buffer, ...] = (("hidden",),)
+    writes += (("routed", j),) if s.prefill_cpu_experts else ()
+    writes += (("kv_out", j % 2),) if stored else ()
+    yield _task("prefill_layer", "gpu", layer, j, reads, writes, (first + layer) % 2)
+    if s.prefill_cpu_experts:
+        yield from _cpu_experts(layer, j)
+    if stored:
+        yield _task("store_kv", "d2h", layer, j, (("kv_out", j % 2),), (("kv", j),), j % 2)
 
 
 PROGRAMS: dict[ScheduleKind, Program] = {"stream": _stream, "cgopipe": _cgopipe}

@@ -20,6 +20,10 @@ from moeplan.planner.ir.model import Attention
 from moeplan.planner.ir.roofline import Roof
 from moeplan.planner.ir.workload import Operator, Workload
 
+# Of the GPU libraries' all-reduce: seconds whatever its size, and the share of the nominal GPU-to-GPU rate.
+ALL_REDUCE_S = 18e-6
+PEER_EFFICIENCY = 0.27
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:

@@ -74,6 +74,15 @@ def verify_policy(policy: Policy) -> None:
         <= policy.micro_batch * policy.micro_batches,
         "micro-batches hold the sequences",
     )
+    _require(
+        0 <= policy.kv_gpu_share <= policy.attention_gpu_share <= 1, "cache on the GPU is attended there"
+    )
+    _require(
+        policy.engine == "vllm"
+        or policy.gpus == 0
+        or policy.resident_share + policy.experts_cpu_share + policy.experts_disk_share <= 1 + _SLACK,
+        "an expert is in one place",
+    )
     for figure in (policy.prefill_tokens_per_s, policy.decode_tokens_per_s, policy.generated_tokens_per_s):
         _require(
             0 < figure.value < math.inf and figure.low <= figure.value <= figure.high,

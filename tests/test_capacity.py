@@ -15,12 +15,13 @@ from moeplan.planner.capacity import capacity_bound
 from moeplan.planner.catalog import Catalog
 from moeplan.planner.inputs import load_inputs
 from moeplan.planner.ir.plan import Plan
-from moeplan.planner.ir.policy import Policy
+from moeplan.planner.ir.policy import MemoryLimit, Policy
 from moeplan.planner.ir.workload import Workload
 from moeplan.planner.passes.policy import find_policies
 from moeplan.planner.passes.roofline import find_roofline
 from moeplan.planner.passes.workload import build_workload
 from moeplan.planner.spec import parse_spec
+from moeplan.planner.strategies.offload import offload_policy_at
 
 HOSTS = ("g4dn.8xlarge", "g4dn.16xlarge", "gr6.8xlarge", "g5.16xlarge", "cpu-2core")
 MODELS = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b", "olmoe-1b-7b", "deepseek-v2-lite")
@@ -57,9 +58,15 @@ def test_no_prediction_exceeds_the_bound(
 
 
 def offloaded(catalog: Catalog, prompt: int, output: int) -> tuple[Workload, Policy]:
+    """Attention and cache on the host, all experts through the GPU, in 80 % of 128 GiB."""
     workload = workload_of("mixtral-8x7b", prompt, output, 5000)
-    policies, _ = find_policies(workload, find_roofline(workload, catalog.machines["g4dn.8xlarge"]), None)
-    return workload, next(policy for policy in policies if policy.engine == "runtime_min")
+    roofline = find_roofline(workload, catalog.machines["g4dn.8xlarge"])
+    policy = offload_policy_at(workload, workload.classes[0], roofline, 64, 8)
+    return workload, replace(policy, limits=within(policy, round(0.8 * 128 * 2**30)))
+
+
+def within(policy: Policy, host_bytes: int) -> tuple[MemoryLimit, ...]:
+    return tuple(replace(m, bytes=host_bytes) if m.level == "dram" else m for m in policy.limits)
 
 
 @pytest.mark.parametrize(("prompt", "output"), [(77, 128), (512, 32), (100, 1)])
@@ -87,9 +94,7 @@ def test_memory_binds_long_contexts(catalog: Catalog) -> None:
     """With less host memory the bound falls, and at last memory is what binds."""
     workload, policy = offloaded(catalog, 77, 2000)
     roofline = find_roofline(workload, policy.machine)
-    tight = tuple(
-        replace(limit, bytes=100 * 2**30) if limit.level == "dram" else limit for limit in policy.limits
-    )
+    tight = within(policy, 100 * 2**30)
     wide, narrow = (capacity_bound(workload, roofline, p) for p in (policy, replace(policy, limits=tight)))
     assert wide is not None
     assert narrow is not None

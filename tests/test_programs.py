@@ -33,6 +33,11 @@ def make(kind: str, **changes: object) -> Schedule:
         slots=3,
         lookahead=0,
         staged=False,
+        gpu_attended=0,
+        cache_up=0,
+        decode_cpu_experts=False,
+        prefill_cpu_experts=False,
+        disk_pages=0,
         tasks_per_decode_pass=0,
         lane_tasks=(),
         waits_per_decode_pass=0,
@@ -40,7 +45,7 @@ def make(kind: str, **changes: object) -> Schedule:
     return replace(base, kind=kind, **changes)  # type: ignore[arg-type]
 
 
-def cgopipe(layers: int, micro_batches: int, staged: bool) -> Schedule:
+def cgopipe(layers: int, micro_batches: int, staged: bool, **changes: object) -> Schedule:
     lookahead = min(2, micro_batches - 1)
     return make(
         "cgopipe",
@@ -51,7 +56,35 @@ def cgopipe(layers: int, micro_batches: int, staged: bool) -> Schedule:
         slots=micro_batches + 2,
         lookahead=lookahead,
         staged=staged,
+        **changes,
     )
+
+
+def shared(layers: int, on_gpu: int, cache_up: int, on_cpu: int, disk_pages: int = 0) -> Schedule:
+    """Attention three ways, the CPU computing a part of the experts in decode."""
+    count = on_gpu + cache_up + on_cpu
+    ways = {"gpu_attended": on_gpu, "cache_up": cache_up, "disk_pages": disk_pages}
+    return cgopipe(layers, count, disk_pages > 0, decode_cpu_experts=True, **ways)
+
+
+def unmoved(layers: int, on_gpu: int, cache_up: int, on_cpu: int) -> Schedule:
+    """No expert moves: the CPU computes those that are not resident in both phases."""
+    return replace(
+        shared(layers, on_gpu, cache_up, on_cpu), prefill_cpu_experts=True, pages_per_layer=0, slots=0
+    )
+
+
+SHARED = [
+    *[
+        shared(layers, *ways)
+        for layers in (1, 3)
+        for ways in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 2, 3), (3, 2, 1))
+    ],
+    *[unmoved(layers, *ways) for layers in (1, 3) for ways in ((1, 0, 0), (0, 0, 1), (2, 2, 2))],
+    cgopipe(3, 4, False, gpu_attended=2, cache_up=1),
+    cgopipe(3, 4, True, disk_pages=3),
+    shared(2, 1, 2, 1, disk_pages=2),
+]
 
 
 SCHEDULES = [
@@ -60,6 +93,7 @@ SCHEDULES = [
     make("stream", resident_pages=0, slots=1, layers=1, micro_batches=1),
     make("stream", resident_pages=0, slots=7, micro_batches=4),
     *[cgopipe(layers, n, staged) for layers in (1, 2, 3) for n in (1, 2, 3, 6) for staged in (True, False)],
+    *SHARED,
 ]
 
 
@@ -90,8 +124,10 @@ def test_graph_is_acyclic_and_orders_each_lane(schedule: Schedule) -> None:
         cgopipe(3, 3, True),
         cgopipe(2, 1, True),
         cgopipe(3, 2, False),
+        shared(2, 1, 2, 1, disk_pages=2),
+        unmoved(2, 1, 2, 1),
     ],
-    ids=["stream", "cgopipe", "cgopipe-1", "cgopipe-pinned"],
+    ids=["stream", "cgopipe", "cgopipe-1", "cgopipe-pinned", "shared", "unmoved"],
 )
 def test_dropping_a_needed_wait_is_detected(schedule: Schedule) -> None:
     """Each wait is removed in turn. The proof must notice unless other orders already imply it."""
@@ -150,10 +186,10 @@ def test_each_task_runs_once_per_pass(schedule: Schedule) -> None:
     decode = programs.passes(schedule, ["prefill", "decode"])[first:]
     seen = [(task.op, task.layer, task.item) for task in decode]
     assert len(seen) == len(set(seen))
-    attention = "attention" if schedule.kind == "stream" else "cpu_attention"
+    attention = ("attention",) if schedule.kind == "stream" else ("cpu_attention", "gpu_attention")
     pages = "read" if schedule.kind == "stream" else "copy_page"
     moved = schedule.pages_per_layer - schedule.resident_pages
-    assert sum(op == attention for op, _, _ in seen) == schedule.layers * schedule.micro_batches
+    assert sum(op in attention for op, _, _ in seen) == schedule.layers * schedule.micro_batches
     assert sum(op == pages for op, _, _ in seen) == schedule.layers * moved
 
 

@@ -204,6 +204,19 @@ def _vllm_command(plan: Plan, policy: Policy) -> str:
     return " ".join(["vllm serve MODEL", *vllm_arguments(plan, policy)])
 
 
+def _placed(policy: Policy) -> str:
+    """Where experts and attention of an offloaded policy are."""
+    experts = f"{policy.resident_share:.0%} of them resident"
+    if policy.experts_cpu_share:
+        experts += f", {policy.experts_cpu_share:.0%} computed by the CPU in decode"
+    if policy.experts_disk_share:
+        experts += f", {policy.experts_disk_share:.0%} read from disk in every pass"
+    if not policy.attention_gpu_share:
+        return f"{experts}, attention on the CPU"
+    held = f"{policy.kv_gpu_share:.0%} of the KV cache in GPU memory"
+    return f"{experts}, attention to {policy.attention_gpu_share:.0%} on the GPU, {held}"
+
+
 def _how(policy: Policy) -> str:
     batch = f"{policy.sequences} sequences in flight, computed in {policy.dtype}"
     if policy.engine == "vllm":
@@ -215,9 +228,11 @@ def _how(policy: Policy) -> str:
     groups = f"{policy.micro_batches} micro-batch{plural} of {policy.micro_batch}"
     if policy.gpus:
         way = "through a pinned ring" if policy.staged else "from pinned memory"
+        copies = f"{policy.data_parallel} copies on " * (policy.data_parallel > 1)
+        moved = f"experts streamed {way}" if policy.pages.pages_per_layer else "no expert streamed"
         return (
-            f"runtime_min, experts streamed to {policy.gpus} GPU{'s' * (policy.gpus > 1)} {way}, "
-            f"{policy.resident_share:.0%} of them resident, attention on the CPU, {batch}, in {groups}"
+            f"runtime_min, {copies}{policy.gpus} GPU{'s' * (policy.gpus > 1)}, {moved}, {_placed(policy)}, "
+            f"{batch}, in {groups}"
         )
     held = (
         "weights held in memory"

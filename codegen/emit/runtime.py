@@ -101,9 +101,11 @@ def _memory_plan(policy: Policy) -> plan_file.MemoryPlan:
     held = {use.item: use.bytes for use in policy.memory if use.level == "dram"}
     return plan_file.MemoryPlan(
         budget_bytes=next(limit.bytes for limit in policy.limits if limit.level == "dram"),
-        weights_bytes=held.get("weights", 0) + held.get("streamed weights", 0),
+        weights_bytes=sum(
+            held.get(item, 0) for item in ("weights", "expert weights", "pinned expert weights")
+        ),
         slots_bytes=held.get("page slots", 0) + held.get("pinned pages", 0),
-        kv_bytes=held["KV cache"],
+        kv_bytes=held.get("KV cache", 0),
         workspace_bytes=held.get("workspace", 0) + held.get("parked hidden states", 0),
         process_bytes=held["process"],
     )

@@ -12,7 +12,6 @@ from moeplan.planner.ir.spec import Dtype
 from moeplan.planner.ir.workload import ClassName
 
 Engine = Literal["runtime_min", "vllm"]
-Where = Literal["gpu", "cpu"]
 WeightsDtype = Literal["checkpoint", "fp8"]
 Phase = Literal["prefill", "decode", "steps"]  # steps of continuous batching do both
 
@@ -139,10 +138,13 @@ class Policy:
 
     One copy of the model spans `gpus` GPUs (tensor parallelism); the machine runs `data_parallel` copies.
     `threads` compute on the host. `sequences` (N) are in flight together, in `micro_batches` groups of
-    `micro_batch` (μ). Weights rest at `weights_on`; `resident_share` of the routed experts stays where they
-    are computed. `weights_dtype` is what they are held in: as the checkpoint stores them, or rounded to fp8
-    by the engine as it loads them. `corrections` say which rates the user's measurements changed; pass times
-    stay as predicted.
+    `micro_batch` (μ). `attention_gpu_share` of the micro-batches attend on the GPU, `kv_gpu_share` of them
+    out of GPU memory; the rest of the cache is in host memory. Weights rest at `weights_on`. Of each layer's
+    routed experts `resident_share` stay where they are computed, `experts_cpu_share` are computed by the CPU
+    in decode, `experts_disk_share` are read from disk in every pass. `staged` weights go through a pinned
+    ring. `weights_dtype` is what weights are held in: as the checkpoint stores them, or rounded to
+    fp8 by the engine as it loads them. `corrections` say which rates the user's measurements changed; pass
+    times stay as predicted.
     """
 
     machine: Machine
@@ -156,10 +158,12 @@ class Policy:
     micro_batch: int
     micro_batches: int
     prefill_tokens: int
-    attention_on: Where
-    experts_on: Where
+    attention_gpu_share: float
+    kv_gpu_share: float
     weights_on: LevelName
     resident_share: float
+    experts_cpu_share: float
+    experts_disk_share: float
     staged: bool
     pages: Pages
     memory: tuple[MemoryUse, ...]

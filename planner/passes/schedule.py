@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -26,11 +27,23 @@ def build_schedule(workload: Workload, policy: Policy) -> Schedule:
         slots=pages.slots,
         lookahead=min(_LOOKAHEAD, policy.micro_batches - 1) if kind == "cgopipe" else 0,
         staged=policy.staged,
+        gpu_attended=round(policy.kv_gpu_share * policy.micro_batches),
+        cache_up=round((policy.attention_gpu_share - policy.kv_gpu_share) * policy.micro_batches),
+        decode_cpu_experts=kind == "cgopipe" and policy.experts_cpu_share > 0,
+        prefill_cpu_experts=kind == "cgopipe" and policy.experts_cpu_share > 0 and not pages.pages_per_layer,
+        disk_pages=_disk_pages(policy) if kind == "cgopipe" else 0,
         tasks_per_decode_pass=0,
         lane_tasks=(),
         waits_per_decode_pass=0,
     )
     return _measured(draft)
+
+
+def _disk_pages(policy: Policy) -> int:
+    """Pages that hold experts from disk, among those of all experts that are not resident."""
+    outside = 1.0 - policy.resident_share
+    share = policy.experts_disk_share / outside if outside else 0.0
+    return math.ceil(policy.pages.pages_per_layer * share - 1e-9)
 
 
 def _measured(draft: Schedule) -> Schedule:

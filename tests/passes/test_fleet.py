@@ -206,9 +206,10 @@ def test_batch_meets_its_deadline(hours: float) -> None:
     fleet = choose_fleet(spec, workload, policies, (), offers)
     verify_fleet(spec, workload, fleet)
     assert all(choice.hours <= hours for choice in fleet.choices)
-    # No single column that meets the deadline is cheaper than the fleet.
+    # No single column that meets the deadline, and that an engine executes, is cheaper than the fleet.
     bill = sum(choice.usd for choice in fleet.choices)
-    assert all(other.cost_usd >= bill - 1e-3 for other in fleet.alternatives)
+    able = [other for other in fleet.alternatives if "predicted only" not in other.note]
+    assert all(other.cost_usd >= bill - 1e-3 for other in able)
 
 
 @pytest.mark.parametrize(

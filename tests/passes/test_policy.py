@@ -43,9 +43,11 @@ def changed(machine: Machine, level: str, **changes: float) -> Machine:
 
 
 def test_mixtral_on_a_t4_host_is_offloaded(catalog: Catalog) -> None:
-    """The weights are six times the card: experts stream, attention stays on the CPU (CGOPipe)."""
+    """The weights are six times the card: most experts stream, attention is mostly the CPU's (CGOPipe)."""
     policy = offload(batch_spec(), catalog.machines["g4dn.16xlarge"])
-    assert (policy.attention_on, policy.experts_on, policy.weights_on) == ("cpu", "gpu", "dram")
+    assert policy.attention_gpu_share <= 0.25
+    assert policy.experts_cpu_share <= 0.25
+    assert policy.weights_on == "dram"
     assert policy.dtype == "fp16"  # a T4 has no bf16
     assert policy.sequences > 500
     # Published: 92 to 280 tokens/s on T4 hosts with half the memory or less, for these sizes.
@@ -81,8 +83,39 @@ def test_a_model_that_fits_nowhere_says_what_is_short(catalog: Catalog) -> None:
 
 
 def test_host_memory_that_is_too_small_is_named(catalog: Catalog) -> None:
-    answers = offered(batch_spec(), catalog.machines["g6.8xlarge"], limit=40 * 2**30)
-    assert "dram memory" in {answer.constraint for answer in answers if isinstance(answer, Rejection)}
+    """Without a disk the weights must lie in host memory; the refusal says how much would do."""
+    machine = catalog.machines["g6.8xlarge"]
+    diskless = replace(machine, levels=tuple(v for v in machine.levels if v.name != "disk"))
+    answers = offered(batch_spec(), diskless, limit=40 * 2**30)
+    short = next(a for a in answers if isinstance(a, Rejection) and a.constraint == "dram memory")
+    assert "host memory of" in short.hint
+
+
+def test_experts_beyond_host_memory_come_from_disk(catalog: Catalog) -> None:
+    policy = offload(batch_spec(model="deepseek-v3"), catalog.machines["g6.12xlarge"])
+    assert policy.weights_on == "disk"
+    assert (policy.bottleneck.phase, policy.bottleneck.lane) == ("decode", "disk")
+    # Every pass reads the experts that neither memory holds; nothing is faster than the disk.
+    model = workload_of(batch_spec(model="deepseek-v3")).model
+    size = model.parameters.routed_experts * model.stored_bytes_per_expert_parameter
+    disk = policy.machine.level("disk")
+    read_s = size * policy.experts_disk_share / (disk.up_bytes_per_s * disk.up_efficiency)
+    disk_s = next(lane.seconds for lane in policy.decode.lanes if lane.lane == "disk")
+    assert disk_s == pytest.approx(read_s, rel=0.01)
+    assert policy.decode.seconds >= disk_s
+
+
+def test_experts_move_from_cpu_to_link_near_p1(catalog: Catalog) -> None:
+    """Below P1 at least half of the experts stay where their weights lie; far beyond it all are streamed."""
+    machine = catalog.machines["gr6.8xlarge"]
+    text = batch_spec()
+    p1 = find_roofline(workload_of(text), machine).turning_points[0].tokens_at_p1
+    shares = [
+        offload(text.replace("requests: 2000", f"requests: {round(p1 * part)}"), machine).experts_cpu_share
+        for part in (0.05, 0.5, 2.0, 20.0)
+    ]
+    assert min(shares[:2]) >= 0.5 > shares[2]
+    assert shares[-1] == 0.0
 
 
 def test_offloaded_replicas_never_serve_online(catalog: Catalog) -> None:
@@ -184,7 +217,7 @@ def test_latent_cache_is_copied_to_every_gpu(catalog: Catalog) -> None:
 
 
 def test_staged_ring_is_in_the_memory_table(catalog: Catalog) -> None:
-    staged = changed(catalog.machines["g4dn.8xlarge"], "dram", bytes=140 * 2**30)
+    staged = changed(catalog.machines["g4dn.8xlarge"], "dram", bytes=128 * 2**30)
     policy = offload(batch_spec(), staged)
     assert policy.staged
     ring = next(use.bytes for use in policy.memory if use.item == "pinned pages")

@@ -1,0 +1,491 @@
+"""What one offloaded pass costs: seconds of every lane and bytes of every memory, many candidates at once.
+
+A copy of the model spans some GPUs. Its N = μ·n_ub sequences pass through the layers in micro-batches, each
+of which attends in one of three ways: on the GPU out of GPU memory, on the GPU out of a cache copied up from
+the host, or on the CPU. A layer's experts are ranked by popularity: the most popular stay on the GPU, the
+least popular are computed by the CPU, those between are streamed, the last of these from disk where host
+memory cannot hold them. A pass takes as long as its busiest lane, and longer where others are about as busy.
+Source: MoE-Lightning (ASPLOS'25), section 4.2, Eq. 12-14 and its released optimiser's memory tables, with
+their faults mended: PV counts, attention is charged at mean length, residency is in whole experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.planner import costs
+from moeplan.planner.ir.roofline import Roof, Roofline
+from moeplan.planner.ir.workload import Operator, OperatorName, RequestClass, Workload
+from moeplan.planner.strategies.common import GPU_SHARE, all_reduce_s
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Items = list[tuple[str, Array]]
+Lanes = dict[str, Array]
+_T = TypeVar("_T")
+
+# Pinned memory may take this share of the host's; the kernel and the page cache need pages that move.
+PINNED_SHARE = 0.6
+# Weights that are not pinned pass through a pinned ring: 0.72 of the pinned link rate (8.4-9.1 against
+# 11.9-12.3 GB/s in MoE-Lightning's runs on an L4 host), and three touches of DRAM: read, write, DMA read.
+_STAGED_LINK_SHARE = 0.72
+_STAGED_TOUCHES = 3
+# Lanes wait for each other's micro-batches and share DRAM, so near the balance point they do not overlap
+# fully: t = (sum of t_lane^p)^(1/p). p was chosen on MoE-Lightning's runs (1.5 to 6 tried): with 2 the link
+# that fits the L4's is about the 12.3 GB/s measured on its own (Fig. 9), with the maximum 8.4
+# (benchmarks/published_runs.py).
+_OVERLAP = 2.0
+_DISK_TOUCHES = 2  # direct reads land in the ring: write, DMA read
+_WORKSPACE_MARGIN = 1.2  # MoE-Lightning's released optimiser
+_CALLS_PER_MICRO_BATCH = 30  # operator launches per layer and micro-batch
+_HOST_PROCESS_BYTES = 4 << 30  # interpreter, CUDA context's host part, file cache the kernel insists on
+_PREFILL_TOKENS = 4096
+_LOGIT_BYTES = 4
+SPARE_SLOTS = 2  # pinned pages beside those of one layer, for what is staged ahead
+_CORES: tuple[OperatorName, ...] = ("attention_core", "windowed_attention_core")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Per element: the GPUs of one copy, the copies on the machine, μ and n_ub."""
+
+    gpus: Array
+    copies: Array
+    micro_batch: Array
+    micro_batches: Array
+
+
+@dataclass(frozen=True)
+class Units(Shapes):
+    """One unit of each decision, per element: seconds and bytes of one copy in one decode pass.
+
+    Of one micro-batch: `*_attention_s`, and the bytes of its attention output (up), its QKV (down), its
+    routed hidden states (each way), and its cache. Of the whole pass: `*_experts_s` with all experts in one
+    place, `gpu_other_s` everything else. `*_key` are `Experts.key` of the tokens of a pass and of a call.
+    """
+
+    gpu_other_s: Array
+    gpu_experts_s: Array
+    gpu_attention_s: Array
+    cpu_attention_s: Array
+    cpu_experts_s: Array
+    attended_bytes: Array
+    qkv_bytes: Array
+    routed_bytes: Array
+    cache_bytes: Array
+    pass_key: Array
+    call_key: Array
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Candidates before the CPU's share of experts is chosen, per element.
+
+    `on_gpu` micro-batches keep their cache in GPU memory, `cache_up` have it copied up from the host.
+    Where `streams`, prefill streams all experts that are not resident; otherwise none ever moves, and the
+    CPU computes them in both phases. `most_resident` experts of a layer fit the GPU (below 0: nothing does),
+    `room_bytes` of host memory are left for experts.
+    """
+
+    units: Units
+    on_gpu: Array
+    cache_up: Array
+    streams: Mask
+    most_resident: Array
+    room_bytes: Array
+
+
+@dataclass(frozen=True)
+class Point(Layout):
+    """Candidates in full: experts of a layer that are resident, on the CPU, and streamed from disk."""
+
+    resident: Array
+    cpu_experts: Array
+    disk_experts: Array
+    staged: Mask
+    feasible: Mask
+
+    @property
+    def sequences(self) -> Array:
+        """Sequences in flight in one copy."""
+        return self.units.micro_batch * self.units.micro_batches
+
+    @property
+    def cpu_micro_batches(self) -> Array:
+        """Micro-batches that attend on the CPU."""
+        return self.units.micro_batches - self.on_gpu - self.cache_up
+
+
+def take(record: _T, index: NDArray[np.intp] | slice | Mask) -> _T:
+    """A record of arrays at `index`, nested records included."""
+    values = {f.name: getattr(record, f.name) for f in fields(record)}  # type: ignore[arg-type]
+    return type(record)(
+        **{k: v[index] if isinstance(v, np.ndarray) else take(v, index) for k, v in values.items()}
+    )
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How many of a layer's `rank` most popular experts some tokens hit, on average over the layers."""
+
+    workload: Workload
+
+    def key(self, tokens: Array) -> Array:
+        """What `hits` needs to know of a number of tokens."""
+        return np.asarray(costs.touched_expert_share(self.workload.model, tokens))
+
+    def hits(self, key: Array, rank: Array) -> Array:
+        """Experts hit among the first `rank`."""
+        return key * rank
+
+    def token_share(self, rank: Array) -> Array:
+        """The share of all expert calls that go to the first `rank`."""
+        return rank / self.workload.model.experts
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times and memory of one class on one machine; `host_limit_bytes` is what a plan may use of the host."""
+
+    workload: Workload
+    requests: RequestClass
+    roofline: Roofline
+    host_limit_bytes: float
+
+    # Sizes
+
+    @cached_property
+    def experts(self) -> Experts:
+        return Experts(self.workload)
+
+    @cached_property
+    def expert_bytes(self) -> float:
+        """One expert of all layers, as computed with."""
+        model = self.workload.model
+        size = costs.held_bytes_per_parameter(model.stored_bytes_per_expert_parameter, self.workload)
+        return float(model.expert_parameters() * model.moe_layers * size)
+
+    @property
+    def _stored_expert_bytes(self) -> float:
+        """One expert of all layers, as the disk has it."""
+        model = self.workload.model
+        return model.expert_parameters() * model.moe_layers * model.stored_bytes_per_expert_parameter
+
+    @property
+    def _disk_holds_the_model(self) -> bool:
+        size = self.workload.model.weight_bytes()
+        return self.roofline.has("disk") and size <= self.roofline.roof("disk").bytes
+
+    @property
+    def _layer_expert_bytes(self) -> float:
+        return self.expert_bytes / self.workload.model.moe_layers
+
+    @property
+    def prefill_tokens(self) -> int:
+        return max(_PREFILL_TOKENS, self.requests.prompt_tokens_max)
+
+    @property
+    def pinned_limit_bytes(self) -> float:
+        return PINNED_SHARE * self.roofline.roof("dram").bytes
+
+    def gpu_limit_bytes(self, gpus: Array) -> Array:
+        return np.asarray(self.roofline.roof("gpu").bytes * GPU_SHARE * gpus)
+
+    def _cache_copies(self, gpus: Array) -> Array:
+        """How often the GPUs of a copy hold one cache: KV heads are shared out, and copied where there are
+        fewer heads than GPUs; MLA's latent cache has no heads."""
+        attention = self.workload.model.attention
+        return gpus / np.minimum(gpus, 1 if attention.kind == "mla" else attention.kv_heads)
+
+    def _held(self, sequences: Array, context: float) -> Array:
+        return np.asarray(costs.kv_bytes_held(self.workload, sequences, context))
+
+    def gpu_cache_bytes(self, shapes: Shapes) -> Array:
+        """The cache of one micro-batch in GPU memory, at the longest request."""
+        held = self._held(shapes.micro_batch, self.requests.context_tokens_max)
+        return self._cache_copies(shapes.gpus) * held
+
+    # Units
+
+    @property
+    def _gpu_roof(self) -> Roof:
+        """The GPU as the kernels of offloaded experts see it.
+
+        They reach no more of the peak in decode than in prefill, where their calls are largest.
+        """
+        gpu = self.roofline.roof("gpu")
+        part = min(1.0, gpu.offload_prefill_flops_per_s / gpu.flops_per_s)
+        return replace(
+            gpu,
+            flops_per_s=part * gpu.flops_per_s,
+            flops_8bit_per_s=part * gpu.flops_8bit_per_s,
+            flops_4bit_per_s=part * gpu.flops_4bit_per_s,
+        )
+
+    @cached_property
+    def context(self) -> float:
+        """Tokens in a sequence's cache, on average over decoding."""
+        return self.requests.mean_prompt_tokens() + self.requests.mean_output_tokens() / 2
+
+    def units(self, shapes: Shapes) -> Units:
+        """The units of every shape."""
+        workload, model, size = self.workload, self.workload.model, self.workload.value_bytes
+        gpu, dram = self._gpu_roof, self.roofline.roof("dram")
+        cores, experts, other = _split(workload.operators)
+        micro, count, gpus = shapes.micro_batch, shapes.micro_batches, shapes.gpus
+
+        def seconds(operators: list[Operator], roof: object) -> Array:
+            return np.asarray(costs.call_seconds(workload, operators, roof, micro, self.context))  # type: ignore[arg-type]
+
+        launches = model.layers * _CALLS_PER_MICRO_BATCH * self.roofline.machine.launch_s
+        values = micro * size * model.layers
+        attention = model.attention
+        return Units(
+            gpus=gpus,
+            copies=shapes.copies,
+            micro_batch=micro,
+            micro_batches=count,
+            gpu_other_s=count
+            * (seconds(other, gpu) / gpus + launches + all_reduce_s(self.roofline, model, size, micro, gpus)),
+            gpu_experts_s=count * seconds(experts, gpu) / gpus,
+            gpu_attention_s=seconds(cores, gpu) / gpus,
+            cpu_attention_s=seconds(cores, dram),
+            cpu_experts_s=count * seconds(experts, dram),
+            attended_bytes=values * attention.heads * attention.value_dim,
+            qkv_bytes=values * (attention.heads + 2 * attention.kv_heads) * attention.head_dim,
+            routed_bytes=micro * size * model.moe_layers * model.hidden,
+            cache_bytes=self._held(micro, self.context),
+            pass_key=self.experts.key(micro * count),
+            call_key=self.experts.key(micro),
+        )
+
+    # Memory
+
+    def gpu_items(self, point: Layout) -> Items:
+        """What the GPUs of one copy hold beside experts."""
+        model, size, p = self.workload.model, self.workload.value_bytes, self.workload.model.parameters
+        units = point.units
+        held = costs.held_bytes_per_parameter(model.stored_bytes_per_other_parameter, self.workload)
+        tokens = np.maximum(units.micro_batch, self.prefill_tokens)
+        inner = model.experts_per_token * (units.gpus * model.hidden + 3 * model.expert_intermediate)
+        one = self.gpu_cache_bytes(units)
+        in_pass = np.maximum(units.micro_batch * units.micro_batches, self.prefill_tokens)
+        zero = np.zeros_like(units.gpus)
+        return [
+            ("embedding", p.embedding * held + zero),
+            ("LM head", p.lm_head * held + zero),
+            (
+                "attention and other dense weights",
+                (p.total() - p.routed_experts - p.embedding - p.lm_head) * held + zero,
+            ),
+            ("KV cache", point.on_gpu * one),
+            ("KV pages", np.where(point.cache_up > 0, 2.0 * one / model.layers, 0.0)),
+            ("hidden states", 2.0 * size * model.hidden * in_pass * units.gpus),
+            ("workspace", _WORKSPACE_MARGIN * size * tokens * inner),
+            ("logits", _LOGIT_BYTES * units.micro_batch * model.vocab),
+        ]
+
+    def gpu_expert_items(self, point: Point) -> Items:
+        """Experts on the GPUs of one copy: those that stay, and two layers' pages of those that stream."""
+        streamed = np.where(point.streams, self.workload.model.experts - point.resident, 0.0)
+        return [
+            ("resident experts", point.resident * self.expert_bytes),
+            ("weight pages", 2.0 * streamed * self._layer_expert_bytes),
+        ]
+
+    def host_items(self, point: Layout) -> Items:
+        """What the host holds beside experts, all copies together."""
+        units, requests = point.units, self.requests
+        sequences = units.micro_batch * units.micro_batches
+        outside = (units.micro_batches - point.on_gpu) * units.micro_batch
+        hidden = self.workload.value_bytes * self.workload.model.hidden
+        return [
+            ("KV cache", units.copies * self._held(outside, requests.context_tokens_max)),
+            ("parked hidden states", units.copies * hidden * sequences * requests.prompt_tokens_max),
+            ("process", units.copies * _HOST_PROCESS_BYTES),
+        ]
+
+    def host_expert_items(self, point: Point) -> Items:
+        """Experts in host memory: one set for all copies, and a pinned ring for each copy that stages."""
+        held = self.workload.model.experts - point.resident - point.disk_experts
+        weights = held * self.expert_bytes
+        return [
+            ("expert weights", np.where(point.streams & ~point.staged, 0.0, weights)),
+            ("pinned expert weights", np.where(point.streams & ~point.staged, weights, 0.0)),
+            ("pinned pages", np.where(point.staged, self.ring_bytes(point.units, point.resident), 0.0)),
+        ]
+
+    def ring_bytes(self, units: Units, resident: Array) -> Array:
+        """The pinned rings of all copies, where weights are staged."""
+        layer = (self.workload.model.experts - resident) * self._layer_expert_bytes
+        return units.copies * layer * (1.0 + SPARE_SLOTS / units.micro_batches)
+
+    def layout(self, units: Units, on_gpu: Array, cache_up: Array, streams: Mask) -> Layout:
+        """Candidates with the room that is left for experts on the GPU and in the host."""
+        model = self.workload.model
+        empty = Layout(units, on_gpu, cache_up, streams, np.zeros_like(on_gpu), np.zeros_like(on_gpu))
+        free = self.gpu_limit_bytes(units.gpus) - total(self.gpu_items(empty))
+        pages = np.where(streams, 2.0 * self._layer_expert_bytes, 0.0)
+        # r resident take r·(one expert of all layers) + (E - r)·(two pages): linear, so closed form.
+        slope = np.maximum(self.expert_bytes - pages, 1.0)
+        most = np.floor((free - model.experts * pages) / slope)
+        all_fit = free >= model.experts * self.expert_bytes
+        most = np.where(all_fit, model.experts, np.minimum(most, model.experts - 1.0))
+        room = self.host_limit_bytes - total(self.host_items(empty))
+        return Layout(units, on_gpu, cache_up, streams, most, room)
+
+    def point(self, layout: Layout, cpu_experts: Array) -> Point:
+        """Candidates with `cpu_experts` of each layer on the CPU (all that are not resident where nothing
+        streams). Everything is pinned where it fits and may be: that is never slower; otherwise it is staged
+        through a ring, and what host memory cannot hold comes from disk.
+        """
+        experts = float(self.workload.model.experts)
+        cpu_experts = np.where(layout.streams, cpu_experts, experts - np.maximum(layout.most_resident, 0.0))
+        resident = np.minimum(np.maximum(layout.most_resident, 0.0), experts - cpu_experts)
+        outside = experts - resident
+        weights = outside * self.expert_bytes
+        pinned = weights <= np.minimum(layout.room_bytes, self.pinned_limit_bytes)
+        staged = layout.streams & ~pinned
+        left = layout.room_bytes - np.where(staged, self.ring_bytes(layout.units, resident), 0.0)
+        held = np.clip(np.floor(left / self.expert_bytes), 0.0, outside)
+        disk = outside - held
+        readable = layout.streams & self._disk_holds_the_model | (disk == 0.0)
+        feasible = (
+            (layout.most_resident >= 0) & (left >= 0) & readable & (cpu_experts <= held) & (resident >= 0)
+        )
+        return Point(
+            **{f.name: getattr(layout, f.name) for f in fields(Layout)},
+            resident=resident,
+            cpu_experts=cpu_experts,
+            disk_experts=disk,
+            staged=staged,
+            feasible=feasible,
+        )
+
+    # Times
+
+    def _link_s(self, point: Point, streamed: Array, hidden: Array) -> Array:
+        """Each GPU has its own link; together they cannot outrun host memory (the dram lane)."""
+        link = self.roofline.roof("dram").up_bytes_per_s * point.units.gpus
+        return np.asarray(streamed / (link * np.where(point.staged, _STAGED_LINK_SHARE, 1.0)) + hidden / link)
+
+    def outside_link_s(self, point: Point) -> Array:
+        """The link's seconds for all streamed experts of a decode pass."""
+        streamed, _, _ = self._moved(point, point.units.pass_key, point.cpu_experts)
+        return self._link_s(point, streamed, 0.0 * streamed)
+
+    def outside_cpu_s(self, point: Point) -> Array:
+        """The CPU's seconds if it computed all experts that are not resident, in one decode pass."""
+        all_calls = self.experts.hits(point.units.call_key, self._all(point))
+        resident = self.experts.hits(point.units.call_key, point.resident) / all_calls
+        return point.units.copies * point.units.cpu_experts_s * (1.0 - resident)
+
+    def _all(self, point: Point) -> Array:
+        return np.full_like(point.resident, self.workload.model.experts)
+
+    def _moved(self, point: Point, key: Array, cpu_experts: Array) -> tuple[Array, Array, Array]:
+        """Of the experts that tokens of `key` hit: bytes to the GPU, bytes from disk, and the bytes of DRAM
+        traffic that both cause."""
+        first_cpu = self.workload.model.experts - cpu_experts
+        upto = self.experts.hits(key, first_cpu)
+        streamed = (upto - self.experts.hits(key, point.resident)) * self.expert_bytes
+        from_disk = upto - self.experts.hits(key, first_cpu - point.disk_experts)
+        touches = np.where(point.staged, _STAGED_TOUCHES, 1)
+        in_dram = streamed - from_disk * self.expert_bytes
+        touched = touches * in_dram + _DISK_TOUCHES * from_disk * self.expert_bytes
+        return streamed, from_disk * self._stored_expert_bytes, touched
+
+    def _disk_s(self, from_disk: Array) -> Array:
+        if not self.roofline.has("disk"):
+            return 0.0 * from_disk
+        return from_disk / self.roofline.roof("disk").up_bytes_per_s
+
+    def decode_lanes(self, point: Point) -> Lanes:
+        """Seconds of each lane in one decode pass of one copy; copies share cpu, dram and disk.
+
+        Hidden states of micro-batches that attend on the CPU go up once per layer, their QKV come down; so do
+        the hidden states of all where the CPU computes experts.
+        """
+        u, dram = point.units, self.roofline.roof("dram")
+        on_cpu, link = point.cpu_micro_batches, dram.up_bytes_per_s * u.gpus
+        all_calls = self.experts.hits(u.call_key, self._all(point))
+        gpu_calls = self.experts.hits(u.call_key, self.workload.model.experts - point.cpu_experts)
+        gpu_share = gpu_calls / all_calls
+        streamed, from_disk, touched = self._moved(point, u.pass_key, point.cpu_experts)
+        routed = (point.cpu_experts > 0) * u.micro_batches * u.routed_bytes
+        cache_up = point.cache_up * u.cache_bytes
+        up_s = cache_up * self._cache_copies(u.gpus) / (dram.up_pageable_bytes_per_s * u.gpus)
+        read = u.micro_batches * (all_calls - gpu_calls) * self.expert_bytes + on_cpu * u.cache_bytes
+        return {
+            "gpu": u.gpu_other_s
+            + u.gpu_experts_s * gpu_share
+            + (point.on_gpu + point.cache_up) * u.gpu_attention_s,
+            "h2d": self._link_s(point, streamed, on_cpu * u.attended_bytes + routed) + up_s,
+            "d2h": (on_cpu * u.qkv_bytes + routed + cache_up / self.context) / link,
+            "cpu": u.copies * (on_cpu * u.cpu_attention_s + u.cpu_experts_s * (1.0 - gpu_share)),
+            "dram": u.copies * (touched + read + _STAGED_TOUCHES * cache_up) / dram.bytes_per_s,
+            "disk": u.copies * self._disk_s(from_disk),
+        }
+
+    def prefill_lanes(self, point: Point, prompts: Array) -> Lanes:
+        """Seconds of each lane while `prompts` prompts of each copy pass through the layers once."""
+        workload, model, u = self.workload, self.workload.model, point.units
+        gpu, dram = self.roofline.roof("gpu"), self.roofline.roof("dram")
+        prompt, link = self.requests.mean_prompt_tokens(), dram.up_bytes_per_s * u.gpus
+        tokens = prompts * prompt
+        on_cpu = np.where(point.streams, 0.0, point.cpu_experts)
+        cpu_share = 1.0 - self.experts.token_share(model.experts - on_cpu)
+        streamed, from_disk, touched = self._moved(point, self.experts.key(tokens), on_cpu)
+        parked = tokens * model.hidden * workload.value_bytes * model.layers
+        routed = (on_cpu > 0) * tokens * model.hidden * workload.value_bytes * model.moe_layers
+        cache = self._held(prompts, prompt) * (1.0 - point.on_gpu / u.micro_batches)
+        work = np.asarray(costs.prefill_flops(workload, prompts, prompt))
+        cpu_work = cpu_share * tokens * workload.operator("routed_experts").flops_per_token
+        reduce = all_reduce_s(self.roofline, model, workload.value_bytes, tokens, u.gpus)
+        read = self.experts.hits(self.experts.key(tokens), model.experts + 0.0 * tokens) * cpu_share
+        return {
+            "gpu": (work - cpu_work) / (gpu.offload_prefill_flops_per_s * u.gpus) + reduce,
+            "h2d": self._link_s(point, streamed, parked + routed),
+            "d2h": (parked + cache + routed) / link,
+            "cpu": u.copies * cpu_work / dram.prefill_flops_per_s,
+            "dram": u.copies * (touched + read * self.expert_bytes + 2 * parked + cache) / dram.bytes_per_s,
+            "disk": u.copies * self._disk_s(from_disk),
+        }
+
+    def serial_s(self, point: Point, lanes: Lanes) -> Array:
+        """What a pass takes beyond its busiest lane."""
+        return self.pass_s(point, lanes) - busiest(lanes)
+
+    def pass_s(self, point: Point, lanes: Lanes) -> Array:
+        """Seconds of a pass. Where n_ub = 1 GPU and CPU take turns: a lone micro-batch is on one of them at a
+        time, and only the copies of weights run beside it."""
+        in_turn = lanes["gpu"] + lanes["cpu"] / point.units.copies
+        alone = point.units.micro_batches == 1
+        return np.maximum(together(lanes), np.where(alone, in_turn, 0.0))
+
+
+def busiest(lanes: Lanes) -> Array:
+    """Seconds of the busiest lane."""
+    return np.asarray(np.maximum.reduce(list(lanes.values())))
+
+
+def together(lanes: Lanes) -> Array:
+    """Seconds of lanes that overlap: no less than the busiest, more where others are about as busy."""
+    return np.asarray(sum(seconds**_OVERLAP for seconds in lanes.values()) ** (1.0 / _OVERLAP))
+
+
+def total(items: Items) -> Array:
+    """Bytes of all items."""
+    return np.asarray(sum(size for _, size in items))
+
+
+def _split(operators: tuple[Operator, ...]) -> tuple[list[Operator], list[Operator], list[Operator]]:
+    """Attention cores, routed experts, all others."""
+    cores = [op for op in operators if op.name in _CORES]
+    experts = [op for op in operators if op.name == "routed_experts"]
+    return cores, experts, [op for op in operators if op not in cores and op not in experts]

@@ -1,0 +1,158 @@
+"""The offload search against brute force and a MILP that know nothing of bounds and bisection."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pulp
+import pytest
+from conftest import batch_spec
+
+from moeplan.planner.catalog import Catalog
+from moeplan.planner.inputs import load_inputs
+from moeplan.planner.passes.roofline import find_roofline
+from moeplan.planner.passes.workload import build_workload
+from moeplan.planner.spec import parse_spec
+from moeplan.planner.strategies.offload_lanes import Costs, Layout, Point, Shapes, total
+from moeplan.planner.strategies.offload_search import (
+    batch_seconds,
+    best_cpu_experts,
+    bound,
+    every_split,
+    fastest,
+    shapes,
+)
+
+CASES = [
+    (model, machine, requests, prompt)
+    for model, machine in (
+        ("mixtral-8x7b", "gr6.8xlarge"),
+        ("mixtral-8x7b", "g4dn.16xlarge"),
+        ("qwen3-30b-a3b", "g6.8xlarge"),
+        ("deepseek-v3", "p4d.24xlarge"),
+        ("dbrx", "n1-custom-64-425984+4xT4"),
+    )
+    for requests, prompt in ((3, 40), (8, 3000))
+]
+
+
+def costs_of(catalog: Catalog, model: str, machine: str, requests: int, prompt: int) -> Costs:
+    text = batch_spec(model=model).replace(
+        "requests: 2000, prompt: 77", f"requests: {requests}, prompt: {prompt}"
+    )
+    spec = parse_spec(text, "spec.yaml")
+    workload = build_workload(spec, load_inputs(spec))
+    roofline = find_roofline(workload, catalog.machines[machine])
+    return Costs(workload, workload.classes[0], roofline, roofline.roof("dram").bytes * 0.8)
+
+
+def every_point(problem: Costs, layout: Layout) -> list[Point]:
+    """Each layout with every number of experts on the CPU."""
+    return [
+        problem.point(layout, np.full_like(layout.on_gpu, number))
+        for number in range(problem.workload.model.experts + 1)
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_search_finds_what_brute_force_finds(catalog: Catalog, case: tuple[str, str, int, int]) -> None:
+    """Every shape, split and number of CPU experts; the plateau rule may give half a percent away."""
+    problem = costs_of(catalog, *case)
+    units = problem.units(shapes(problem.roofline.machine.gpus, case[2]))
+    points = every_point(problem, every_split(problem, units))
+    best = min(batch_seconds(problem, point).min() for point in points)
+    found = fastest(problem, units)
+    assert found is not None
+    assert best <= batch_seconds(problem, found)[0] * (1 + 1e-9)
+    assert batch_seconds(problem, found)[0] <= best * 1.0051
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bound_is_never_above_the_time(catalog: Catalog, case: tuple[str, str, int, int]) -> None:
+    problem = costs_of(catalog, *case)
+    layout = every_split(problem, problem.units(shapes(problem.roofline.machine.gpus, case[2])))
+    least = bound(problem, layout)
+    for point in every_point(problem, layout):
+        assert (least <= batch_seconds(problem, point) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("machine", ["gr6.8xlarge", "g4dn.16xlarge"])
+@pytest.mark.parametrize(("micro_batch", "count", "prompt"), [(8, 4, 300), (32, 5, 77), (128, 8, 77)])
+def test_decode_equals_a_milp(
+    catalog: Catalog, machine: str, micro_batch: int, count: int, prompt: int
+) -> None:
+    """Given μ and n_ub: integer resident, CPU and streamed experts and micro-batches per way of attention;
+    the busiest decode lane of gpu, h2d and cpu is minimal under GPU memory."""
+    problem = costs_of(catalog, "mixtral-8x7b", machine, micro_batch * count, prompt)
+    one = np.ones(1)
+    units = problem.units(Shapes(one, one, micro_batch * one, count * one))
+    layout = every_split(problem, units)
+
+    def decode_s(point: Point) -> np.ndarray:
+        seconds = problem.decode_lanes(point)
+        busy = np.maximum.reduce([seconds[lane] for lane in ("gpu", "h2d", "cpu")])
+        return np.where(
+            point.feasible & point.streams & (point.disk_experts == 0) & ~point.staged, busy, np.inf
+        )
+
+    ours = decode_s(best_cpu_experts(problem, layout, decode_s)).min()
+    assert ours == pytest.approx(_milp(problem, units), rel=1e-4)
+
+
+def _milp(problem: Costs, units: object) -> float:
+    """The same minimum from unit costs, taken by differences at single points, as a linear program."""
+    experts, count = problem.workload.model.experts, int(units.micro_batches[0])  # type: ignore[attr-defined]
+
+    def layout(on_gpu: float, cache_up: float) -> Layout:
+        yes = np.ones(1, dtype=bool)
+        return problem.layout(units, np.array([on_gpu]), np.array([cache_up]), yes)  # type: ignore[arg-type]
+
+    def seconds(on_gpu: float, cache_up: float, resident: float, cpu: float) -> dict[str, float]:
+        base = problem.point(layout(on_gpu, cache_up), np.zeros(1))
+        point = replace(
+            base, resident=np.array([resident]), cpu_experts=np.array([cpu]), staged=np.zeros(1, bool)
+        )
+        return {
+            lane: float(s[0])
+            for lane, s in problem.decode_lanes(replace(point, disk_experts=np.zeros(1))).items()
+        }
+
+    zero = seconds(0, 0, 0, 0)
+    first_cpu = {lane: seconds(0, 0, 0, 1)[lane] - zero[lane] for lane in zero}
+    next_cpu = {lane: seconds(0, 0, 0, 2)[lane] - seconds(0, 0, 0, 1)[lane] for lane in zero}
+    gains = [
+        {lane: seconds(*unit)[lane] - zero[lane] for lane in zero}
+        for unit in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0))
+    ]
+    model = pulp.LpProblem("decode", pulp.LpMinimize)
+    on_gpu, cache_up = (model.add_variable(n, 0, count, pulp.LpInteger) for n in ("g", "s"))
+    resident, cpu = (model.add_variable(n, 0, experts, pulp.LpInteger) for n in ("r", "x"))
+    any_cpu, any_up = (model.add_variable(n, 0, 1, pulp.LpInteger) for n in ("some", "up"))
+    busiest = model.add_variable("t", 0)
+    model += busiest
+    for lane in ("gpu", "h2d", "cpu"):
+        parts = zip(gains, (on_gpu, cache_up, resident), strict=True)
+        load = zero[lane] + pulp.lpSum(gain[lane] * variable for gain, variable in parts)
+        load += next_cpu[lane] * cpu + (first_cpu[lane] - next_cpu[lane]) * any_cpu
+        model += busiest >= load
+    model += cpu <= experts * any_cpu
+    model += cache_up <= count * any_up
+    model += on_gpu + cache_up <= count
+    model += resident + cpu <= experts
+    table = {key: total(problem.gpu_items(layout(*key)))[0] for key in ((0, 0), (1, 0), (0, 1))}
+    page = 2 * problem.expert_bytes / problem.workload.model.moe_layers
+    used = table[0, 0] + (table[1, 0] - table[0, 0]) * on_gpu + (table[0, 1] - table[0, 0]) * any_up
+    used += problem.expert_bytes * resident + page * (experts - resident)
+    model += used * 1e-9 <= float(problem.gpu_limit_bytes(np.ones(1))[0]) * 1e-9
+    model.solve(pulp.PULP_CBC_CMD(msg=False, threads=1, options=["ratioGap 0"]))
+    assert model.sol_status == pulp.LpSolutionOptimal
+    return float(busiest.value())
+
+
+def test_shapes_never_exceed_the_requests() -> None:
+    for gpus, requests in itertools.product((1, 4, 8), (1, 7, 500)):
+        found = shapes(gpus, requests)
+        assert (found.copies * found.micro_batch * found.micro_batches <= requests).all()
+        assert (found.gpus * found.copies <= gpus).all()
