@@ -11,8 +11,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from moeplan.runtime_min.cpu import keep_freed_memory
 from moeplan.runtime_min.pages import Shard
 
 if TYPE_CHECKING:
-    from moeplan.runtime_min.kernels import Kernels, Sizes
+    from moeplan.runtime_min.kernels import Sizes
 
 FILE_BYTES = 512 << 20
 DRAM_BYTES = 512 << 20
@@ -49,8 +49,7 @@ def measure(folder: Path, sizes: Sizes | None = None) -> dict[str, Any]:
     keep_freed_memory()
     dtypes = ("float32", "bf16")
     by_dtype = {
-        name: {n: kernels.measure_kernels(n, name, sizes) for n in sorted({1, cores})}
-        for name in dtypes
+        name: {n: kernels.measure_kernels(n, name, sizes) for n in sorted({1, cores})} for name in dtypes
     }
     peaks = {name: max(found[cores].product_flops_per_s.values()) for name, found in by_dtype.items()}
     disk = _disk(folder, sizes)
@@ -69,44 +68,33 @@ def measure(folder: Path, sizes: Sizes | None = None) -> dict[str, Any]:
         "disk": disk,
     }
     accelerator = measure_accelerator()
-    return figures | ({"gpu": accelerator} if accelerator else {})
+    if accelerator:
+        return figures | {"gpu": accelerator, "notes": accelerator.pop("notes")}
+    return figures
 
 
 def machine_yaml(figures: Figures) -> str:
     """The figures as a machine file: `load_machine` of the planner reads the same figures from it."""
     head = "# Measured by `moeplan calibrate`.\nname: this-machine\nprovenance: calibrated\n"
-    return head + "".join(f"{key}: {_flow(value)}\n" for key, value in figures.items() if key != "cpu") + _cpu(
-        figures["cpu"]
-    )
+    groups = {key: value for key, value in figures.items() if key != "notes"}
+    notes = "".join(f"# {key}: {_flow(value)}\n" for key, value in figures.get("notes", {}).items())
+    return head + "".join(f"{key}:{_block(value, 2)}\n" for key, value in groups.items()) + notes
 
 
-def _cpu(cpu: Figures) -> str:
-    """The group `cpu`, the figures of its operators in lines of their own."""
-    lines = ["cpu:"]
-    lines += [f"  {key}: {_flow(value)}" for key, value in cpu.items() if key != "kernels"]
-    lines.append("  kernels:")
-    for dtype, by_threads in cpu["kernels"].items():
-        lines.append(f"    {dtype}:")
-        for threads, figures in by_threads.items():
-            lines.append(f"      {threads}:")
-            lines += [f"        {key}: {_flow(value)}" for key, value in figures.items()]
-    return "\n".join(lines) + "\n"
+def _block(value: Any, indent: int) -> str:
+    """A value of YAML: tables of rates in one line, groups of them below one another."""
+    if not isinstance(value, Mapping):
+        return " " + _flow(value)
+    if not any(isinstance(inner, Mapping) for inner in value.values()):
+        return " " + _flow(value)
+    return "".join(f"\n{' ' * indent}{key}:{_block(inner, indent + 2)}" for key, inner in value.items())
 
 
 def _flow(value: Any) -> str:
-    """A value of YAML. Every float has a dot and a signed exponent, or YAML would read a text."""
+    """A value in one line. Every float has a dot and a signed exponent, or YAML would read a text."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
     return f"{value:.2e}" if isinstance(value, float) else str(value)
-
-
-def flat(figures: Figures, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number with its dotted key."""
-    for key, value in figures.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float):
-            yield f"{prefix}{key}", float(value)
 
 
 def physical_cores() -> int:

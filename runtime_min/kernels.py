@@ -13,13 +13,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moeplan.runtime_min import attention
-from moeplan.runtime_min.lanes import ATTENTION, EXPERTS, ROUTE
+from moeplan.runtime_min.lanes import ATTENTION, ROUTE
 from moeplan.runtime_min.layers import linear
 from moeplan.runtime_min.models.mixtral import DTYPES
 from moeplan.runtime_min.probe import Probe, Shape
@@ -34,32 +35,36 @@ _LEAST_SHARE = 0.05  # of a time that is left when known parts are taken off: no
 Table = dict[int, float]
 
 
+_SMALL = Shape(
+    layers=6,
+    hidden=256,
+    inner=512,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    experts=8,
+    experts_per_token=2,
+    vocab=8192,
+)
+_LARGE = Shape(
+    layers=2,
+    hidden=1024,
+    inner=2048,
+    heads=16,
+    kv_heads=8,
+    head_dim=64,
+    experts=2,
+    experts_per_token=2,
+    vocab=1024,
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """What is measured: two models, in which calls and work weigh differently, at some rows and tokens."""
 
-    small: Shape = Shape(
-        layers=6,
-        hidden=256,
-        inner=512,
-        heads=4,
-        kv_heads=2,
-        head_dim=64,
-        experts=8,
-        experts_per_token=2,
-        vocab=8192,
-    )
-    large: Shape = Shape(
-        layers=2,
-        hidden=1024,
-        inner=2048,
-        heads=16,
-        kv_heads=8,
-        head_dim=64,
-        experts=2,
-        experts_per_token=2,
-        vocab=1024,
-    )
+    small: Shape = _SMALL
+    large: Shape = _LARGE
     rows: tuple[int, ...] = (1, 4, 16, 64, 256, 1024)
     prompt: int = 128
     sequences: tuple[int, ...] = (1, 4, 16)  # of `prompt` tokens each, in prefill
@@ -135,7 +140,7 @@ def between(table: Mapping[int, float], at: float) -> float:
     if low == high:
         return table[low]
     share = math.log(at / low) / math.log(high / low)
-    return table[low] ** (1 - share) * table[high] ** share
+    return math.exp((1 - share) * math.log(table[low]) + share * math.log(table[high]))
 
 
 @torch.inference_mode()
@@ -206,7 +211,9 @@ class _Bench:
         """The part of `weights` of a pass that is due to memory, in a model of `shape`."""
         nbytes = shape.layers * (shape.attention_weights + shape.experts * shape.expert_weights)
         extra = {self._sizes.near_bytes: 0.0, **{n: 1 / r for n, r in self._far_bytes_per_s.items()}}
-        share = float(np.interp(math.log(nbytes * self._dtype.itemsize), np.log(list(extra)), list(extra.values())))
+        share = float(
+            np.interp(math.log(nbytes * self._dtype.itemsize), np.log(list(extra)), list(extra.values()))
+        )
         return share * weights * self._dtype.itemsize
 
     def _product_s(self, shape: Shape, rows: float, weights: int) -> float:
@@ -216,8 +223,8 @@ class _Bench:
     def _experts(self) -> tuple[float, Table, Table]:
         """Of an expert: seconds of a call, and by rows the rates of its products and of the rest.
 
-        Times of both models at the same rows: t = call + weights · p(rows) + rows · values · v(rows). With one
-        row the last term is nothing.
+        Times of both models at the same rows: t = call + weights · p(rows) + rows · values · v(rows). With
+        one row the last term is nothing.
         """
         taken = {rows: self._both(rows) for rows in self._sizes.rows}
         small, large = self._sizes.small, self._sizes.large
@@ -229,7 +236,9 @@ class _Bench:
         rest: Table = {}
         for rows, (small_s, large_s) in taken.items():
             ratio = values[1] / values[0]
-            per_weight_s = _left(large_s, call_s + ratio * (small_s - call_s)) / (weights[1] - ratio * weights[0])
+            per_weight_s = _left(large_s, call_s + ratio * (small_s - call_s)) / (
+                weights[1] - ratio * weights[0]
+            )
             products[rows] = 2 * rows / per_weight_s
             rest[rows] = rows * values[0] / _left(small_s, call_s + weights[0] * per_weight_s)
         return call_s, products, rest
@@ -238,7 +247,7 @@ class _Bench:
         """Seconds of an expert of each model, memory's part taken off."""
         small, large = (
             _left(
-                repeated(lambda p=probe: p.experts(rows), self._least),
+                repeated(partial(probe.experts, rows), self._least),
                 self._far_s(probe.shape, probe.shape.expert_weights),
             )
             for probe in (self._small, self._large)
@@ -253,17 +262,17 @@ class _Bench:
         """
         attending: Table = {}
         routing: Table = {}
-        calls = (0.0, 0.0)
+        calls = [0.0, 0.0]
         few = [(n, 1) for n in (1, 8) if n <= max(self._sizes.sequences)]
         for sequences, prompt in [*few, *((n, self._sizes.prompt) for n in self._sizes.sequences)]:
             tokens = sequences * prompt
             left = [self._layer_s(p, sequences, prompt, scores) for p in (self._small, self._large)]
             if tokens == 1:
-                calls = tuple(_line(self._widths(op), [s[op] for s in left])[0] for op in (0, 1))
+                calls = [_line(self._widths(op), [s[op] for s in left])[0] for op in (0, 1)]
             for op, table in enumerate((attending, routing)):
                 spent = sum(_left(seconds[op], calls[op]) for seconds in left)
                 table[tokens] = tokens * sum(self._widths(op)) / spent
-        return *calls, attending, routing
+        return calls[0], calls[1], attending, routing
 
     def _widths(self, op: int) -> tuple[int, int]:
         """Values that one token has in attention (0) or routing (1) of the small and of the large model."""
@@ -273,7 +282,7 @@ class _Bench:
         return small.hidden + ROUTE_VALUES, large.hidden + ROUTE_VALUES
 
     def _layer_s(self, probe: Probe, sequences: int, prompt: int, scores: Table) -> tuple[float, float]:
-        """Seconds of attention and of routing of one layer, products and scores taken off; decode if prompt is 1."""
+        """Of one layer's attention and routing, products and scores taken off; decode where prompt is 1."""
         shape, tokens = probe.shape, sequences * prompt
         if prompt == 1:
             ops, scores_s = _ops(lambda: probe.decode(sequences, 16), self._least * 2), 0.0
@@ -322,7 +331,7 @@ class _Bench:
         return seconds(work, self._least) / layers
 
     def _random(self, *shape: int) -> Tensor:
-        return (torch.randn(shape) / shape[-1] ** 0.5).to(self._dtype)
+        return torch.randn(shape).mul_(1 / math.sqrt(shape[-1])).to(self._dtype)
 
     def _prompt_flops_per_s(self, prompt: int) -> float:
         shape = self._sizes.large

@@ -143,7 +143,8 @@ class PageView(Mapping[str, Tensor]):
 class Weights(Protocol):
     """What a model needs of its weights: those that stay by name, and the tensors of a page."""
 
-    resident: dict[str, Tensor]
+    @property
+    def resident(self) -> Mapping[str, Tensor]: ...
 
     def view(self, layer: int, page: int, slot: int) -> Mapping[str, Tensor]: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ class _TimedLanes(Lanes):
 def _weight(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if len(sizes) == 1:
         return torch.ones(sizes, dtype=dtype)
-    return (torch.randn(sizes) / sizes[-1] ** 0.5).to(dtype)
+    return torch.randn(sizes).mul_(1 / math.sqrt(sizes[-1])).to(dtype)
 
 
 def _plan(shape: Shape, dtype: Any, sequences: int, prompt: int, context: int) -> RuntimePlan:

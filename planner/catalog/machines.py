@@ -243,7 +243,7 @@ def _kernels(cpu: Fields | None, cores: float) -> tuple[Kernels, ...]:
     found = []
     for dtype in [dtype for dtype in DTYPES if dtype in group]:
         by_threads = group.group(dtype, required=True)
-        for text in by_threads.keys() if by_threads else ():
+        for text in by_threads.keys if by_threads else ():
             figures = by_threads.group(text) if by_threads else None
             threads = int(text) if text.isdecimal() else 0
             if not 1 <= threads <= max(1.0, cores) and by_threads:
@@ -286,7 +286,7 @@ def _table(fields: Fields, key: str, bounds: tuple[float, float]) -> Table:
     if group is None:
         return ((1, bounds[0]),)
     found = {}
-    for text in group.keys():
+    for text in group.keys:
         if text.isdecimal() and 1 <= int(text) <= _MOST_ROWS:
             found[int(text)] = group.figure(text, *bounds)
         else:

@@ -186,6 +186,7 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
+    @property
     def keys(self) -> tuple[str, ...]:
         """Every key, in the order of the file."""
         return tuple(self._entries)

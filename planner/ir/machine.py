@@ -9,8 +9,8 @@ from typing import Literal
 from moeplan.planner.ir.spec import Cloud
 
 LevelName = Literal["gpu", "dram", "disk"]
-# Overlap of products and direct reads where it was not measured: on two cores arithmetic kept 0.71-0.93 of its
-# speed and the disk 0.84-1.0.
+# Overlap of products and direct reads where it was not measured: on two cores arithmetic kept 0.71-0.93 of
+# its speed and the disk 0.84-1.0.
 COMPUTE_KEPT, DISK_KEPT = 0.85, 0.92
 Provenance = Literal["datasheet", "analytic", "calibrated", "measured"]
 Table = tuple[tuple[int, float], ...]

@@ -120,7 +120,7 @@ class RuntimeCosts:
         return fixed_s + embedding_s + head_s + n * model.vocab / k.score_values_per_s
 
     def _products(self, rows: float, weights: float) -> float:
-        """One product after the other of `rows` with matrices of `weights` in all; calling them not counted."""
+        """Products of `rows` with matrices of `weights` in all, one after the other; calls not counted."""
         k = self.kernels
         near_s = weights * 2 * rows / _between(k.product_flops_per_s, rows)
         return near_s + weights * self.value_bytes * self._far_s_per_byte

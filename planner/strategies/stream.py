@@ -313,7 +313,9 @@ class _Point:
         at = RuntimeCosts(model=model, kernels=self.kernels, value_bytes=size, weights_bytes=weights_bytes)
         full, rest = divmod(model.experts, self.experts_per_page) if self.experts_per_page else (0, 0)
         pages = [at.experts(step, self.experts_per_page)] * full + [at.experts(step, rest)] * bool(rest)
-        return [at.attention(step) + at.route(step), *pages], at.ends(step, self.micro_batch, self._rows(step))
+        return [at.attention(step) + at.route(step), *pages], at.ends(
+            step, self.micro_batch, self._rows(step)
+        )
 
     def _rows(self, step: PassShape) -> float:
         """Rows of the compute lane in one pass: an attention call each, routing, pages; both ends."""
