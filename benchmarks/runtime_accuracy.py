@@ -4,10 +4,10 @@ usage: python benchmarks/runtime_accuracy.py [--machine FILE] [--quick]
 
 Calibrates this machine (unless a machine file is given), compiles a spec for each row, runs the emitted plan
 on a random checkpoint of Mixtral's architecture and prints tokens/s beside the plan's. Checkpoints are
-written under build/accuracy once. Rounds go over all rows in turn, so that a machine whose speed drifts treats all
-alike; a row's figure is the median of its rounds. Each round warms up with a batch, then measures one; if
-other processes had more than a tenth of a core meanwhile, one more. The disk's rate is the one seen: bytes
-read over the time of all passes.
+written under build/accuracy once. Rounds go over all rows in turn, so that a machine whose speed drifts
+treats all alike; a row's figure is the median of its rounds. Each round warms up with a batch, then measures
+one; if other processes had more than a tenth of a core meanwhile, one more. The disk's rate is the one seen:
+bytes read over the time of all passes.
 """
 
 from __future__ import annotations

@@ -47,13 +47,13 @@ _SMALL = Shape(
     vocab=8192,
 )
 _LARGE = Shape(
-    layers=2,
+    layers=1,
     hidden=1024,
     inner=2048,
     heads=16,
     kv_heads=8,
     head_dim=64,
-    experts=2,
+    experts=4,
     experts_per_token=2,
     vocab=1024,
 )
@@ -164,7 +164,7 @@ class _Bench:
         tokens = max(sizes.rows) * max(sizes.small.experts, sizes.large.experts)
         prompt = max(sizes.prompt, -(-tokens // most))
         self._small, self._large = (
-            Probe(shape, dtype, most, prompt, prompt + 1) for shape in (sizes.small, sizes.large)
+            Probe(shape, dtype, most, prompt, max(prompt, 16) + 1) for shape in (sizes.small, sizes.large)
         )
 
     def kernels(self) -> Kernels:

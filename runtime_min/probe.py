@@ -29,7 +29,7 @@ from moeplan.runtime_min.lanes import (
     Lanes,
     Row,
 )
-from moeplan.runtime_min.layers import Routing
+from moeplan.runtime_min.layers import Routing, sort_by_expert
 from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.models.mixtral import DTYPES, Mixtral, Pass, tensor_shapes
 from moeplan.runtime_min.plan_file import (
@@ -44,6 +44,7 @@ from moeplan.runtime_min.plan_file import (
 )
 from moeplan.runtime_min.sampling import Sampling
 
+_MANY_ROWS = 16
 GREEDY = Sampling(0.0, 1.0, 0)
 
 
@@ -111,17 +112,26 @@ class Probe:
         return self._timed(Pass(tokens, (batch,), torch.arange(sequences)))
 
     def experts(self, rows: int) -> float:
-        """Mean seconds of an expert that gets `rows` tokens."""
-        tokens, shape = rows * self.shape.experts, self.shape
-        batch = prefill_batch(0, [0], [tokens])
-        self._model.begin(Pass(torch.zeros(tokens, dtype=torch.int64), (batch,), torch.tensor([tokens - 1])))
-        starts = list(range(0, tokens + 1, rows))
-        self._model.route_as(Routing(torch.arange(tokens), torch.ones(tokens), starts))
+        """Mean seconds of an expert that gets `rows` tokens, where they are many only on average."""
+        shape = self.shape
+        count = max(1, rows * shape.experts // shape.experts_per_token)
+        tokens = torch.zeros(count, dtype=torch.int64)
+        self._model.begin(Pass(tokens, (prefill_batch(0, [0], [count]),), tokens[-1:]))
+        self._model.route_as(self._routing(rows, count))
         start = time.perf_counter()
         for row in self._order:
             if row[0] == EXPERTS:
                 self._model.execute(row)
         return (time.perf_counter() - start) / (shape.layers * shape.experts)
+
+    def _routing(self, rows: int, tokens: int) -> Routing:
+        """Random choices, or, of few rows, the same number for each expert."""
+        experts, top = self.shape.experts, self.shape.experts_per_token
+        if rows >= _MANY_ROWS:
+            chosen = torch.rand(tokens, experts).topk(top).indices
+            return sort_by_expert(torch.full((tokens, top), 1 / top), chosen, experts)
+        starts = list(range(0, rows * experts + 1, rows))
+        return Routing(torch.arange(rows * experts) % tokens, torch.full((rows * experts,), 1 / top), starts)
 
     def generate(self, sequences: int, passes: int) -> tuple[float, float]:
         """Of decode passes: mean seconds outside the rows of their schedule, and between two rows."""

@@ -23,7 +23,7 @@ _SIGMA: dict[str, float] = {"datasheet": 0.30, "analytic": 0.40, "calibrated": 0
 
 # On machines without a GPU: with the figures of the runtime's operators, and without (benchmarks/
 # runtime_accuracy.py: 90 % of the errors of many small models within this interval).
-_SIGMA_KERNELS, _SIGMA_NO_KERNELS = 0.10, 0.30
+_SIGMA_KERNELS, _SIGMA_NO_KERNELS = 0.15, 0.30
 
 # Efficiencies where nothing better is known: linear operators of Llama-2 on A40, A100 and H100 (profiles of
 # microsoft/vidur: 0.735 of bandwidth, 0.732 of compute); prefill on A100 and V100 (0.68-0.81); pinned copies

@@ -97,17 +97,9 @@ class RuntimeCosts:
         hit = experts * float(np.asarray(costs.touched_expert_share(model, step.tokens)))
         rows = step.tokens * model.experts_per_token * experts / model.experts  # of all of them
         pieces = math.ceil(rows / hit / step.call_tokens)
-        each = self._padded(rows / hit / pieces)
+        each = rows / hit / pieces
         values_s = rows * (model.hidden + model.expert_intermediate) / _between(k.expert_values_per_s, each)
         return hit * pieces * (self._products(each, model.expert_parameters()) + k.expert_s) + values_s
-
-    def _padded(self, rows: float) -> float:
-        """Mean rows of a product that gets `rows` on average: in half precision they are rounded up."""
-        if self.value_bytes == 4:
-            return rows
-        spread = math.sqrt(rows)
-        around = (max(1.0, rows + share * spread) for share in (-1.2, -0.4, 0.4, 1.2))
-        return sum(map(_rounded, around)) / 4
 
     def ends(self, step: PassShape, head_rows: int, schedule_rows: float) -> float:
         """Embedding, LM head, choice of tokens and bookkeeping of one pass, its schedule included."""
@@ -175,14 +167,6 @@ def _estimated(roofline: Roofline, threads: int, share: float) -> Kernels:
         expert_values_per_s=((1, nbytes / 24),),
         score_values_per_s=nbytes / 20,
     )
-
-
-def _rounded(rows: float) -> int:
-    """As runtime_min.layers.round_rows has it."""
-    whole = math.ceil(rows)
-    power = 1 << max(0, whole - 1).bit_length()
-    step = power if whole <= 16 else max(16, power // 8)
-    return -(-whole // step) * step
 
 
 def _between(table: Sequence[tuple[int, float]], at: float) -> float:
