@@ -42,7 +42,7 @@ _BYTES = 1e16
 _RATE = (1e6, 1e15)
 _FLOPS = (1e6, 1e19)
 _SHARE = (1e-3, 1.0)
-_SECONDS = (1e-9, 1.0)
+_SECONDS = (1e-12, 1.0)
 _VALUES = (1e3, 1e14)
 _MOST_ROWS = 1 << 40
 

@@ -45,7 +45,7 @@ _SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 
 _SIMILAR = 0.75
 # More than one thread must win this much: they wait for each other actively, and a busy neighbour that takes
 # a core of theirs costs milliseconds at every wait.
-_WORTH_SHARING = 1.5
+_WORTH_SHARING = 1.25
 _SIMULATED_LAYERS = 8
 
 

@@ -148,7 +148,7 @@ def test_machine_file_with_kernels(tmp_path: Path) -> None:
         ("{1: 7.9e+10", "{1: 0", "'1' is 0, expected 1e+06 to 1e+19"),
         ("kv_bytes_per_s: 2.4e+10", "kv_bytes_per_s: -1", "'kv_bytes_per_s' is -1"),
         ("        head_s: 2.7e-08\n", "", "missing key 'head_s'"),
-        ("head_s: 2.7e-08", "head_s: 0", "'head_s' is 0, expected 1e-09 to 1"),
+        ("head_s: 2.7e-08", "head_s: 0", "'head_s' is 0, expected 1e-12 to 1"),
         ("      2:\n", "      3:\n", "'3' is no number of threads"),
         ("      2:\n", "      all:\n", "'all' is no number of threads"),
         ("    float32:\n", "    fp7:\n", "unknown key 'fp7'"),
