@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moeplan.planner.ir.machine import Machine
     from moeplan.planner.ir.plan import Plan
     from moeplan.planner.pipeline import Trace
     from moeplan.runtime_min.run import Report
@@ -216,11 +217,15 @@ def _recorder(plan: Path, replica: str, profile: Path) -> Callable[[Report], Non
 def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="the machine file")] = Path("machine.yaml"),
 ) -> None:
-    """Measure this machine, in seconds.
+    """Measure this machine, in less than a minute.
 
-    The result is a machine file for `machine: {file: ...}` or `--machine`.
+    The result is a machine file for `machine: {file: ...}` or `--machine`. Prints what changed against the
+    file as it was, or against the catalog's nearest machine.
     """
     from moeplan.codegen.write import write_file
+    from moeplan.planner.calibration import change_table, machine_figures
+    from moeplan.planner.catalog import load_machine
+    from moeplan.planner.diagnostics import Span
     from moeplan.runtime_min.calibrate import machine_yaml, measure
 
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
@@ -229,11 +234,25 @@ def calibrate(
             f"moeplan: the machine is not idle (load {load:.1f}): its figures may come out low",
             file=sys.stderr,
         )
+    before = _known_machine(output, cores)
     output.parent.mkdir(parents=True, exist_ok=True)
-    text = machine_yaml(measure(output.parent))
-    write_file(output, text.encode())
-    print(text, end="")
+    write_file(output, machine_yaml(measure(output.parent)).encode())
+    measured = machine_figures(load_machine(output, Span(str(output))))
+    print(f"before: {before.name if before else 'nothing'} ({before.source if before else ''})")
+    print("\n".join(change_table(machine_figures(before) if before else {}, measured)))
     print(f"wrote {output}; use it with `machine: {{file: {output.name}}}` or `--machine {output}`")
+
+
+def _known_machine(file: Path, cores: int) -> Machine | None:
+    """The machine of `file` where it is a machine file already, else the catalog's nearest without a GPU."""
+    from moeplan.planner.calibration import nearest_machine
+    from moeplan.planner.catalog import load_catalog, load_machine
+    from moeplan.planner.diagnostics import CompileError, Span
+
+    try:
+        return load_machine(file, Span(str(file)))
+    except CompileError:
+        return nearest_machine(load_catalog(None, Span("catalog")).machines, cores)
 
 
 @app.command()

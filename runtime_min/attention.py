@@ -48,8 +48,9 @@ class KvCache:
     def __init__(
         self, layers: int, places: int, heads: int, context: int, dim: int, dtype: torch.dtype
     ) -> None:
-        # Zeros, not empty: masked values still take part in a product with zero.
-        self._cache = torch.zeros(layers, 2, places, heads, context, dim, dtype=dtype)
+        # Zeros, not empty: masked values still take part in a product with zero. Written, so that the first
+        # pass does not wait for the system to find the memory.
+        self._cache = torch.empty(layers, 2, places, heads, context, dim, dtype=dtype).zero_()
 
     def store(self, layer: int, batch: MicroBatch, k: Tensor, v: Tensor) -> None:
         """Keep k and v [T, V, D] at the places and positions of their tokens."""
@@ -112,19 +113,18 @@ def prefill_batch(first_row: int, places: Sequence[int], lengths: Sequence[int])
 def decode_batch(first_row: int, places: Sequence[int], lengths: Sequence[int]) -> MicroBatch:
     """One token per sequence, whose length counts that token; neighbours of similar length share a call."""
     spans, start = [], 0
+    least = most = lengths[0]
     for end in range(1, len(places) + 1):
-        if end == len(places) or not _similar(places, lengths, start, end):
-            spans.append(_decode_span(places[start], start, lengths[start:end]))
-            start = end
+        if end < len(places):
+            least, most = min(least, lengths[end]), max(most, lengths[end])
+            if places[end] == places[end - 1] + 1 and least >= SIMILAR * most:
+                continue
+            least = most = lengths[end]
+        spans.append(_decode_span(places[start], start, lengths[start:end]))
+        start = end
     positions = torch.tensor(lengths) - 1
     rows = slice(first_row, first_row + len(places))
     return MicroBatch(rows, torch.tensor(places), positions, tuple(spans), prefill=False)
-
-
-def _similar(places: Sequence[int], lengths: Sequence[int], start: int, end: int) -> bool:
-    """Whether sequence `end` may join the span from `start`."""
-    together = lengths[start : end + 1]
-    return places[end] == places[end - 1] + 1 and min(together) >= SIMILAR * max(together)
 
 
 def _decode_span(place: int, start: int, lengths: Sequence[int]) -> Span:

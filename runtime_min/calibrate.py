@@ -2,57 +2,99 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from moeplan.runtime_min.cpu import keep_freed_memory
 from moeplan.runtime_min.pages import Shard
 
-FILE_BYTES = 256 << 20
+if TYPE_CHECKING:
+    from moeplan.runtime_min.kernels import Sizes
+
+FILE_BYTES = 512 << 20
 DRAM_BYTES = 512 << 20
+# As the compiler's plans have them.
 BLOCK_BYTES = 1 << 20
 READERS = 4
-# Operator calls that the planner counts in a decode layer of eight experts: attention, routing, experts.
-CALLS_PER_LAYER = 30 + 12 + 8 * 8
+SLOTS_BYTES = 32 << 20
+CALLS_PER_ATTENTION = 30  # operators that an attention call launches, about
+
+Figures = Mapping[str, Any]  # the machine file's keys, groups as mappings
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """Figures of this machine in base units, in some seconds; the disk is the one that holds `folder`."""
+def measure(folder: Path, sizes: Sizes | None = None) -> dict[str, Any]:
+    """The figures of a machine file, in base units; the disk is the one that holds `folder`.
+
+    Takes some tens of seconds. Processor figures are for one thread and for one per core.
+    """
     import torch
 
+    from moeplan.runtime_min import kernels
+    from moeplan.runtime_min.accelerator import measure_accelerator
+
+    sizes = sizes or kernels.Sizes()
     cores = physical_cores()
     torch.set_num_threads(cores)
-    disk_bytes_per_s = _disk(folder)
-    return {
-        "cores": cores,
-        "flops_per_s": {"float32": _gemm(torch.float32), "bf16": _gemm(torch.bfloat16)},
-        "launch_s": _launch(),
-        "dram_bytes": memory_bytes(),
-        "dram_bytes_per_s": _dram(),
-        "disk_bytes": shutil.disk_usage(folder).total,
-        "disk_bytes_per_s": disk_bytes_per_s,
+    keep_freed_memory()
+    dtypes = ("float32", "bf16")
+    by_dtype = {
+        name: {n: kernels.measure_kernels(n, name, sizes) for n in sorted({1, cores})} for name in dtypes
     }
+    peaks = {name: max(found[cores].product_flops_per_s.values()) for name, found in by_dtype.items()}
+    disk = _disk(folder, sizes)
+    figures = {
+        "cpu": {
+            "cores": cores,
+            "flops_per_s": peaks,
+            "launch_s": by_dtype["float32"][1].attention_s / CALLS_PER_ATTENTION,
+            "while_reading": disk.pop("compute_kept"),
+            "kernels": {
+                name: {threads: dataclasses.asdict(k) for threads, k in found.items()}
+                for name, found in by_dtype.items()
+            },
+        },
+        "dram": {"bytes": memory_bytes(), "bytes_per_s": _dram(sizes)},
+        "disk": disk,
+    }
+    accelerator = measure_accelerator()
+    if accelerator:
+        return figures | {"gpu": accelerator, "notes": accelerator.pop("notes")}
+    return figures
 
 
-def machine_yaml(figures: dict[str, Any]) -> str:
-    """The figures as a machine file; every float has a dot and a signed exponent, or YAML reads a text."""
-    flops = figures["flops_per_s"]
-    return (
-        "# Measured by `moeplan calibrate`.\n"
-        "name: this-machine\n"
-        "provenance: calibrated\n"
-        f"cpu: {{cores: {figures['cores']}, flops_per_s: {{float32: {flops['float32']:.1e}, "
-        f"bf16: {flops['bf16']:.1e}}}, launch_s: {figures['launch_s']:.1e}}}\n"
-        f"dram: {{bytes: {figures['dram_bytes']}, bytes_per_s: {figures['dram_bytes_per_s']:.1e}}}\n"
-        f"disk: {{bytes: {figures['disk_bytes']}, bytes_per_s: {figures['disk_bytes_per_s']:.1e}}}\n"
-    )
+def machine_yaml(figures: Figures) -> str:
+    """The figures as a machine file: `load_machine` of the planner reads the same figures from it."""
+    head = "# Measured by `moeplan calibrate`.\nname: this-machine\nprovenance: calibrated\n"
+    groups = {key: value for key, value in figures.items() if key != "notes"}
+    notes = "".join(f"# {key}: {_flow(value)}\n" for key, value in figures.get("notes", {}).items())
+    return head + "".join(f"{key}:{_block(value, 2)}\n" for key, value in groups.items()) + notes
+
+
+def _block(value: Any, indent: int) -> str:
+    """A value of YAML: tables of rates in one line, groups of them below one another."""
+    if not isinstance(value, Mapping):
+        return " " + _flow(value)
+    if not any(isinstance(inner, Mapping) for inner in value.values()):
+        return " " + _flow(value)
+    return "".join(f"\n{' ' * indent}{key}:{_block(inner, indent + 2)}" for key, inner in value.items())
+
+
+def _flow(value: Any) -> str:
+    """A value in one line. Every float has a dot and a signed exponent, or YAML would read a text."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
+    return f"{value:.2e}" if isinstance(value, float) else str(value)
 
 
 def physical_cores() -> int:
@@ -73,91 +115,81 @@ def memory_bytes() -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
-def _rate(work: Callable[[], object], amount: float, seconds: float) -> float:
-    """Median of `amount` per second over repetitions that fill `seconds`, after one to warm up."""
-    work()
-    rates: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(rates) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        work()
-        rates.append(amount / (time.perf_counter() - start))
-    return statistics.median(rates)
-
-
-def _gemm(dtype: Any) -> float:
-    """FLOP/s of a product with as many rows as a busy expert has."""
-    import torch
-
-    rows, inner, columns = 256, 1024, 4096
-    x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
-    return _rate(lambda: torch.nn.functional.linear(x, weight), 2 * rows * inner * columns, 0.8)
-
-
-def _launch() -> float:
-    """Mean seconds of one operator call: a decode layer of the runtime's own on so little data that calling
-    is nearly all it does, divided by the calls that the planner counts for it.
-
-    On one thread: with more, and another process on their cores, each call can wait milliseconds for them.
-    """
-    import torch
-
-    from moeplan.runtime_min.attention import KvCache, attend, decode_batch
-    from moeplan.runtime_min.layers import Rope, choose_experts, expert, linear, rms_norm, sort_by_expert
-
-    sequences, hidden, experts, dim, context = 16, 128, 8, 16, 64
-    norm, square, gate = torch.ones(hidden), torch.randn(hidden, hidden) / 8, torch.randn(experts, hidden)
-    narrow, residual = torch.randn(2 * dim, hidden) / 8, torch.randn(sequences, hidden)
-    cache, rope = (
-        KvCache(1, sequences, 2, context, dim, torch.float32),
-        Rope(dim, 1e4, context, torch.float32),
-    )
-    batch = decode_batch(0, range(sequences), [context] * sequences)
-
-    def layer() -> None:
-        x = rms_norm(residual, norm, 1e-5)
-        q, k, v = (linear(x, w).view(sequences, -1, dim) for w in (square, narrow, narrow))
-        q, k = rope(q, batch.positions), rope(k, batch.positions)
-        y = residual + linear(attend(0, batch, cache, q, k, v), square)
-        normed = rms_norm(y, norm, 1e-5)
-        routing = sort_by_expert(*choose_experts(normed, gate, 2), experts)
-        for e in range(experts):
-            rows = slice(routing.starts[e], routing.starts[e + 1])
-            tokens = routing.tokens[rows]
-            out = expert(normed.index_select(0, tokens), square, square, square).float()
-            y.index_add_(0, tokens, out.mul_(routing.weights[rows, None]))
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        seconds = 1 / _rate(layer, CALLS_PER_LAYER, 0.5)
-    torch.set_num_threads(threads)
-    return seconds
-
-
-def _dram() -> float:
+def _dram(sizes: Sizes) -> float:
     """Bytes per second of all threads reading what no cache holds."""
     import torch
 
-    values = torch.ones(DRAM_BYTES // 4, dtype=torch.float32)
-    return _rate(values.sum, values.nbytes, 0.8)
+    from moeplan.runtime_min.kernels import seconds
+
+    values = torch.ones(min(DRAM_BYTES, sizes.far_bytes[-1]) // 4, dtype=torch.float32)
+    return values.nbytes / seconds(values.sum, 8 * sizes.seconds)
 
 
-def _disk(folder: Path) -> float:
-    """Bytes per second of direct reads in blocks, several at a time, as the disk lane reads."""
+def _disk(folder: Path, sizes: Sizes) -> dict[str, Any]:
+    """Size and rate of the disk, and what reads and products keep of their speed beside each other."""
+    file_bytes = min(FILE_BYTES, sizes.far_bytes[-1])
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".moeplan-calibrate-") as file:
-        piece = os.urandom(16 << 20)
-        for _ in range(FILE_BYTES // len(piece)):
+        piece = os.urandom(min(file_bytes, 16 << 20))
+        for _ in range(file_bytes // len(piece)):
             file.write(piece)
         file.flush()
         os.fsync(file.fileno())
-        shard = Shard(Path(file.name))
-        buffer = mmap.mmap(-1, FILE_BYTES)
+        with _readers(Path(file.name), file_bytes) as read_file:
+            alone = [_timed(read_file) for _ in range(5)]
+            kept, together = _beside(read_file, sizes)
+    rate = file_bytes / statistics.median(alone)
+    return {
+        "bytes": shutil.disk_usage(folder).total,
+        "bytes_per_s": rate,
+        "while_computing": min(1.0, max(0.1, file_bytes / together / rate)),
+        "compute_kept": min(1.0, max(0.1, kept)),
+    }
 
-        def read(offset: int) -> None:
-            shard.read(offset, memoryview(buffer)[offset : offset + BLOCK_BYTES])
 
+@contextmanager
+def _readers(path: Path, nbytes: int) -> Iterator[Callable[[], object]]:
+    """A function that reads the file once, in the disk lane's pattern: blocks, some at a time, into slots."""
+    shard = Shard(path)
+    buffer = mmap.mmap(-1, SLOTS_BYTES)
+
+    def read(offset: int) -> None:
+        at = offset % SLOTS_BYTES
+        shard.read(offset, memoryview(buffer)[at : at + BLOCK_BYTES])
+
+    try:
         with ThreadPoolExecutor(READERS) as readers:
-            rate = _rate(lambda: list(readers.map(read, range(0, FILE_BYTES, BLOCK_BYTES))), FILE_BYTES, 1.5)
+            yield lambda: list(readers.map(read, range(0, nbytes, BLOCK_BYTES)))
+    finally:
         shard.close()
-    return rate
+
+
+def _beside(read_file: Callable[[], object], sizes: Sizes) -> tuple[float, float]:
+    """The share of its speed that a product keeps while the file is read, and seconds of a reading then."""
+    import torch
+
+    from moeplan.runtime_min.layers import linear
+
+    x, weight = torch.randn(64, sizes.large.hidden), torch.randn(sizes.large.inner, sizes.large.hidden)
+    alone = statistics.median(_timed(lambda: linear(x, weight)) for _ in range(50))
+    reading = threading.Event()
+    taken: list[float] = []
+
+    def read() -> None:
+        taken.extend(_timed(read_file) for _ in range(5))
+        reading.set()
+
+    thread = threading.Thread(target=read)
+    count, start = 0, time.perf_counter()
+    thread.start()
+    while not reading.is_set():
+        linear(x, weight)
+        count += 1
+    elapsed = time.perf_counter() - start
+    thread.join()
+    return count * alone / elapsed, statistics.median(taken)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

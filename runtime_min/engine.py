@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moeplan.runtime_min.attention import MicroBatch, decode_batch, prefill_batch
 from moeplan.runtime_min.checkpoint import find_tensors
+from moeplan.runtime_min.cpu import keep_freed_memory
 from moeplan.runtime_min.lanes import DECODE, PREFILL, DiskLane, Lanes, load_schedule
 from moeplan.runtime_min.limits import check_memory, check_numbers
 from moeplan.runtime_min.model_config import read_config
@@ -68,41 +69,15 @@ class Stats:
         return Stats(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
 
 
-class Engine:
-    """A plan with its checkpoint loaded. Use as a context manager: the reader threads end with it."""
+class Batches:
+    """Runs batches of sequences through a loaded model, pass by pass."""
 
-    def __init__(self, folder: Path, plan: RuntimePlan, checkpoint: Path) -> None:
-        m, pages = plan.model, plan.pages
-        check_numbers(folder / "runtime.json", plan)
-        schedule = load_schedule(folder, plan)
-        self.config = read_config(checkpoint, m, plan.batch.context_tokens)
-        shapes = tensor_shapes(m, self.config.tied)
-        refs = find_tensors(checkpoint, shapes)
-        moving = {
-            name
-            for layer in range(m.layers)
-            for page in range(pages.resident_pages, pages.pages_per_layer)
-            for name in page_names(m, pages, layer, page)
-        }
-        check_memory(folder / "runtime.json", plan, shapes, moving)
-        torch.set_num_threads(plan.threads)
+    def __init__(self, plan: RuntimePlan, model: Mixtral, lanes: Lanes) -> None:
         self.plan = plan
+        self.model = model
         self.stats = Stats()
+        self._lanes = lanes
         self.batches: list[tuple[int, Stats]] = []  # sequences and sums of each batch
-        dtype = DTYPES[m.compute_dtype]
-        self._pages = PageStore(refs, m.layers, pages, lambda *at: page_names(m, pages, *at), dtype)
-        self.model = Mixtral(plan, self.config, self._pages)
-        self.disk = DiskLane(self._pages.blocks, pages.readers)
-        self._lanes = Lanes(schedule, self.disk)
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.disk.close()
-        self._pages.close()
 
     @torch.inference_mode()
     def run(
@@ -189,6 +164,40 @@ def pack(lengths: Sequence[int], micro_batch: int) -> list[int]:
         if len(bins[number]) < micro_batch:
             heapq.heappush(room, (tokens + lengths[at], number))
     return [at for members in sorted(bins, key=len, reverse=True) for at in members]
+
+
+class Engine(Batches):
+    """A plan with its checkpoint loaded. Use as a context manager: the reader threads end with it."""
+
+    def __init__(self, folder: Path, plan: RuntimePlan, checkpoint: Path) -> None:
+        m, pages = plan.model, plan.pages
+        check_numbers(folder / "runtime.json", plan)
+        schedule = load_schedule(folder, plan)
+        self.config = read_config(checkpoint, m, plan.batch.context_tokens)
+        shapes = tensor_shapes(m, self.config.tied)
+        refs = find_tensors(checkpoint, shapes)
+        moving = {
+            name
+            for layer in range(m.layers)
+            for page in range(pages.resident_pages, pages.pages_per_layer)
+            for name in page_names(m, pages, layer, page)
+        }
+        check_memory(folder / "runtime.json", plan, shapes, moving)
+        torch.set_num_threads(plan.threads)
+        keep_freed_memory()
+        dtype = DTYPES[m.compute_dtype]
+        self._pages = PageStore(refs, m.layers, pages, lambda *at: page_names(m, pages, *at), dtype)
+        self.disk = DiskLane(self._pages.blocks, pages.readers)
+        super().__init__(plan, Mixtral(plan, self.config, self._pages), Lanes(schedule, self.disk))
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disk.close()
+        self._pages.close()
 
 
 def groups(lengths: Sequence[int], most: int) -> list[slice]:

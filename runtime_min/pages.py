@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -137,6 +138,15 @@ class PageView(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._layout.places)
+
+
+class Weights(Protocol):
+    """What a model needs of its weights: those that stay by name, and the tensors of a page."""
+
+    @property
+    def resident(self) -> Mapping[str, Tensor]: ...
+
+    def view(self, layer: int, page: int, slot: int) -> Mapping[str, Tensor]: ...
 
 
 class PageStore:

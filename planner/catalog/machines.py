@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeplan.planner.catalog.yaml_tree import Entry, Fields, Problems
-from moeplan.planner.ir.machine import Level, Machine, Provenance
+from moeplan.planner.ir.machine import COMPUTE_KEPT, DISK_KEPT, Kernels, Level, Machine, Provenance, Table
 
 DTYPES = ("bf16", "fp16", "float32", "fp8", "int8", "fp4")
 _PROVENANCES: tuple[Provenance, ...] = ("datasheet", "analytic", "calibrated", "measured")
@@ -20,6 +20,10 @@ _ACHIEVED = ("calibrated", "measured")
 # Relative standard error of a prediction, by where the figures come from: with these, 95 % and 84 % of
 # measured serving runs lie in the 90 % interval, before and after calibration (docs/accuracy.md).
 SIGMA: dict[str, float] = {"datasheet": 0.30, "analytic": 0.40, "calibrated": 0.18, "measured": 0.15}
+
+# On machines without a GPU: with the figures of the runtime's operators, and without (benchmarks/
+# runtime_accuracy.py: 90 % of the errors of many small models within this interval).
+_SIGMA_KERNELS, _SIGMA_NO_KERNELS = 0.15, 0.30
 
 # Efficiencies where nothing better is known. The first four: fitted to measured serving runs of ten models on
 # six GPU types, with vLLM's fixed costs (benchmarks/serving_accuracy.py, docs/accuracy.md). Prefill on
@@ -42,6 +46,9 @@ _BYTES = 1e16
 _RATE = (1e6, 1e15)
 _FLOPS = (1e6, 1e19)
 _SHARE = (1e-3, 1.0)
+_SECONDS = (1e-12, 1.0)
+_VALUES = (1e3, 1e14)
+_MOST_ROWS = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +215,7 @@ def read_machine(
     disk_level = parts.disk(disk)
     levels = (dram_level, disk_level) if gpu is None else (_gpu_level(gpu), dram_level, disk_level)
     launch_s = cpu.figure("launch_s", 0.0, 1.0, _CPU_LAUNCH_S) if cpu else _CPU_LAUNCH_S
+    kernels = _kernels(cpu, cores)
     machine = Machine(
         name=name,
         gpu=gpu.name if gpu else "",
@@ -217,8 +225,11 @@ def read_machine(
         peer_bytes_per_s=gpu.peer_bytes_per_s if gpu else 0.0,
         launch_s=gpu.launch_s if gpu else launch_s,
         provenance=_provenance(provenance),
-        sigma=fields.figure("sigma", 0.0, 10.0, SIGMA.get(provenance, 0.4)),
+        sigma=fields.figure("sigma", 0.0, 10.0, _sigma(provenance, bool(gpu), bool(kernels))),
         source=_machine_source(fields, sources, host, gpu),
+        kernels=kernels,
+        compute_kept=cpu.figure("while_reading", *_SHARE, COMPUTE_KEPT) if cpu else COMPUTE_KEPT,
+        disk_kept=disk.figure("while_computing", *_SHARE, DISK_KEPT) if disk else DISK_KEPT,
     )
     if disk_level.bytes_per_s > dram_level.bytes_per_s:
         where = disk if disk and "bytes_per_s" in disk else fields
@@ -227,6 +238,74 @@ def read_machine(
         if group:
             group.done()
     return machine
+
+
+def _sigma(provenance: str, gpu: bool, kernels: bool) -> float:
+    """Relative standard error of predictions, the wider where the runtime's operators were not measured."""
+    if gpu or provenance not in _ACHIEVED:
+        return SIGMA.get(provenance, 0.4)
+    return _SIGMA_KERNELS if kernels else _SIGMA_NO_KERNELS
+
+
+def _kernels(cpu: Fields | None, cores: float) -> tuple[Kernels, ...]:
+    """Figures of the bundled runtime's operators: `kernels: {DTYPE: {THREADS: {figures}}}`."""
+    group = cpu.group("kernels") if cpu else None
+    if group is None:
+        return ()
+    found = []
+    for dtype in [dtype for dtype in DTYPES if dtype in group]:
+        by_threads = group.group(dtype, required=True)
+        for text in by_threads.keys if by_threads else ():
+            figures = by_threads.group(text) if by_threads else None
+            threads = int(text) if text.isdecimal() else 0
+            if not 1 <= threads <= max(1.0, cores) and by_threads:
+                by_threads.wrong(text, f"'{text}' is no number of threads", f"1 to the {cores:g} cores")
+            elif figures:
+                found.append(_one_kernels(figures, dtype, threads))
+        if by_threads:
+            by_threads.done()
+    group.done(known=DTYPES)
+    return tuple(sorted(found, key=lambda k: (DTYPES.index(k.dtype), k.threads)))
+
+
+def _one_kernels(fields: Fields, dtype: str, threads: int) -> Kernels:
+    kernels = Kernels(
+        threads=threads,
+        dtype=dtype,
+        attention_s=fields.figure("attention_s", *_SECONDS),
+        route_s=fields.figure("route_s", *_SECONDS),
+        expert_s=fields.figure("expert_s", *_SECONDS),
+        row_s=fields.figure("row_s", *_SECONDS),
+        pass_s=fields.figure("pass_s", *_SECONDS),
+        sequence_s=fields.figure("sequence_s", *_SECONDS),
+        product_flops_per_s=_table(fields, "product_flops_per_s", _FLOPS),
+        far_bytes_per_s=_table(fields, "far_bytes_per_s", _RATE),
+        attention_flops_per_s=_table(fields, "attention_flops_per_s", _FLOPS),
+        kv_bytes_per_s=fields.figure("kv_bytes_per_s", *_RATE),
+        head_s=fields.figure("head_s", *_SECONDS),
+        attention_values_per_s=_table(fields, "attention_values_per_s", _VALUES),
+        route_values_per_s=_table(fields, "route_values_per_s", _VALUES),
+        expert_values_per_s=_table(fields, "expert_values_per_s", _VALUES),
+        score_values_per_s=fields.figure("score_values_per_s", *_VALUES),
+    )
+    fields.done()
+    return kernels
+
+
+def _table(fields: Fields, key: str, bounds: tuple[float, float]) -> Table:
+    """Rates by number of rows or tokens, ascending."""
+    group = fields.group(key, required=True)
+    if group is None:
+        return ((1, bounds[0]),)
+    found = {}
+    for text in group.keys:
+        if text.isdecimal() and 1 <= int(text) <= _MOST_ROWS:
+            found[int(text)] = group.figure(text, *bounds)
+        else:
+            group.wrong(text, f"'{text}' is no number of rows", f"a whole number from 1 to {_MOST_ROWS}")
+    if not found:
+        fields.wrong(key, f"'{key}' holds no figure", "numbers of rows, each with a rate, as in {1: 2.0e+10}")
+    return tuple(sorted(found.items())) or ((1, bounds[0]),)
 
 
 def _provenance(text: str) -> Provenance:

@@ -186,6 +186,11 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every key, in the order of the file."""
+        return tuple(self._entries)
+
     def items(self) -> Iterator[tuple[str, Entry]]:
         """Every key with its entry, all of them thereby read."""
         self._read.update(self._entries)

@@ -9,7 +9,11 @@ from typing import Literal
 from moeplan.planner.ir.spec import Cloud
 
 LevelName = Literal["gpu", "dram", "disk"]
+# Overlap of products and direct reads where it was not measured: on two cores arithmetic kept 0.71-0.93 of
+# its speed and the disk 0.84-1.0.
+COMPUTE_KEPT, DISK_KEPT = 0.85, 0.92
 Provenance = Literal["datasheet", "analytic", "calibrated", "measured"]
+Table = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,33 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """How fast the bundled runtime's operators run on `threads` of the cores, for one dtype.
+
+    Tables map rows or prompt tokens to a rate, ascending; between two entries seconds are interpolated, see
+    `strategies/runtime_costs.py`. What each figure counts: `runtime_min/kernels.py`, which measures them.
+    """
+
+    threads: int
+    dtype: str
+    attention_s: float
+    route_s: float
+    expert_s: float
+    row_s: float
+    pass_s: float
+    sequence_s: float
+    product_flops_per_s: Table
+    far_bytes_per_s: Table
+    attention_flops_per_s: Table
+    kv_bytes_per_s: float
+    head_s: float
+    attention_values_per_s: Table
+    route_values_per_s: Table
+    expert_values_per_s: Table
+    score_values_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """A machine type or one measured box.
 
@@ -46,6 +77,9 @@ class Machine:
     `launch_s` is the fixed cost of one operator call on the fastest processor.
     `cpu_cores` are physical cores (a cloud vCPU is half of one).
     `sigma` is the relative standard error of predictions made from these figures.
+    `kernels` are measured figures of the bundled runtime's operators, none where the machine is not
+    calibrated. While the disk is read, arithmetic keeps `compute_kept` of its speed; while the cores compute,
+    reading keeps `disk_kept` of its own.
     """
 
     name: str
@@ -58,6 +92,9 @@ class Machine:
     provenance: Provenance
     sigma: float
     source: str
+    kernels: tuple[Kernels, ...] = ()
+    compute_kept: float = COMPUTE_KEPT
+    disk_kept: float = DISK_KEPT
 
     def level(self, name: LevelName) -> Level:
         """The level called `name`; raises KeyError where the machine has none."""

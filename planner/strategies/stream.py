@@ -7,11 +7,15 @@ tokens per second, prefill included, over the number of sequences; what memory i
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from moeplan.planner import costs
+from moeplan.planner.ir.machine import Kernels
 from moeplan.planner.ir.policy import MemoryLimit, Pages, PassTime, Policy, Rejection
 from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roofline
@@ -23,13 +27,13 @@ from moeplan.planner.strategies.common import (
     batch_rates,
     bottleneck,
     estimate,
-    host_threads,
     lanes,
     run_seconds,
     smallest_of_best,
     too_small,
     uses,
 )
+from moeplan.planner.strategies.runtime_costs import PassShape, RuntimeCosts, kernels_of
 
 PROCESS_BYTES = 512 << 20  # Python, torch and its thread pools
 ALIGNMENT_BYTES = 4096  # of direct reads
@@ -40,13 +44,12 @@ _PREFILL_TOKENS = 2048
 _PAGE_BYTES = 1 << 20  # pages of at least a mebibyte read at the disk's full rate
 _SLOTS = 4
 _SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-# An operator shorter than this runs on one thread: to start and join threads takes some microseconds, and
-# milliseconds while another process holds one of their cores.
-_WORTH_SHARING_S = 20e-6
-# Small operators that the runtime launches: per attention call, per layer, per expert.
-CALLS_ATTENTION, CALLS_LAYER, CALLS_EXPERT = 30, 12, 8
 # Decode attention takes sequences of similar length in one call: the shortest at least 0.75 of the longest.
-_CALLS_SPAN, _SIMILAR = 8, 0.75
+_SIMILAR = 0.75
+# More than one thread must win this much: they wait for each other actively, and a busy neighbour that takes
+# a core of theirs costs milliseconds at every wait.
+_WORTH_SHARING = 1.25
+_SIMULATED_LAYERS = 8
 
 
 def stream_policy(
@@ -55,13 +58,16 @@ def stream_policy(
     """Return the fastest policy of a machine without a GPU, or what memory is short."""
     limit = float(memory_limit_bytes or roofline.roof("dram").bytes * HOST_SHARE)
     sizes = [n for n in _SEQUENCES if n < requests.requests] + [requests.requests]
-    points = [_Point(workload, requests, roofline, limit, n) for n in sizes if n <= _SEQUENCES[-1]] or [
-        _Point(workload, requests, roofline, limit, _SEQUENCES[-1])
+    sizes = [n for n in sizes if n <= _SEQUENCES[-1]] or [_SEQUENCES[-1]]
+    points = [
+        _Point(workload, requests, roofline, limit, n, kernels)
+        for n in sizes
+        for kernels in kernels_of(roofline)
     ]
     feasible = [point for point in points if point.fits]
     if not feasible:
         return _refusal(points[0])
-    speed = np.array([point.generated_tokens_per_s for point in feasible])
+    speed = np.array([p.generated_tokens_per_s / p.shared for p in feasible])
     return feasible[smallest_of_best(speed, np.array([float(p.sequences) for p in feasible]))].policy()
 
 
@@ -75,9 +81,36 @@ def stream_figures(
 ) -> Figures:
     """What the machine does with `sequences` of `requests` in flight, in the memory that `policy` may use."""
     limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
-    point = _Point(workload, requests, roofline, float(limit), sequences)
+    kernels = next(k for k in kernels_of(roofline) if k.threads == policy.threads)
+    point = _Point(workload, requests, roofline, float(limit), sequences, kernels)
     prefill_s, decode_s = point.prefill.seconds * slower.prefill, point.decode.seconds * slower.decode
     return batch_figures(requests, sequences, prefill_s, decode_s)
+
+
+def overlapped(
+    compute: Sequence[float], reads: Sequence[float], slots: int, layers: int, ends_s: float
+) -> float:
+    """Seconds of one pass among many alike, in which pages are read into `slots` slots while others compute.
+
+    `compute` and `reads` are seconds per page of a layer; a page without a read is resident, `ends_s` are
+    arithmetic outside the layers. A read waits for the disk and for the page that last lay in its slot; a
+    computation for the cores and its page. Of many layers some stand for all.
+    """
+    simulated = min(layers, _SIMULATED_LAYERS)
+    disk = cores = first = 0.0
+    freed = deque([0.0] * slots, maxlen=slots)
+    for _ in range(2):  # the second pass begins with the pages that were read ahead
+        first = cores
+        for _ in range(simulated):
+            for work_s, read_s in zip(compute, reads, strict=True):
+                if read_s:
+                    disk = max(disk, freed[0]) + read_s
+                    cores = max(cores, disk)
+                cores += work_s
+                if read_s:
+                    freed.append(cores)
+        cores += ends_s * simulated / layers
+    return (cores - first) * layers / simulated
 
 
 @dataclass(frozen=True)
@@ -89,6 +122,7 @@ class _Point:
     roofline: Roofline
     limit: float
     sequences: int
+    kernels: Kernels
 
     @property
     def micro_batch(self) -> int:
@@ -158,6 +192,11 @@ class _Point:
         return min(_SLOTS, streamed * self.workload.model.layers)
 
     @property
+    def shared(self) -> float:
+        """The factor by which this point must be faster than another of one thread."""
+        return 1.0 if self.kernels.threads == 1 else _WORTH_SHARING
+
+    @property
     def _slots_bytes_if_streaming(self) -> int:
         return _SLOTS * self.slot_bytes
 
@@ -223,42 +262,6 @@ class _Point:
         return sum(pages[self.resident_pages :]) * self.workload.model.layers
 
     @property
-    def _disk_s(self) -> float:
-        if not self.roofline.has("disk") or self.streamed_bytes == 0:
-            return 0.0 if self.streamed_bytes == 0 else math.inf
-        return self.streamed_bytes / self.roofline.roof("disk").up_bytes_per_s
-
-    def _launch_s(self, attention_calls: int, tokens: float) -> float:
-        return self._calls(attention_calls, tokens) * self.roofline.machine.launch_s
-
-    def _calls(self, attention_calls: int, tokens: float) -> float:
-        """Operator calls of one pass."""
-        model = self.workload.model
-        experts = model.experts * float(np.asarray(costs.touched_expert_share(model, tokens)))
-        calls = CALLS_ATTENTION * attention_calls + CALLS_LAYER + CALLS_EXPERT * experts
-        calls += _CALLS_SPAN * (self._spans - 1)
-        return model.layers * calls
-
-    @property
-    def threads(self) -> int:
-        """All cores, or one where operators are so small that sharing them costs more than it saves."""
-        cores = host_threads(self.roofline)
-        calls = self._calls(self.micro_batches, self.sequences)
-        return 1 if self._decode_arithmetic_s * cores / calls < _WORTH_SHARING_S else cores
-
-    @property
-    def _slowdown(self) -> float:
-        """How much longer arithmetic takes on `threads` than on all cores."""
-        return host_threads(self.roofline) / self.threads
-
-    @property
-    def _decode_arithmetic_s(self) -> float:
-        requests, dram = self.requests, self.roofline.roof("dram")
-        context = requests.mean_prompt_tokens() + requests.mean_output_tokens() / 2
-        tokens, operators = float(self.sequences), self.workload.operators
-        return float(np.asarray(costs.call_seconds(self.workload, operators, dram, tokens, context)))
-
-    @property
     def _spans(self) -> int:
         """Groups of similar length among the sequences of a batch, half-way through decoding."""
         requests = self.requests
@@ -267,22 +270,94 @@ class _Point:
         return min(self.sequences, 1 + int(math.log(ratio) / -math.log(_SIMILAR)))
 
     @property
-    def _decode_launch_s(self) -> float:
-        return self._launch_s(self.micro_batches, self.sequences)
+    def _decode_step(self) -> PassShape:
+        requests = self.requests
+        return PassShape(
+            prefill=False,
+            tokens=self.sequences,
+            sequences=self.sequences,
+            context=requests.mean_prompt_tokens() + requests.mean_output_tokens() / 2,
+            calls=self.micro_batches,
+            spans=self.micro_batches - 1 + self._spans,
+            call_tokens=self._call_tokens,
+        )
 
     @property
+    def _prefill_step(self) -> PassShape:
+        """Whole prompts share a call while they fit; those of equal length share a product of scores."""
+        requests, prompt = self.requests, self.requests.mean_prompt_tokens()
+        calls = math.ceil(self.sequences / max(1, int(self.prefill_tokens / prompt)))
+        alike = requests.prompt_tokens_min == requests.prompt_tokens_max
+        return PassShape(
+            prefill=True,
+            tokens=self.sequences * prompt,
+            sequences=self.sequences,
+            context=prompt,
+            calls=calls,
+            spans=calls if alike else self.sequences,
+            call_tokens=self._call_tokens,
+        )
+
+    @property
+    def _call_tokens(self) -> int:
+        """As runtime_min.plan_file.call_tokens has it."""
+        most = self.sequences * self.requests.prompt_tokens_max
+        return min(most, max(self.prefill_tokens, self.requests.prompt_tokens_max, self.micro_batch, 1024))
+
+    def _pass(self, step: PassShape) -> PassTime:
+        """Cores and disk overlap; each slows the other down while it works."""
+        compute, ends = self._compute(step)
+        reads = self._reads_s
+        layers = self.workload.model.layers
+        cores_s, disk_s = layers * sum(compute) + ends, layers * sum(reads)
+        if disk_s == 0:
+            return PassTime(lanes=lanes([("cores", cores_s), ("disk", 0.0)]), serial_s=0.0)
+        machine = self.roofline.machine
+        alone_s = overlapped(compute, reads, self.slots, layers, ends)
+        slower = 1 + (1 / machine.compute_kept - 1) * min(1.0, disk_s / alone_s)
+        longer = 1 + (1 / machine.disk_kept - 1) * min(1.0, cores_s / alone_s)
+        seconds = overlapped(
+            [c * slower for c in compute], [r * longer for r in reads], self.slots, layers, ends * slower
+        )
+        cores_s, disk_s = cores_s * slower, disk_s * longer
+        # What neither lane explains is waiting for a page while every slot is full or empty.
+        waiting_s = seconds - max(cores_s, disk_s)
+        return PassTime(lanes=lanes([("cores", cores_s), ("disk", disk_s)]), serial_s=max(0.0, waiting_s))
+
+    def _compute(self, step: PassShape) -> tuple[list[float], float]:
+        """Seconds of arithmetic per page of a layer, and at both ends of the pass."""
+        model = self.workload.model
+        p, size = model.parameters, self.workload.value_bytes
+        weights_bytes = (p.total() - p.embedding) * size  # passes that hit few experts hit others each time
+        at = RuntimeCosts(model=model, kernels=self.kernels, value_bytes=size, weights_bytes=weights_bytes)
+        full, rest = divmod(model.experts, self.experts_per_page) if self.experts_per_page else (0, 0)
+        pages = [at.experts(step, self.experts_per_page)] * full + [at.experts(step, rest)] * bool(rest)
+        return [at.attention(step) + at.route(step), *pages], at.ends(
+            step, self.micro_batch, self._rows(step)
+        )
+
+    def _rows(self, step: PassShape) -> float:
+        """Rows of the compute lane in one pass: an attention call each, routing, pages; both ends."""
+        return 2 + self.workload.model.layers * (step.calls + self.pages_per_layer)
+
+    @property
+    def _reads_s(self) -> list[float]:
+        """Seconds to read each page of a layer; zero where it is resident."""
+        if not self.roofline.has("disk"):
+            return [0.0 if p < self.resident_pages else math.inf for p in range(self.pages_per_layer)]
+        rate = self.roofline.roof("disk").up_bytes_per_s
+        return [
+            0.0 if p < self.resident_pages else n * self._stored_bytes_per_parameter(p) / rate
+            for p, n in enumerate(self.page_parameters)
+        ]
+
+    @cached_property
     def decode(self) -> PassTime:
-        compute = self._decode_arithmetic_s * self._slowdown + self._decode_launch_s
-        return PassTime(lanes=lanes([("cores", compute), ("disk", self._disk_s)]), serial_s=0.0)
+        return self._pass(self._decode_step)
 
-    @property
+    @cached_property
     def prefill(self) -> PassTime:
-        prompt, dram = self.requests.mean_prompt_tokens(), self.roofline.roof("dram")
-        work = float(np.asarray(costs.prefill_flops(self.workload, float(self.sequences), prompt)))
-        tokens = self.sequences * prompt
-        calls = math.ceil(tokens / self.prefill_tokens) + self.sequences
-        compute = work / dram.prefill_flops_per_s * self._slowdown + self._launch_s(calls, tokens)
-        return PassTime(lanes=lanes([("cores", compute), ("disk", self._disk_s)]), serial_s=0.0)
+        return self._pass(self._prefill_step)
 
     @property
     def generated_tokens_per_s(self) -> float:
@@ -299,7 +374,7 @@ class _Point:
             engine="runtime_min",
             gpus=0,
             data_parallel=1,
-            threads=self.threads,
+            threads=self.kernels.threads,
             dtype=self.roofline.dtype,
             sequences=self.sequences,
             micro_batch=self.micro_batch,

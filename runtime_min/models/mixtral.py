@@ -16,7 +16,7 @@ from moeplan.runtime_min.attention import KvCache, MicroBatch, attend
 from moeplan.runtime_min.lanes import ATTENTION, EMBED, EXPERTS, HEAD, ROUTE, Row
 from moeplan.runtime_min.layers import Rope, Routing, choose_experts, expert, linear, rms_norm, sort_by_expert
 from moeplan.runtime_min.model_config import ModelConfig
-from moeplan.runtime_min.pages import PageStore
+from moeplan.runtime_min.pages import Weights
 from moeplan.runtime_min.plan_file import ModelPlan, PagePlan, RuntimePlan, call_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
@@ -82,15 +82,16 @@ class Mixtral:
     After the head row `logits` has the next-token scores of each sequence, float32 [N, vocab].
     """
 
-    def __init__(self, plan: RuntimePlan, config: ModelConfig, pages: PageStore) -> None:
+    def __init__(self, plan: RuntimePlan, config: ModelConfig, pages: Weights) -> None:
         m, batch, dtype = plan.model, plan.batch, DTYPES[plan.model.compute_dtype]
         self._model, self._page_plan, self._config, self._pages = m, plan.pages, config, pages
         self._call = call_tokens(batch)
         self._head_rows = batch.micro_batch
         tokens = batch.sequences * batch.prompt_tokens
-        self._hidden = torch.empty(tokens, m.hidden)  # the residual stream, always float32
-        self._normed = torch.empty(tokens, m.hidden, dtype=dtype)
-        self._logits = torch.empty(batch.sequences, m.vocab)
+        # Written once now: the first pass would wait for the system to find the memory.
+        self._hidden = torch.empty(tokens, m.hidden).zero_()  # the residual stream, always float32
+        self._normed = torch.empty(tokens, m.hidden, dtype=dtype).zero_()
+        self._logits = torch.empty(batch.sequences, m.vocab).zero_()
         self._rope = Rope(m.head_dim, config.rope_theta, batch.context_tokens, dtype)
         self._cache = KvCache(m.layers, batch.sequences, m.kv_heads, batch.context_tokens, m.head_dim, dtype)
         self._routing = Routing(torch.empty(0), torch.empty(0), [])
@@ -101,6 +102,10 @@ class Mixtral:
         self.hidden = self._hidden[: len(step.tokens)]  # [T, H]
         self.normed = self._normed[: len(step.tokens)]
         self.logits = self._logits[: len(step.last)]
+
+    def route_as(self, routing: Routing) -> None:
+        """Take `routing` for the experts that come next."""
+        self._routing = routing
 
     def execute(self, row: Row) -> None:
         op, _, layer, item, slot = row[:5]

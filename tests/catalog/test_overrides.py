@@ -96,11 +96,72 @@ def test_machine_file(tmp_path: Path) -> None:
     """Calibrated rates are reached rates: efficiencies are 1."""
     machine = machine_of(tmp_path, MACHINE)
     assert (machine.name, machine.gpus, machine.cpu_cores) == ("my-box", 0, 2)
-    assert (machine.provenance, machine.sigma, machine.launch_s) == ("calibrated", 0.18, 5e-6)
+    assert (machine.provenance, machine.sigma, machine.launch_s) == ("calibrated", 0.30, 5e-6)
     dram, disk = machine.levels
     assert (dram.bytes, dram.bytes_per_s, dram.memory_efficiency) == (25_000_000_000, 2.2e10, 1.0)
     assert (disk.up_bytes_per_s, disk.up_efficiency) == (2.0e9, 1.0)
     assert machine.source == "machine.yaml"
+
+
+KERNELS = """\
+  kernels:
+    float32:
+      2:
+        attention_s: 1.3e-04
+        route_s: 4.0e-05
+        expert_s: 3.2e-05
+        row_s: 5.7e-06
+        pass_s: 3.0e-04
+        sequence_s: 7.6e-07
+        product_flops_per_s: {1: 7.9e+10, 16: 1.6e+11}
+        far_bytes_per_s: {67108864: 5.0e+11, 536870912: 3.2e+10}
+        attention_flops_per_s: {16: 8.8e+10, 128: 1.6e+11}
+        kv_bytes_per_s: 2.4e+10
+        head_s: 2.7e-08
+        attention_values_per_s: {1: 1.8e+07, 128: 3.7e+08}
+        route_values_per_s: {1: 1.0e+07, 128: 4.4e+08}
+        expert_values_per_s: {1: 3.6e+08, 64: 5.8e+08}
+        score_values_per_s: 7.0e+08
+"""
+CALIBRATED = MACHINE.replace(
+    MACHINE.splitlines()[3] + "\n",
+    "cpu:\n  cores: 2\n  flops_per_s: {float32: 2.0e+11, bf16: 1.4e+11}\n  while_reading: 0.8\n" + KERNELS,
+)
+
+
+def test_machine_file_with_kernels(tmp_path: Path) -> None:
+    """Measured operators narrow the interval; tables are read in ascending order."""
+    machine = machine_of(tmp_path, CALIBRATED)
+    (kernels,) = machine.kernels
+    assert (kernels.dtype, kernels.threads, kernels.head_s) == ("float32", 2, 2.7e-8)
+    assert kernels.product_flops_per_s == ((1, 7.9e10), (16, 1.6e11))
+    assert (machine.sigma, machine.compute_kept, machine.disk_kept) == (0.15, 0.8, 0.92)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("7.9e+10, 16", "fast, 16", "product_flops_per_s: '1' is 'fast', expected a number"),
+        ("{1: 7.9e+10, 16", "{some: 7.9e+10, 16", "'some' is no number of rows"),
+        ("{1: 7.9e+10, 16: 1.6e+11}", "{}", "'product_flops_per_s' holds no figure"),
+        ("{1: 7.9e+10, 16: 1.6e+11}", "7.9e+10", "expected a group of keys"),
+        ("{1: 7.9e+10", "{1: 0", "'1' is 0, expected 1e+06 to 1e+19"),
+        ("kv_bytes_per_s: 2.4e+10", "kv_bytes_per_s: -1", "'kv_bytes_per_s' is -1"),
+        ("        head_s: 2.7e-08\n", "", "missing key 'head_s'"),
+        ("head_s: 2.7e-08", "head_s: 0", "'head_s' is 0, expected 1e-12 to 1"),
+        ("      2:\n", "      3:\n", "'3' is no number of threads"),
+        ("      2:\n", "      all:\n", "'all' is no number of threads"),
+        ("    float32:\n", "    fp7:\n", "unknown key 'fp7'"),
+        ("while_reading: 0.8", "while_reading: 1.8", "'while_reading' is 1.8"),
+        ("head_s: 2.7e-08", "heads_s: 2.7e-08", "unknown key 'heads_s'"),
+    ],
+)
+def test_mistakes_in_kernels(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in CALIBRATED
+    with pytest.raises(CompileError) as raised:
+        machine_of(tmp_path, CALIBRATED.replace(old, new))
+    assert message in str(raised.value)
+    assert re.search(r"machine\.yaml:\d+:\d+: ", str(raised.value))
 
 
 def test_machine_file_with_a_known_gpu(tmp_path: Path) -> None:

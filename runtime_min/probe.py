@@ -1,0 +1,254 @@
+"""A model of any shape with made-up weights in memory, to time the runtime's own operations on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeplan.runtime_min.attention import decode_batch, prefill_batch
+from moeplan.runtime_min.engine import Batches, Generation
+from moeplan.runtime_min.lanes import (
+    ATTENTION,
+    COMPUTE,
+    DECODE,
+    EMBED,
+    EXPERTS,
+    HEAD,
+    LANES,
+    ROUTE,
+    WAIT,
+    DiskLane,
+    Lanes,
+    Row,
+)
+from moeplan.runtime_min.layers import Routing, sort_by_expert
+from moeplan.runtime_min.model_config import ModelConfig
+from moeplan.runtime_min.models.mixtral import DTYPES, Mixtral, Pass, tensor_shapes
+from moeplan.runtime_min.plan_file import (
+    BatchPlan,
+    MemoryPlan,
+    ModelPlan,
+    PagePlan,
+    Predicted,
+    Range,
+    RuntimePlan,
+    SchedulePlan,
+)
+from moeplan.runtime_min.sampling import Sampling
+
+_MANY_ROWS = 16
+GREEDY = Sampling(0.0, 1.0, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A Mixtral; its experts lie one to a page."""
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int
+    experts_per_token: int
+    vocab: int
+
+    @property
+    def attention_weights(self) -> int:
+        """Of one layer."""
+        return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+
+    @property
+    def expert_weights(self) -> int:
+        """Of one expert."""
+        return 3 * self.hidden * self.inner
+
+    @property
+    def attention_values(self) -> int:
+        """Of one token: its hidden state, queries, keys and values."""
+        return self.hidden + (self.heads + 2 * self.kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class _InMemory:
+    resident: dict[str, Tensor]
+
+    def view(self, layer: int, page: int, slot: int) -> Mapping[str, Tensor]:
+        return self.resident
+
+
+class Probe:
+    """The model of `shape`, computing in `dtype`, for up to `sequences` of `prompt` and `context` tokens."""
+
+    def __init__(self, shape: Shape, dtype: str, sequences: int, prompt: int, context: int) -> None:
+        self.shape = shape
+        self._plan = _plan(shape, dtype, sequences, prompt, context)
+        weights = {
+            name: _weight(sizes, DTYPES[dtype])
+            for name, sizes in tensor_shapes(self._plan.model, tied=False).items()
+        }
+        config = ModelConfig(norm_eps=1e-5, rope_theta=1e4, tied=False, eos=frozenset())
+        self._model = Mixtral(self._plan, config, _InMemory(weights))
+
+    def prefill(self, sequences: int, prompt: int) -> dict[int, float]:
+        """Seconds of each operation of a prefill, summed over layers."""
+        batch = prefill_batch(0, range(sequences), [prompt] * sequences)
+        tokens = torch.randint(self.shape.vocab, (sequences * prompt,))
+        return self._timed(Pass(tokens, (batch,), torch.arange(1, sequences + 1) * prompt - 1))
+
+    def decode(self, sequences: int, context: int) -> dict[int, float]:
+        """Seconds of each operation of a decode pass, summed over layers."""
+        batch = decode_batch(0, range(sequences), [context] * sequences)
+        tokens = torch.randint(self.shape.vocab, (sequences,))
+        return self._timed(Pass(tokens, (batch,), torch.arange(sequences)))
+
+    def experts(self, rows: int) -> float:
+        """Mean seconds of an expert that gets `rows` tokens, where they are many only on average."""
+        shape = self.shape
+        count = max(1, rows * shape.experts // shape.experts_per_token)
+        tokens = torch.zeros(count, dtype=torch.int64)
+        self._model.begin(Pass(tokens, (prefill_batch(0, [0], [count]),), tokens[-1:]))
+        self._model.route_as(self._routing(rows, count))
+        start = time.perf_counter()
+        for row in self._order:
+            if row[0] == EXPERTS:
+                self._model.execute(row)
+        return (time.perf_counter() - start) / (shape.layers * shape.experts)
+
+    def _routing(self, rows: int, tokens: int) -> Routing:
+        """Random choices, or, of few rows, the same number for each expert."""
+        experts, top = self.shape.experts, self.shape.experts_per_token
+        if rows >= _MANY_ROWS:
+            chosen = torch.rand(tokens, experts).topk(top).indices
+            return sort_by_expert(torch.full((tokens, top), 1 / top), chosen, experts)
+        starts = list(range(0, rows * experts + 1, rows))
+        return Routing(torch.arange(rows * experts) % tokens, torch.full((rows * experts,), 1 / top), starts)
+
+    def generate(self, sequences: int, passes: int) -> tuple[float, float]:
+        """Of decode passes: mean seconds outside the rows of their schedule, and between two rows."""
+        lanes = _TimedLanes(self._schedule())
+        batches = Batches(self._plan, self._model, lanes)
+        batches.run([Generation([1], 1 + passes, GREEDY) for _ in range(sequences)])
+        stats = batches.stats
+        outside = stats.decode_s - lanes.inside_s - lanes.between_s
+        return outside / stats.decode_passes, lanes.between_s / stats.decode_passes / (len(self._order) - 1)
+
+    def _timed(self, step: Pass) -> dict[int, float]:
+        taken = dict.fromkeys((EMBED, ATTENTION, ROUTE, EXPERTS, HEAD), 0.0)
+        self._model.begin(step)
+        for row in self._order:
+            start = time.perf_counter()
+            self._model.execute(row)
+            taken[row[0]] += time.perf_counter() - start
+        return taken
+
+    @property
+    def _order(self) -> list[Row]:
+        """The rows of a pass of one micro-batch, as schedule.py issues them where nothing is read."""
+        ops = [(EMBED, 0, 0)]
+        for layer in range(self.shape.layers):
+            ops += [(ATTENTION, layer, 0), (ROUTE, layer, 0)]
+            ops += [(EXPERTS, layer, 1 + e) for e in range(self.shape.experts)]
+        ops.append((HEAD, self.shape.layers - 1, 0))
+        return [(op, COMPUTE, layer, item, -1, 0, 0) for op, layer, item in ops]
+
+    def _schedule(self) -> Any:
+        """What `Lanes` asks of a schedule module."""
+        rows = np.array(self._order, dtype=np.int64)
+
+        def issue(clock: Any, table: Any, phase: int, micro_batches: int, start: int) -> int:
+            table[:] = rows
+            return len(rows)
+
+        return SimpleNamespace(
+            __file__="probe",
+            COLUMNS=WAIT + len(LANES),
+            new_clock=lambda: np.zeros((1, len(LANES)), dtype=np.int64),
+            max_rows=lambda micro_batches: len(rows),
+            issue=issue,
+        )
+
+
+class _TimedLanes(Lanes):
+    """Lanes without a disk that add up what the rows of decode passes take, and what lies between them."""
+
+    def __init__(self, schedule: Any) -> None:
+        super().__init__(schedule, DiskLane(lambda *_: (), 0))
+        self.inside_s = self.between_s = 0.0
+        self._last = 0.0
+
+    def run(self, phase: int, micro_batches: int, execute: Callable[[Row], None], more: bool) -> None:
+        def timed(row: Row) -> None:
+            start = time.perf_counter()
+            execute(row)
+            end = time.perf_counter()
+            if row[0] != EMBED:
+                self.between_s += start - self._last
+            self.inside_s += end - start
+            self._last = end
+
+        super().run(phase, micro_batches, timed if phase == DECODE else execute, more)
+
+
+def _weight(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if len(sizes) == 1:
+        return torch.ones(sizes, dtype=dtype)
+    return torch.randn(sizes).mul_(1 / math.sqrt(sizes[-1])).to(dtype)
+
+
+def _plan(shape: Shape, dtype: Any, sequences: int, prompt: int, context: int) -> RuntimePlan:
+    """As much of a plan as the model looks at."""
+    nothing = Range(value=0.0, low=0.0, high=0.0)
+    return RuntimePlan(
+        format=0,
+        name="probe",
+        device="cpu",
+        threads=torch.get_num_threads(),
+        model=ModelPlan(
+            architecture="mixtral",
+            checkpoint="",
+            compute_dtype=dtype,
+            layers=shape.layers,
+            hidden=shape.hidden,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            vocab=shape.vocab,
+            experts=shape.experts,
+            experts_per_token=shape.experts_per_token,
+            expert_intermediate=shape.inner,
+            parameters=0,
+        ),
+        batch=BatchPlan(
+            sequences=sequences,
+            micro_batch=sequences,
+            prefill_tokens=sequences * prompt,
+            prompt_tokens=prompt,
+            context_tokens=context,
+        ),
+        pages=PagePlan(
+            pages_per_layer=1 + shape.experts,
+            experts_per_page=1,
+            resident_pages=1 + shape.experts,
+            slots=0,
+            slot_bytes=0,
+            readers=0,
+            block_bytes=0,
+        ),
+        memory=MemoryPlan(
+            budget_bytes=0, weights_bytes=0, slots_bytes=0, kv_bytes=0, workspace_bytes=0, process_bytes=0
+        ),
+        schedule=SchedulePlan(kind="stream", format=0, sha256=""),
+        predicted=Predicted(
+            prefill_tokens_per_s=nothing, decode_tokens_per_s=nothing, generated_tokens_per_s=nothing
+        ),
+    )
