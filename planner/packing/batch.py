@@ -15,11 +15,13 @@ from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import RequestClass, Workload
 from moeplan.planner.packing.common import (
     MOST_ALTERNATIVES,
+    PREDICTED_ONLY,
     TIE_BREAK,
     Answer,
     Limits,
     add_limits,
     binding_limit,
+    executable,
     infeasible,
     solve,
     whole,
@@ -27,7 +29,6 @@ from moeplan.planner.packing.common import (
 from moeplan.planner.units import format_duration
 
 _ROUND_UP = 1.006  # three printed digits may round down by half a percent
-_PREDICTED_ONLY = "; predicted only, runtime_min does not execute GPU plans yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def solve_batch(spec: Spec, batch: Batch, offered: Sequence[Column], limits: Lim
 
     Columns that no engine executes yet are chosen only where there is no other, and listed as alternatives.
     """
-    columns = [column for column in offered if not column.policy.simulated_only] or list(offered)
+    columns = executable(offered)
     problem, replicas, share = _batch_problem(batch, columns, limits)
     status = solve(problem)
     if status is None:
@@ -146,7 +147,7 @@ def _batch_alternatives(batch: Batch, columns: Sequence[Column]) -> tuple[Altern
                 replicas=replicas,
                 cost_usd=batch.bill(column, replicas),
                 note=f"USD in all, {format_duration(hours * 3600)} of machine time"
-                + _PREDICTED_ONLY * simulated,
+                + PREDICTED_ONLY * simulated,
             )
         )
     return tuple(sorted(found, key=lambda a: (a.cost_usd, a.column))[:MOST_ALTERNATIVES])

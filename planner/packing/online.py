@@ -16,11 +16,13 @@ from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import RequestClass
 from moeplan.planner.packing.common import (
     MOST_ALTERNATIVES,
+    PREDICTED_ONLY,
     TIE_BREAK,
     Answer,
     Limits,
     add_limits,
     binding_limit,
+    executable,
     infeasible,
     solve,
     whole,
@@ -30,9 +32,13 @@ SPOT_OVERPROVISION = 1  # more spot replicas than needed while serving online: S
 
 
 def solve_online(
-    spec: Spec, requests: RequestClass, columns: Sequence[Column], target: float, limits: Limits
+    spec: Spec, requests: RequestClass, offered: Sequence[Column], target: float, limits: Limits
 ) -> Answer:
-    """min Σ price·(replicas + spot extra), every bucket routed, no column loaded above `target`."""
+    """min Σ price·(replicas + spot extra), every bucket routed, no column loaded above `target`.
+
+    Columns that no engine executes yet are chosen only where there is no other, and listed as alternatives.
+    """
+    columns = executable(offered)
     problem, replicas = _online_problem(requests, columns, target, limits)
     status = solve(problem)
     if status is None:
@@ -59,7 +65,7 @@ def solve_online(
             if shares[b, column.name]
         ]
     return Answer(
-        tuple(choices), tuple(routes), _online_alternatives(requests, columns, used, target), status
+        tuple(choices), tuple(routes), _online_alternatives(requests, offered, used, target), status
     )
 
 
@@ -163,7 +169,7 @@ def _online_alternatives(
                 serves="online",
                 replicas=replicas,
                 cost_usd=replicas * column.usd_per_hour,
-                note="USD per hour",
+                note="USD per hour" + PREDICTED_ONLY * column.policy.simulated_only,
             )
         )
     return tuple(sorted(found, key=lambda a: (a.cost_usd, a.column))[:MOST_ALTERNATIVES])

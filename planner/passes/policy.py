@@ -38,7 +38,7 @@ def find_policies(
 def _answers(
     workload: Workload, requests: RequestClass, roofline: Roofline, memory_limit_bytes: int | None
 ) -> list[Policy | Rejection]:
-    """Each strategy's answer. Offloaded replicas answer in seconds per token: batch work only."""
+    """Each strategy's answer."""
     if roofline.roofs[0].flops_per_s == 0:
         return [_no_arithmetic(workload, requests, roofline)]
     if not roofline.has("gpu"):
@@ -46,7 +46,7 @@ def _answers(
             return [_no_online_without_gpu(roofline)]
         return [stream_policy(workload, requests, roofline, memory_limit_bytes)]
     answers = [in_memory_policy(workload, requests, roofline)]
-    if requests.name == "batch" and roofline.roof("dram").flops_per_s > 0:
+    if roofline.roof("dram").flops_per_s > 0:
         answers.append(offload_policy(workload, requests, roofline, memory_limit_bytes))
     return answers
 

@@ -17,7 +17,7 @@ from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import Bucket, RequestClass
 from moeplan.planner.serving import ALL_REDUCE_S, PEER_EFFICIENCY
-from moeplan.planner.units import format_bytes
+from moeplan.planner.units import format_bytes, format_duration
 
 # Shares of a memory that a plan may use, as MoE-Lightning's released optimiser has them: the rest is left to
 # fragmentation, the CUDA context and the operating system.
@@ -161,4 +161,25 @@ def too_small(
         message=f"{what} needs {format_bytes(need)} of {level} memory, {format_bytes(limit)} may be used",
         hint=hint,
         excess=need / limit,
+    )
+
+
+def too_slow(
+    roofline: Roofline, requests: RequestClass, bucket: Bucket, ttft_s: float, itl_s: float
+) -> Rejection:
+    """A refusal because requests of one size cannot keep the SLO, with what they reach."""
+    slo = requests.slo
+    assert slo is not None  # without an SLO nothing is late
+    late = "TTFT" if ttft_s > slo.ttft_s else "ITL"
+    reached, wanted = (ttft_s, slo.ttft_s) if late == "TTFT" else (itl_s, slo.itl_s)
+    return Rejection(
+        machine=roofline.machine.name,
+        serves=requests.name,
+        constraint=late,
+        message=(
+            f"requests of {bucket.prompt_tokens:.0f} + {bucket.output_tokens:.0f} tokens reach "
+            f"{late} {format_duration(reached)} alone, the SLO is {format_duration(wanted)}"
+        ),
+        hint=f"an SLO of {late.lower()} {format_duration(reached)} or more, or a faster machine",
+        excess=reached / wanted,
     )

@@ -27,5 +27,6 @@ def figures_at(
     """
     if policy.engine == "vllm":
         return in_memory_figures(workload, requests, roofline, policy, bucket, batch, slower)
-    strategy = offload_figures if policy.gpus else stream_figures
-    return strategy(workload, requests, roofline, policy, batch, slower)
+    if policy.gpus:
+        return offload_figures(workload, requests, roofline, policy, bucket, batch, slower)
+    return stream_figures(workload, requests, roofline, policy, batch, slower)

@@ -34,10 +34,10 @@ from moeplan.planner.strategies.common import (
     estimate,
     host_threads,
     lanes,
+    too_slow,
     too_small,
     uses,
 )
-from moeplan.planner.units import format_duration
 
 _MAX_SEQUENCES = 256  # vLLM's default max_num_seqs
 _PREFILL_TOKENS = 8192  # vLLM's chunk of prompt tokens per step
@@ -305,20 +305,5 @@ def _what_would_fit(copy: _Copy, need: float) -> str:
 
 
 def _too_slow(requests: RequestClass, roofline: Roofline, best: Policy) -> Rejection:
-    slo = requests.slo
-    assert slo is not None  # without an SLO every rate is positive
     worst = next(rate for rate in best.rates if rate.requests_per_s.value == 0.0)
-    bucket = requests.buckets[worst.bucket]
-    late = "TTFT" if worst.ttft_s > slo.ttft_s else "ITL"
-    reached, wanted = (worst.ttft_s, slo.ttft_s) if late == "TTFT" else (worst.itl_s, slo.itl_s)
-    return Rejection(
-        machine=roofline.machine.name,
-        serves=requests.name,
-        constraint=late,
-        message=(
-            f"requests of {bucket.prompt_tokens:.0f} + {bucket.output_tokens:.0f} tokens reach "
-            f"{late} {format_duration(reached)} alone, the SLO is {format_duration(wanted)}"
-        ),
-        hint=f"an SLO of {late.lower()} {format_duration(reached)} or more, or a faster machine",
-        excess=reached / wanted,
-    )
+    return too_slow(roofline, requests, requests.buckets[worst.bucket], worst.ttft_s, worst.itl_s)

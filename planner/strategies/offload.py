@@ -23,7 +23,7 @@ from moeplan.planner.ir.policy import (
 )
 from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roofline
-from moeplan.planner.ir.workload import RequestClass, Workload
+from moeplan.planner.ir.workload import Bucket, RequestClass, Workload
 from moeplan.planner.strategies.common import (
     GPU_SHARE,
     HOST_SHARE,
@@ -47,6 +47,7 @@ from moeplan.planner.strategies.offload_lanes import (
     Shapes,
     total,
 )
+from moeplan.planner.strategies.offload_online import fastest_online, online_figures, online_policy
 from moeplan.planner.strategies.offload_search import batch_seconds, fastest, shapes
 from moeplan.planner.units import format_bytes
 
@@ -57,10 +58,14 @@ _MOST_GPUS = 64
 def offload_policy(
     workload: Workload, requests: RequestClass, roofline: Roofline, memory_limit_bytes: int | None
 ) -> Policy | Rejection:
-    """Return the fastest offloading policy for a batch class, or what memory is short."""
+    """Return the fastest offloading policy for a class, or what memory is short, or how late an online class
+    would be."""
     if not workload.model.experts:
         return _no_experts(workload, requests, roofline)
     problem = Costs(workload, requests, roofline, host_limit_bytes(roofline, memory_limit_bytes))
+    if requests.name == "online":
+        point = fastest_online(problem)
+        return too_big(problem) if point is None else online_policy(problem, point, policy_of(problem, point))
     best = fastest(problem, problem.units(shapes(roofline.machine.gpus, requests.requests)))
     return too_big(problem) if best is None else policy_of(problem, best)
 
@@ -87,10 +92,12 @@ def offload_figures(
     requests: RequestClass,
     roofline: Roofline,
     policy: Policy,
+    bucket: Bucket,
     sequences: int,
     slower: Slower,
 ) -> Figures:
-    """What one copy does with `sequences` of `requests` in flight, placed like the policy's."""
+    """What one copy does with `sequences` of `requests` in flight, placed like the policy's. Online requests
+    are of the bucket's size."""
     limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
     problem, one = Costs(workload, requests, roofline, float(limit)), np.ones(1)
     count = math.ceil(sequences / policy.micro_batch)
@@ -100,6 +107,8 @@ def offload_figures(
     streams = one * (policy.pages != NO_PAGES) > 0
     layout = problem.layout(problem.units(shape), on_gpu * one, cache_up * one, streams)
     point = problem.point(layout, round(policy.experts_cpu_share * workload.model.experts) * one)
+    if requests.name == "online":
+        return online_figures(problem, point, bucket, slower)
     prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.sequences)).seconds
     decode = _pass_time(problem, point, problem.decode_lanes(point)).seconds
     return batch_figures(requests, sequences, prefill * slower.prefill, decode * slower.decode)

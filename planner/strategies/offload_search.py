@@ -37,13 +37,18 @@ _MOST_LAYOUTS = 3000  # attention splits searched exactly, all shapes together
 _FIRST = 100  # of them, by their bound, before the others are pruned by the best
 
 
+def ways(gpus: int) -> list[tuple[int, int]]:
+    """(GPUs of a copy, copies) that fit a machine of `gpus` GPUs."""
+    degrees = [d for d in range(1, gpus + 1) if gpus % d == 0]
+    return [(d, c) for d in degrees for c in range(1, gpus // d + 1) if (gpus // d) % c == 0]
+
+
 def shapes(gpus: int, requests: int) -> Shapes:
     """Every tensor parallelism, number of copies, μ and n_ub that `requests` can fill; one at least."""
-    degrees = [d for d in range(1, gpus + 1) if gpus % d == 0]
-    ways = [(d, c) for d in degrees for c in range(1, gpus // d + 1) if (gpus // d) % c == 0]
-    grids = np.meshgrid(np.arange(len(ways)), MICRO_BATCH_SIZES, MICRO_BATCHES, indexing="ij")
+    degrees = ways(gpus)
+    grids = np.meshgrid(np.arange(len(degrees)), MICRO_BATCH_SIZES, MICRO_BATCHES, indexing="ij")
     way, micro, count = (grid.ravel() for grid in grids)
-    degree, copies = np.array(ways, dtype=float)[way].T
+    degree, copies = np.array(degrees, dtype=float)[way].T
     fill = copies * micro * count <= max(requests, 1)
     return Shapes(degree[fill], copies[fill], micro[fill].astype(float), count[fill].astype(float))
 

@@ -118,9 +118,43 @@ def test_experts_move_from_cpu_to_link_near_p1(catalog: Catalog) -> None:
     assert shares[-1] == 0.0
 
 
-def test_offloaded_replicas_never_serve_online(catalog: Catalog) -> None:
-    answers = offered(ONLINE, catalog.machines["g4dn.16xlarge"])
-    assert all(isinstance(answer, Rejection) or answer.engine == "vllm" for answer in answers)
+SLOW_ONLINE = ONLINE.replace("ttft: 2s, itl: 100ms", "ttft: 60s, itl: 5s")
+
+
+def online_offload(catalog: Catalog, text: str) -> Policy | Rejection:
+    """The offloading answer on a box whose GPU does not hold the model."""
+    answers = offered(text, catalog.machines["g6.8xlarge"])
+    return next(a for a in answers if isinstance(a, Policy) or a.constraint != "gpu memory")
+
+
+def test_offloaded_replicas_serve_what_is_patient(catalog: Catalog) -> None:
+    """61 GB of weights beside a 24 GB card: seconds per token, kept where the SLO allows it."""
+    policy = online_offload(catalog, SLOW_ONLINE)
+    assert isinstance(policy, Policy)
+    requests = workload_of(SLOW_ONLINE).classes[0]
+    for rate in policy.rates:
+        assert rate.itl_s <= 5.0
+        assert rate.ttft_s <= 60.0
+        assert rate.itl_s > policy.decode.seconds * 0.5
+        output = requests.buckets[rate.bucket].output_tokens
+        in_flight = policy.data_parallel * policy.sequences
+        assert rate.requests_per_s.value == pytest.approx(in_flight / (output * rate.itl_s))
+
+
+def test_a_stricter_slo_never_serves_more_when_offloaded(catalog: Catalog) -> None:
+    served = []
+    for itl in ("5s", "2s", "1s"):
+        policy = online_offload(catalog, SLOW_ONLINE.replace("itl: 5s", f"itl: {itl}"))
+        served.append(policy.generated_tokens_per_s.value if isinstance(policy, Policy) else 0.0)
+    assert served == sorted(served, reverse=True)
+    assert served[0] > 0
+
+
+def test_offloading_that_is_too_slow_says_what_it_reaches(catalog: Catalog) -> None:
+    refused = online_offload(catalog, ONLINE.replace("itl: 100ms", "itl: 5ms"))
+    assert isinstance(refused, Rejection)
+    assert refused.constraint == "ITL"
+    assert refused.hint.startswith("an SLO of itl ")
 
 
 def fp8(text: str) -> str:
@@ -159,7 +193,7 @@ def test_slo_bounds_the_rate(catalog: Catalog) -> None:
     rates = []
     for itl in ("40ms", "60ms", "100ms", "400ms"):
         text = ONLINE.replace("itl: 100ms", f"itl: {itl}")
-        (policy,) = offered(text, catalog.machines["a2-ultragpu-1g"])
+        policy = offered(text, catalog.machines["a2-ultragpu-1g"])[0]
         assert isinstance(policy, Policy)
         slo = workload_of(text).classes[0].slo
         assert slo is not None
@@ -169,7 +203,7 @@ def test_slo_bounds_the_rate(catalog: Catalog) -> None:
 
 
 def test_an_unreachable_slo_is_refused_with_what_is_reached(catalog: Catalog) -> None:
-    (answer,) = offered(ONLINE.replace("itl: 100ms", "itl: 2ms"), catalog.machines["a2-ultragpu-1g"])
+    answer = offered(ONLINE.replace("itl: 100ms", "itl: 2ms"), catalog.machines["a2-ultragpu-1g"])[0]
     assert isinstance(answer, Rejection)
     assert answer.constraint == "ITL"
 

@@ -35,6 +35,7 @@ CASES = {
     "vllm, copies": (ONLINE, "a3-highgpu-8g"),
     "vllm, batch": (batch_spec(model="qwen3-30b-a3b"), "a2-ultragpu-1g"),
     "offload": (batch_spec(), "g4dn.16xlarge"),
+    "offload, online": (ONLINE.replace("ttft: 2s, itl: 100ms", "ttft: 60s, itl: 5s"), "g6.8xlarge"),
     "stream": (batch_spec(model="olmoe-1b-7b"), "cpu-2core"),
 }
 

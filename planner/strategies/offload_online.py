@@ -1,0 +1,150 @@
+"""Offloaded replicas under continuous batching: the largest request rate that keeps the SLO.
+
+Requests enter between passes. A pass takes all N sequences one token further and the prompts of those that
+enter: N/o on average, whose experts stream, or are read from disk, with those of decode. So ITL = t(N, N/o),
+a first token waits for the pass under way and its own, and one copy serves N/(o·ITL) requests a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from moeplan.planner.ir.policy import BucketRate, Policy, Rejection
+from moeplan.planner.ir.profile import Figures
+from moeplan.planner.ir.workload import Bucket, RequestClass
+from moeplan.planner.strategies.common import Slower, estimate, too_slow
+from moeplan.planner.strategies.offload_lanes import Array, Costs, Layout, Point, Shapes, take
+from moeplan.planner.strategies.offload_search import (
+    MICRO_BATCH_SIZES,
+    best_cpu_experts,
+    extremes,
+    ways,
+)
+
+_MICRO_BATCHES = (1, 2, 4, 8, 16)
+_SHARED: tuple[str, ...] = ("h2d", "disk")  # lanes on which prefill and decode wait for the same experts
+
+
+def fastest_online(problem: Costs) -> Point | None:
+    """The point with the highest rate of the class's mix of sizes that keeps the SLO for each; if none does,
+    the one that comes nearest; None where nothing fits."""
+    layout, _ = extremes(problem, problem.units(_shapes(problem.roofline.machine.gpus)))
+    mean = replace(problem, requests=_of_one_size(problem.requests, _mean(problem.requests)))
+    layout = _again(mean, layout)
+
+    def seconds(point: Point) -> Array:
+        return np.where(point.feasible, _itl_s(mean, point), np.inf)
+
+    points = best_cpu_experts(mean, layout, seconds)
+    points = take(points, points.feasible)
+    if not points.on_gpu.size:
+        return None
+    rates = [_bucket_times(problem, points, bucket) for bucket in problem.requests.buckets]
+    late = np.maximum.reduce([_lateness(problem.requests, ttft, itl) for ttft, itl in rates])
+    load = sum(
+        bucket.share * bucket.output_tokens * itl
+        for bucket, (_, itl) in zip(problem.requests.buckets, rates, strict=True)
+    )
+    rate = points.sequences * points.units.copies / load
+    best = int(np.argmax(np.where(late <= 1.0, rate, 0.0))) if (late <= 1.0).any() else int(np.argmin(late))
+    return take(points, slice(best, best + 1))
+
+
+def _shapes(gpus: int) -> Shapes:
+    degrees = ways(gpus)
+    grids = np.meshgrid(np.arange(len(degrees)), MICRO_BATCH_SIZES, _MICRO_BATCHES, indexing="ij")
+    way, micro, count = (grid.ravel() for grid in grids)
+    degree, copies = np.array(degrees, dtype=float)[way].T
+    return Shapes(degree, copies, micro.astype(float), count.astype(float))
+
+
+def _mean(requests: RequestClass) -> Bucket:
+    return Bucket(
+        prompt_tokens=requests.mean_prompt_tokens(), output_tokens=requests.mean_output_tokens(), share=1.0
+    )
+
+
+def _of_one_size(requests: RequestClass, bucket: Bucket) -> RequestClass:
+    """The class as if all requests had the bucket's size; memory is still for the longest."""
+    return replace(requests, buckets=(replace(bucket, share=1.0),))
+
+
+def _again(problem: Costs, layout: Layout) -> Layout:
+    """The layout with the times of another size of requests."""
+    u = layout.units
+    units = problem.units(Shapes(u.gpus, u.copies, u.micro_batch, u.micro_batches))
+    return problem.layout(units, layout.on_gpu, layout.cache_up, layout.streams)
+
+
+def _itl_s(problem: Costs, point: Point) -> Array:
+    """Seconds of a pass that also takes the prompts that enter."""
+    entering = point.sequences / problem.requests.mean_output_tokens()
+    decode, prefill = problem.decode_lanes(point), problem.prefill_lanes(point, entering)
+    lanes = {
+        lane: np.maximum(seconds, prefill[lane]) if lane in _SHARED else seconds + prefill[lane]
+        for lane, seconds in decode.items()
+    }
+    return problem.pass_s(point, lanes)
+
+
+def _bucket_times(problem: Costs, points: Point, bucket: Bucket) -> tuple[Array, Array]:
+    """TTFT and ITL of one bucket's requests at points found for the mean."""
+    own = replace(problem, requests=_of_one_size(problem.requests, bucket))
+    itl = _itl_s(own, own.point(_again(own, points), points.cpu_experts))
+    return 2.0 * itl, itl
+
+
+def _lateness(requests: RequestClass, ttft: Array, itl: Array) -> Array:
+    """The larger part of its promise that a point takes; above 1 it is broken."""
+    slo = requests.slo
+    if slo is None:
+        return np.zeros_like(itl)
+    return np.maximum(ttft / slo.ttft_s, itl / slo.itl_s)
+
+
+def online_figures(problem: Costs, point: Point, bucket: Bucket, slower: Slower) -> Figures:
+    """What one copy does with requests of the bucket's size, as many in flight as `point` has."""
+    own = replace(problem, requests=_of_one_size(problem.requests, bucket))
+    one = own.point(_again(own, point), point.cpu_experts)
+    sequences = float(one.sequences[0])
+    prefill = float(own.pass_s(one, own.prefill_lanes(one, np.ones(1)))[0]) * slower.prefill
+    decode = float(own.pass_s(one, own.decode_lanes(one))[0]) * slower.decode
+    itl = float(_itl_s(own, one)[0]) * slower.decode
+    return Figures(
+        prefill_tokens_per_s=bucket.prompt_tokens / prefill,
+        decode_tokens_per_s=sequences / decode,
+        requests_per_s=sequences / (bucket.output_tokens * itl),
+        ttft_s=2.0 * itl,
+        itl_s=itl,
+    )
+
+
+def online_policy(problem: Costs, point: Point, base: Policy) -> Policy | Rejection:
+    """`base`, a point's record as for batch work, with the rates of an online class; or why it is late."""
+    requests, roofline, copies = problem.requests, problem.roofline, base.data_parallel
+    slo, gpus = requests.slo, base.gpus
+    found = [online_figures(problem, point, bucket, Slower()) for bucket in requests.buckets]
+    for bucket, figures in zip(requests.buckets, found, strict=True):
+        if slo and (figures.ttft_s > slo.ttft_s or figures.itl_s > slo.itl_s):
+            return too_slow(roofline, requests, bucket, figures.ttft_s, figures.itl_s)
+    mean = online_figures(problem, point, _mean(requests), Slower())
+    mixed = 1.0 / sum(b.share / f.requests_per_s for b, f in zip(requests.buckets, found, strict=True))
+    return replace(
+        base,
+        prefill_tokens_per_s=estimate(roofline, copies * mean.prefill_tokens_per_s, gpus),
+        decode_tokens_per_s=estimate(roofline, copies * mean.decode_tokens_per_s, gpus),
+        generated_tokens_per_s=estimate(roofline, copies * mixed * requests.mean_output_tokens(), gpus),
+        rates=tuple(
+            BucketRate(
+                bucket=number,
+                requests_per_s=estimate(roofline, copies * figures.requests_per_s, gpus),
+                batch=base.sequences,
+                ttft_s=figures.ttft_s,
+                itl_s=figures.itl_s,
+            )
+            for number, figures in enumerate(found)
+        ),
+        bottleneck=base.decode.bottleneck("decode"),
+    )
