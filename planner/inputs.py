@@ -13,7 +13,9 @@ from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
 from moeplan.planner.ir.machine import Machine
 from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.spec import Spec
+from moeplan.planner.ir.workload import ExpertPopularity
 from moeplan.planner.model_config import load_model
+from moeplan.planner.popularity_file import read_popularity
 from moeplan.planner.profile_file import ProfileRow, read_profile
 from moeplan.planner.request_files import PromptsFile, Trace, read_prompts, read_trace
 from moeplan.planner.suggest import nearest
@@ -35,6 +37,7 @@ class Inputs:
     prompts: PromptsFile | None
     trace: Trace | None
     profile: tuple[ProfileRow, ...] = ()
+    popularity: tuple[ExpertPopularity, ...] = ()
 
 
 def load_inputs(spec: Spec, machine_file: Path | None = None) -> Inputs:
@@ -56,10 +59,17 @@ def load_inputs(spec: Spec, machine_file: Path | None = None) -> Inputs:
     profile = () if unnamed else _try(problems, lambda: _profile(spec, catalog, folder, model, machine))
     prompts = _try(problems, lambda: read_prompts(spec, folder))
     trace = _try(problems, lambda: read_trace(spec, folder))
-    if problems or model is None or profile is None:
+    popularity = _try(problems, lambda: _popularity(spec, folder, model)) if model else ()
+    if problems or model is None or profile is None or popularity is None:
         raise CompileError(*problems)
     return Inputs(
-        catalog=catalog, model=model, machine=machine, prompts=prompts, trace=trace, profile=profile
+        catalog=catalog,
+        model=model,
+        machine=machine,
+        prompts=prompts,
+        trace=trace,
+        profile=profile,
+        popularity=popularity,
     )
 
 
@@ -113,6 +123,12 @@ def _profile(
     return read_profile(folder / spec.profile_file, spec.span("profile"), machines, sorted(models))
 
 
+def _popularity(spec: Spec, folder: Path, model: Model) -> tuple[ExpertPopularity, ...]:
+    if not spec.model.popularity:
+        return ()
+    return read_popularity(folder / spec.model.popularity, spec.span("model.popularity"), model)
+
+
 def _named(kind: str, name: str, known: Mapping[str, _T], span: Span) -> _T:
     if name in known:
         return known[name]
@@ -134,6 +150,7 @@ def input_digests(spec: Spec, text: bytes, machine_file: Path | None) -> dict[st
         "prompts": batch.prompts_file if batch else "",
         "trace": online.trace_file if online else "",
         "profile": spec.profile_file,
+        "popularity": spec.model.popularity,
         "machine": machine.file if machine and machine_file is None else "",
     }
     paths = {key: folder / name for key, name in named.items() if name}

@@ -100,6 +100,7 @@ MACHINE_NAME = replace(WORD, examples=("g4dn.16xlarge",))
 GPU_NAME = replace(WORD, examples=("T4", "A100-80GB"))
 PROMPTS_PATH = replace(PATH, examples=("requests.jsonl",))
 TRACE_PATH = replace(PATH, examples=("trace.csv",))
+POPULARITY_PATH = replace(PATH, examples=("popularity.csv",))
 PROFILE_PATH = replace(PATH, examples=("profile.csv",))
 MACHINE_PATH = replace(PATH, examples=("machine.yaml",))
 FOLDER = replace(PATH, examples=("./catalog",))
@@ -204,6 +205,10 @@ MODEL = Block(
         "path": Field(kind=PATH, doc="a Hugging Face checkpoint folder, or its config.json"),
         "dtype": Field(
             kind=choice("bf16", "fp16", "float32"), default="bf16", doc="what the arithmetic runs in"
+        ),
+        "popularity": Field(
+            kind=POPULARITY_PATH,
+            doc="a CSV of layer,expert,tokens: offloading keeps the most popular experts on the GPU",
         ),
         "quantize": Field(
             kind=choice("never", "fp8"),

@@ -206,7 +206,8 @@ def _vllm_command(plan: Plan, policy: Policy) -> str:
 
 def _placed(policy: Policy) -> str:
     """Where experts and attention of an offloaded policy are."""
-    experts = f"{policy.resident_share:.0%} of them resident"
+    which = ", the most popular," if policy.resident_experts else ""
+    experts = f"{policy.resident_share:.0%} of them{which} resident"
     if policy.experts_cpu_share:
         experts += f", {policy.experts_cpu_share:.0%} computed by the CPU in decode"
     if policy.experts_disk_share:

@@ -133,6 +133,14 @@ NO_PAGES = Pages(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResidentExperts:
+    """The experts of one layer that stay where they are computed, most popular first."""
+
+    layer: int
+    experts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """One way to run a class on a machine.
 
@@ -144,7 +152,8 @@ class Policy:
     in decode, `experts_disk_share` are read from disk in every pass. `staged` weights go through a pinned
     ring. `weights_dtype` is what weights are held in: as the checkpoint stores them, or rounded to
     fp8 by the engine as it loads them. `corrections` say which rates the user's measurements changed; pass
-    times stay as predicted.
+    times stay as predicted. `resident_experts` are listed where the spec says which experts are popular;
+    else the first of each layer are.
     """
 
     machine: Machine
@@ -177,6 +186,7 @@ class Policy:
     bottleneck: Bottleneck
     weights_dtype: WeightsDtype = "checkpoint"
     corrections: tuple[Correction, ...] = ()
+    resident_experts: tuple[ResidentExperts, ...] = ()
 
     @property
     def simulated_only(self) -> bool:

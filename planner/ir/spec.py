@@ -22,6 +22,7 @@ class ModelRef:
     path: str = ""
     dtype: Dtype = "bf16"
     quantize: Quantize = "never"
+    popularity: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,10 +95,19 @@ class Operator:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertPopularity:
+    """The share of one layer's tokens that goes to each of its experts; the shares sum to k."""
+
+    layer: int
+    token_share: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What must be computed: the model's operators and the request classes.
 
-    `quantize` says whether an engine may store 16-bit weights in fewer bits.
+    `quantize` says whether an engine may store 16-bit weights in fewer bits; `popularity` is empty where
+    all experts count as equally popular.
     """
 
     model: Model
@@ -106,6 +115,7 @@ class Workload:
     quantize: Quantize
     operators: tuple[Operator, ...]
     classes: tuple[RequestClass, ...]
+    popularity: tuple[ExpertPopularity, ...] = ()
 
     def operator(self, name: OperatorName) -> Operator:
         """The operator called `name`; raises KeyError where the model has none."""

@@ -27,6 +27,7 @@ def build_workload(spec: Spec, inputs: Inputs) -> Workload:
         quantize=spec.model.quantize,
         operators=_operators(inputs.model),
         classes=tuple(classes),
+        popularity=inputs.popularity,
     )
 
 

@@ -170,6 +170,7 @@ def policy_of(problem: Costs, point: Point) -> Policy:
             for rate in batch_rates(roofline, requests, flying, prefill, decode, gpus)
         ),
         bottleneck=bottleneck(requests, prefill, decode),
+        resident_experts=problem.experts.most_popular(int(point.resident[0])),
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.planner import costs
+from moeplan.planner.ir.policy import ResidentExperts
 from moeplan.planner.ir.roofline import Roof, Roofline
 from moeplan.planner.ir.workload import Operator, OperatorName, RequestClass, Workload
 from moeplan.planner.strategies.common import GPU_SHARE, all_reduce_s
@@ -131,21 +132,50 @@ def take(record: _T, index: NDArray[np.intp] | slice | Mask) -> _T:
 
 @dataclass(frozen=True)
 class Experts:
-    """How many of a layer's `rank` most popular experts some tokens hit, on average over the layers."""
+    """How many of a layer's `rank` most popular experts some tokens hit: E(1 - (1 - k/E)^n) where all are
+    alike, else the sum of 1 - (1 - p)^n over the layers' mean of each rank's share p of the tokens."""
 
     workload: Workload
 
+    @cached_property
+    def _shares(self) -> Array:
+        """By rank, the share of tokens that an expert sees; empty where all see the same."""
+        layers = [sorted(layer.token_share, reverse=True) for layer in self.workload.popularity]
+        return np.asarray(layers, dtype=float).mean(axis=0) if layers else np.zeros(0)
+
     def key(self, tokens: Array) -> Array:
         """What `hits` needs to know of a number of tokens."""
+        if self._shares.size:
+            return np.asarray(tokens, dtype=float)
         return np.asarray(costs.touched_expert_share(self.workload.model, tokens))
 
     def hits(self, key: Array, rank: Array) -> Array:
         """Experts hit among the first `rank`."""
-        return key * rank
+        if not self._shares.size:
+            return key * rank
+        tokens, place = np.unique(key, return_inverse=True)
+        each = 1.0 - (1.0 - self._shares) ** tokens[:, None]
+        first = np.concatenate([np.zeros((len(tokens), 1)), np.cumsum(each, axis=1)], axis=1)
+        return np.asarray(first[place, np.clip(rank, 0, self._shares.size).astype(int)])
 
     def token_share(self, rank: Array) -> Array:
         """The share of all expert calls that go to the first `rank`."""
-        return rank / self.workload.model.experts
+        if not self._shares.size:
+            return rank / self.workload.model.experts
+        first = np.concatenate([[0.0], np.cumsum(self._shares)]) / self._shares.sum()
+        return np.asarray(first[np.clip(rank, 0, self._shares.size).astype(int)])
+
+    def most_popular(self, count: int) -> tuple[ResidentExperts, ...]:
+        """The first `count` of every layer by popularity, ties by number; empty where all are alike."""
+        return tuple(
+            ResidentExperts(
+                layer=layer.layer,
+                experts=tuple(
+                    sorted(range(len(layer.token_share)), key=lambda e: (-layer.token_share[e], e))[:count]
+                ),
+            )
+            for layer in self.workload.popularity
+        )
 
 
 @dataclass(frozen=True)
