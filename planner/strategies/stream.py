@@ -124,21 +124,21 @@ class _Point:
     sequences: int
     kernels: Kernels
 
-    @property
+    @cached_property
     def micro_batch(self) -> int:
         return min(self.sequences, _MICRO_BATCH)
 
-    @property
+    @cached_property
     def micro_batches(self) -> int:
         return math.ceil(self.sequences / self.micro_batch)
 
-    @property
+    @cached_property
     def prefill_tokens(self) -> int:
         return max(_PREFILL_TOKENS, self.requests.prompt_tokens_max)
 
     # Pages
 
-    @property
+    @cached_property
     def experts_per_page(self) -> int:
         model = self.workload.model
         if not model.experts:
@@ -146,15 +146,15 @@ class _Point:
         stored = model.expert_parameters() * model.stored_bytes_per_expert_parameter
         return min(model.experts, math.ceil(_PAGE_BYTES / stored))
 
-    @property
+    @cached_property
     def expert_pages(self) -> int:
         return math.ceil(self.workload.model.experts / self.experts_per_page) if self.experts_per_page else 0
 
-    @property
+    @cached_property
     def pages_per_layer(self) -> int:
         return 1 + self.expert_pages
 
-    @property
+    @cached_property
     def page_parameters(self) -> list[int]:
         """Parameters of each page of one layer: attention, then experts."""
         model = self.workload.model
@@ -166,7 +166,7 @@ class _Point:
         model = self.workload.model
         return model.stored_bytes_per_expert_parameter if page else model.stored_bytes_per_other_parameter
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         """The largest page as stored, each of its tensors cut out in whole blocks."""
         sizes = []
@@ -176,7 +176,7 @@ class _Point:
             sizes.append(math.ceil(stored / ALIGNMENT_BYTES) + 2 * tensors)
         return max(sizes) * ALIGNMENT_BYTES
 
-    @property
+    @cached_property
     def resident_pages(self) -> int:
         """The most leading pages of every layer that memory holds; all of them if it can."""
         layers, size = self.workload.model.layers, self.workload.value_bytes
@@ -186,35 +186,35 @@ class _Point:
             return self.pages_per_layer
         return int(np.searchsorted(held, room - self._slots_bytes_if_streaming, side="right"))
 
-    @property
+    @cached_property
     def slots(self) -> int:
         streamed = self.pages_per_layer - self.resident_pages
         return min(_SLOTS, streamed * self.workload.model.layers)
 
-    @property
+    @cached_property
     def shared(self) -> float:
         """The factor by which this point must be faster than another of one thread."""
         return 1.0 if self.kernels.threads == 1 else _WORTH_SHARING
 
-    @property
+    @cached_property
     def _slots_bytes_if_streaming(self) -> int:
         return _SLOTS * self.slot_bytes
 
     # Memory
 
-    @property
+    @cached_property
     def always_bytes(self) -> int:
         """Weights outside pages: embeddings, LM head, norms, routers, shared experts and dense MLPs."""
         p = self.workload.model.parameters
         return (p.total() - p.attention - p.routed_experts) * self.workload.value_bytes
 
-    @property
+    @cached_property
     def kv_bytes(self) -> float:
         return float(
             np.asarray(costs.kv_bytes_held(self.workload, self.sequences, self.requests.context_tokens_max))
         )
 
-    @property
+    @cached_property
     def workspace_bytes(self) -> int:
         """Item by item what runtime_min.plan_file.workspace_bytes counts; a test holds the two together."""
         model, requests = self.workload.model, self.requests
@@ -236,32 +236,32 @@ class _Point:
         loading = READERS * (BLOCK_BYTES + 2 * ALIGNMENT_BYTES) + (32 << 20)
         return tokens * per_token + 4 * call_tokens * widest + mask + logits + rope + page + loading
 
-    @property
+    @cached_property
     def _fixed_bytes(self) -> float:
         return PROCESS_BYTES + self.always_bytes + self.kv_bytes + self.workspace_bytes
 
-    @property
+    @cached_property
     def resident_page_bytes(self) -> int:
         held = sum(self.page_parameters[: self.resident_pages])
         return held * self.workload.model.layers * self.workload.value_bytes
 
-    @property
+    @cached_property
     def used_bytes(self) -> float:
         return self._fixed_bytes + self.resident_page_bytes + self.slots * self.slot_bytes
 
-    @property
+    @cached_property
     def fits(self) -> bool:
         return self.used_bytes <= self.limit
 
     # Time
 
-    @property
+    @cached_property
     def streamed_bytes(self) -> float:
         """Bytes that every pass reads: whole pages, whichever experts are hit."""
         pages = [n * self._stored_bytes_per_parameter(p) for p, n in enumerate(self.page_parameters)]
         return sum(pages[self.resident_pages :]) * self.workload.model.layers
 
-    @property
+    @cached_property
     def _spans(self) -> int:
         """Groups of similar length among the sequences of a batch, half-way through decoding."""
         requests = self.requests
@@ -269,7 +269,7 @@ class _Point:
         ratio = (requests.prompt_tokens_max + decoded) / (requests.prompt_tokens_min + decoded)
         return min(self.sequences, 1 + int(math.log(ratio) / -math.log(_SIMILAR)))
 
-    @property
+    @cached_property
     def _decode_step(self) -> PassShape:
         requests = self.requests
         return PassShape(
@@ -282,7 +282,7 @@ class _Point:
             call_tokens=self._call_tokens,
         )
 
-    @property
+    @cached_property
     def _prefill_step(self) -> PassShape:
         """Whole prompts share a call while they fit; those of equal length share a product of scores."""
         requests, prompt = self.requests, self.requests.mean_prompt_tokens()
@@ -298,7 +298,7 @@ class _Point:
             call_tokens=self._call_tokens,
         )
 
-    @property
+    @cached_property
     def _call_tokens(self) -> int:
         """As runtime_min.plan_file.call_tokens has it."""
         most = self.sequences * self.requests.prompt_tokens_max
@@ -340,7 +340,7 @@ class _Point:
         """Rows of the compute lane in one pass: an attention call each, routing, pages; both ends."""
         return 2 + self.workload.model.layers * (step.calls + self.pages_per_layer)
 
-    @property
+    @cached_property
     def _reads_s(self) -> list[float]:
         """Seconds to read each page of a layer; zero where it is resident."""
         if not self.roofline.has("disk"):
@@ -359,7 +359,7 @@ class _Point:
     def prefill(self) -> PassTime:
         return self._pass(self._prefill_step)
 
-    @property
+    @cached_property
     def generated_tokens_per_s(self) -> float:
         seconds = run_seconds(self.requests, self.sequences, self.prefill.seconds, self.decode.seconds)
         return float(self.requests.requests * self.requests.mean_output_tokens() / seconds)
