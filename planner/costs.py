@@ -120,7 +120,7 @@ def operator_seconds(
     roof: Roof,
     tokens: Quantity,
     context: Quantity,
-    kv_copies: float = 1.0,
+    kv_copies: Quantity = 1.0,
 ) -> Quantity:
     """Seconds to run `operator` in all its layers once over `tokens` decode tokens at `roof`.
 
@@ -195,8 +195,3 @@ def in_fp8(workload: Workload) -> Workload:
     )
     smaller = replace(model, stored_bytes_per_expert_parameter=1.0, stored_bytes_per_other_parameter=mean)
     return replace(workload, model=smaller, operators=operators)
-
-
-def resident_parameters(model: Model) -> int:
-    """Parameters that are never streamed: all but the routed experts."""
-    return model.parameters.total() - model.parameters.routed_experts

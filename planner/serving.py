@@ -63,11 +63,11 @@ class Sharding:
         return self.tensor * self.groups
 
 
-def kv_copies(attention: Attention, tensor: int) -> float:
+def kv_copies(attention: Attention, tensor: Quantity) -> Quantity:
     """How often the cache lies on `tensor` GPUs: KV heads are shared out, and copied where there are fewer
     heads than GPUs; MLA's latent cache has no heads."""
     parts = 1 if attention.kind == "mla" else attention.kv_heads
-    return tensor / min(tensor, parts)
+    return np.asarray(tensor / np.minimum(tensor, parts))
 
 
 def weight_bytes(workload: Workload, tensor: int) -> float:
@@ -107,8 +107,8 @@ def step_parts(
     fixed = model.layers * engine.layer_s + model.moe_layers * engine.moe_layer_s
     parts["layers"] = fixed + 0.0 * np.asarray(batch)
     if sharding.gpus > 1:
-        parts["all-reduce"] = 2 * model.layers * engine.all_reduce_s + _exchange_s(
-            workload, peer_bytes_per_s, sharding, engine, batch
+        parts["all-reduce"] = 2 * model.layers * engine.all_reduce_s + exchange_s(
+            workload, peer_bytes_per_s * engine.peer_efficiency, sharding.tensor, batch
         )
     return parts
 
@@ -119,13 +119,14 @@ def _part(operator: Operator) -> str:
     return "experts" if operator.name == "routed_experts" else "other matrices"
 
 
-def _exchange_s(
-    workload: Workload, peer_bytes_per_s: float, sharding: Sharding, engine: Engine, tokens: Quantity
+def exchange_s(
+    workload: Workload, reached_bytes_per_s: float, tensor: Quantity, tokens: Quantity
 ) -> Quantity:
-    """Seconds in which two ring all-reduces a layer move `tokens` hidden states."""
-    model, tensor = workload.model, sharding.tensor
+    """Seconds in which two ring all-reduces a layer move `tokens` hidden states among `tensor` GPUs, at the
+    GPU-to-GPU rate that they reach."""
+    model = workload.model
     moved = tokens * model.hidden * workload.value_bytes * 2 * (tensor - 1) / tensor
-    return 2 * model.layers * moved / (peer_bytes_per_s * engine.peer_efficiency)
+    return 2 * model.layers * moved / max(reached_bytes_per_s, 1.0)
 
 
 def prefill_s(
@@ -137,7 +138,7 @@ def prefill_s(
     prompt: Quantity,
 ) -> Quantity:
     """Seconds of the prefill of one prompt of `prompt` tokens, alone on its group."""
-    total = _exchange_s(workload, peer_bytes_per_s, sharding, engine, prompt)
+    total = exchange_s(workload, peer_bytes_per_s * engine.peer_efficiency, sharding.tensor, prompt)
     for operator in workload.operators:
         work = costs.operator_prefill_flops(operator, 1.0, prompt)
         faster = costs.operator_flops_per_s(operator, roof) / roof.flops_per_s

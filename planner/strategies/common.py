@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from moeplan.planner.costs import Quantity
 from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.machine import LevelName
-from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.policy import Bottleneck, BucketRate, LaneTime, MemoryUse, PassTime, Rejection
 from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import Bucket, RequestClass
-from moeplan.planner.serving import ALL_REDUCE_S, PEER_EFFICIENCY
 from moeplan.planner.units import format_bytes, format_duration
 
 # Shares of a memory that a plan may use, as MoE-Lightning's released optimiser has them: the rest is left to
@@ -47,16 +45,6 @@ def estimate(roofline: Roofline, value: float, gpus: int = 1) -> Estimate:
     return Estimate(
         value=value, sigma=sigma, provenance="analytic" if provenance == "datasheet" else provenance
     )
-
-
-def all_reduce_s(
-    roofline: Roofline, model: Model, value_bytes: int, tokens: Quantity, gpus: Quantity
-) -> NDArray[np.float64]:
-    """Seconds of the two all-reduces of every layer over `tokens` tokens; none on one GPU."""
-    moved = tokens * model.hidden * value_bytes * 2 * (gpus - 1) / gpus
-    peer = max(roofline.machine.peer_bytes_per_s * PEER_EFFICIENCY, 1.0)
-    seconds = 2 * model.layers * (ALL_REDUCE_S + np.asarray(moved) / peer)
-    return np.where(np.asarray(gpus) > 1, seconds, 0.0)
 
 
 def host_threads(roofline: Roofline) -> int:

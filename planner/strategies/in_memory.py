@@ -155,7 +155,7 @@ class _Copy:
     def _held(self, context: float) -> float:
         """Cache bytes of one sequence on all GPUs."""
         copies = serving.kv_copies(self.workload.model.attention, self.tp)
-        return copies * float(np.asarray(costs.kv_bytes_held(self.workload, 1.0, context)))
+        return float(copies * np.asarray(costs.kv_bytes_held(self.workload, 1.0, context)))
 
     def step_parts(self, batch: costs.Quantity, context: float) -> dict[str, costs.Quantity]:
         """Seconds of one decode step by cause, over all layers."""

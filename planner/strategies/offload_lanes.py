@@ -22,7 +22,8 @@ from moeplan.planner import costs
 from moeplan.planner.ir.policy import ResidentExperts
 from moeplan.planner.ir.roofline import Roof, Roofline
 from moeplan.planner.ir.workload import Operator, OperatorName, RequestClass, Workload
-from moeplan.planner.strategies.common import GPU_SHARE, all_reduce_s
+from moeplan.planner.serving import ALL_REDUCE_S, PEER_EFFICIENCY, exchange_s, kv_copies
+from moeplan.planner.strategies.common import GPU_SHARE
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -227,10 +228,14 @@ class Costs:
         return np.asarray(self.roofline.roof("gpu").bytes * GPU_SHARE * gpus)
 
     def _cache_copies(self, gpus: Array) -> Array:
-        """How often the GPUs of a copy hold one cache: KV heads are shared out, and copied where there are
-        fewer heads than GPUs; MLA's latent cache has no heads."""
-        attention = self.workload.model.attention
-        return gpus / np.minimum(gpus, 1 if attention.kind == "mla" else attention.kv_heads)
+        """How often the GPUs of a copy hold one cache."""
+        return np.asarray(kv_copies(self.workload.model.attention, gpus))
+
+    def _all_reduce_s(self, tokens: Array, gpus: Array) -> Array:
+        """Seconds of the two all-reduces of every layer over `tokens` tokens; none on one GPU."""
+        reached = self.roofline.machine.peer_bytes_per_s * PEER_EFFICIENCY
+        moving_s = exchange_s(self.workload, reached, gpus, tokens)
+        return np.where(gpus > 1, 2 * self.workload.model.layers * ALL_REDUCE_S + moving_s, 0.0)
 
     def _held(self, sequences: Array, context: float) -> Array:
         return np.asarray(costs.kv_bytes_held(self.workload, sequences, context))
@@ -280,8 +285,7 @@ class Costs:
             copies=shapes.copies,
             micro_batch=micro,
             micro_batches=count,
-            gpu_other_s=count
-            * (seconds(other, gpu) / gpus + launches + all_reduce_s(self.roofline, model, size, micro, gpus)),
+            gpu_other_s=count * (seconds(other, gpu) / gpus + launches + self._all_reduce_s(micro, gpus)),
             gpu_experts_s=count * seconds(experts, gpu) / gpus,
             gpu_attention_s=seconds(cores, gpu) / gpus,
             cpu_attention_s=seconds(cores, dram),
@@ -476,7 +480,7 @@ class Costs:
         cache = self._held(prompts, prompt) * (1.0 - point.on_gpu / u.micro_batches)
         work = np.asarray(costs.prefill_flops(workload, prompts, prompt))
         cpu_work = cpu_share * tokens * workload.operator("routed_experts").flops_per_token
-        reduce = all_reduce_s(self.roofline, model, workload.value_bytes, tokens, u.gpus)
+        reduce = self._all_reduce_s(tokens, u.gpus)
         read = self.experts.hits(self.experts.key(tokens), model.experts + 0.0 * tokens) * cpu_share
         return {
             "gpu": (work - cpu_work) / (gpu.offload_prefill_flops_per_s * u.gpus) + reduce,
