@@ -119,7 +119,7 @@ def read_groups(path: Path) -> dict[tuple[str, int], list[Known]]:
             bucket = Bucket(prompt_tokens=float(row["isl"]), output_tokens=float(row["osl"]), share=1.0)
             policy = replace(template, gpus=gpus)
             requests = workload.classes[0]
-            predicted = figures_at(workload, requests, roofline, policy, bucket, batch)
+            predicted = figures_at(workload, roofline, policy, requests, bucket, batch)
             measured = ProfileRow(
                 line=number,
                 machine=machine,

@@ -27,8 +27,7 @@ def capacity_bound(workload: Workload, roofline: Roofline, policy: Policy) -> Ca
     in flight hit; sliding windows hold less cache; T_GPU is the time of the processor that has the experts.
     """
     requests = workload.request_class(policy.serves)
-    context = requests.mean_prompt_tokens() + requests.mean_output_tokens() / 2
-    held = float(np.asarray(costs.kv_bytes_held(workload, 1.0, context)))
+    held = float(np.asarray(costs.kv_bytes_held(workload, 1.0, requests.mean_bucket().context_tokens)))
     sequences = _cache_bytes(policy) / held if held else math.inf
     pass_s = _pass_s(workload, roofline, policy, sequences / policy.data_parallel)
     if pass_s == 0:
@@ -91,17 +90,14 @@ def _processor_s(workload: Workload, requests: RequestClass, roofline: Roofline,
         prefill_flops_per_s = roof.offload_prefill_flops_per_s
         shares = (policy.attention_gpu_share, 1.0 - policy.experts_cpu_share)
         cpu_prefill = policy.experts_cpu_share if policy.pages == NO_PAGES else 0.0
-    prompt, output = requests.mean_prompt_tokens(), requests.mean_output_tokens()
-    step = sum(
-        _share(op, *shares) * float(np.asarray(costs.flops(op, 1.0, prompt + output / 2)))
-        for op in workload.operators
-    )
-    prefill = sum(
-        _share(op, 1.0, 1.0 - cpu_prefill) * float(np.asarray(costs.operator_prefill_flops(op, 1.0, prompt)))
-        for op in workload.operators
-    )
+    mean = requests.mean_bucket()
+    step = prefill = 0.0
+    for op in workload.operators:
+        step += _share(op, *shares) * float(np.asarray(costs.flops(op, 1.0, mean.context_tokens)))
+        prompt = costs.operator_prefill_flops(op, 1.0, mean.prompt_tokens)
+        prefill += _share(op, 1.0, 1.0 - cpu_prefill) * float(np.asarray(prompt))
     fastest = max(roof.flops_per_s, roof.flops_8bit_per_s, roof.flops_4bit_per_s)
-    return (prefill / prefill_flops_per_s + (output - 1) * step / fastest) / processors
+    return (prefill / prefill_flops_per_s + (mean.output_tokens - 1) * step / fastest) / processors
 
 
 def _share(operator: Operator, attention: float, experts: float) -> float:

@@ -31,6 +31,11 @@ class Bucket:
     output_tokens: float
     share: float
 
+    @property
+    def context_tokens(self) -> float:
+        """Tokens in a request's cache, on average over decoding."""
+        return self.prompt_tokens + self.output_tokens / 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestClass:
@@ -71,6 +76,12 @@ class RequestClass:
 
     def mean_output_tokens(self) -> float:
         return sum(b.share * b.output_tokens for b in self.buckets)
+
+    def mean_bucket(self) -> Bucket:
+        """All requests as if they were of the mean size."""
+        return Bucket(
+            prompt_tokens=self.mean_prompt_tokens(), output_tokens=self.mean_output_tokens(), share=1.0
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

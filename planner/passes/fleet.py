@@ -1,8 +1,8 @@
 """Workload, policies, offers -> Fleet: the cheapest replicas that serve every class (MILP, pulp and CBC).
 
 Source: Mélange (arXiv 2404.14527) in its aggregated form: routing shares are continuous, replicas integer,
-and a column is a replica configuration, not a GPU type. Offloaded columns serve batch work only, and are
-chosen on a market only where nothing else can do it: no engine executes them yet.
+and a column is a replica configuration, not a GPU type. Offloaded columns are
+chosen on a market only where nothing else can do the work: no engine executes them yet.
 Online work minimises USD per hour; batch work minimises the whole bill, within its deadline if it has one.
 """
 

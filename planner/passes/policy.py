@@ -1,17 +1,16 @@
 """Workload, Roofline -> the policies one machine offers for each request class, or why it offers none.
 
-Three ways to run a model, each in a file of its own: in GPU memory under vLLM (`in_memory`), experts
-streamed from host memory to the GPU with attention on the CPU (`offload`), and streamed from disk on a
-machine without a GPU (`stream`).
+Three ways to run a model, each in a file of its own: in GPU memory under vLLM (`in_memory`), shared by a GPU
+that does not hold it, its host and its disk (`offload`), and streamed from disk on a machine without a GPU
+(`stream`).
 """
 
 from __future__ import annotations
 
-import math
-
 from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import RequestClass, Workload
+from moeplan.planner.strategies.common import impossible
 from moeplan.planner.strategies.in_memory import in_memory_policy
 from moeplan.planner.strategies.offload import offload_policy
 from moeplan.planner.strategies.stream import stream_policy
@@ -43,7 +42,7 @@ def _answers(
         return [_no_arithmetic(workload, requests, roofline)]
     if not roofline.has("gpu"):
         if requests.name == "online":
-            return [_no_online_without_gpu(roofline)]
+            return [_no_online_without_gpu(requests, roofline)]
         return [stream_policy(workload, requests, roofline, memory_limit_bytes)]
     answers = [in_memory_policy(workload, requests, roofline)]
     if roofline.roof("dram").flops_per_s > 0:
@@ -53,22 +52,20 @@ def _answers(
 
 def _no_arithmetic(workload: Workload, requests: RequestClass, roofline: Roofline) -> Rejection:
     known = ", ".join(sorted(roofline.machine.levels[0].flops_per_s)) or "nothing"
-    return Rejection(
-        machine=roofline.machine.name,
-        serves=requests.name,
-        constraint="dtype",
-        message=f"it computes in neither {workload.dtype} nor another dtype of its size, but in {known}",
-        hint="another model.dtype, or the machine's rate in this one",
-        excess=math.inf,
+    return impossible(
+        roofline.machine.name,
+        requests,
+        "dtype",
+        f"it computes in neither {workload.dtype} nor another dtype of its size, but in {known}",
+        "another model.dtype, or the machine's rate in this one",
     )
 
 
-def _no_online_without_gpu(roofline: Roofline) -> Rejection:
-    return Rejection(
-        machine=roofline.machine.name,
-        serves="online",
-        constraint="engine",
-        message="online requests need a GPU: the bundled runtime does batch work only",
-        hint="choose a machine with a GPU, or make the work a batch",
-        excess=math.inf,
+def _no_online_without_gpu(requests: RequestClass, roofline: Roofline) -> Rejection:
+    return impossible(
+        roofline.machine.name,
+        requests,
+        "engine",
+        "online requests need a GPU: the bundled runtime does batch work only",
+        "choose a machine with a GPU, or make the work a batch",
     )

@@ -19,9 +19,8 @@ from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import Bucket, RequestClass, Workload
 from moeplan.planner.measured_laws import CALIBRATED_SIGMA, Known, Laws, find_laws
 from moeplan.planner.profile_file import ProfileRow
-from moeplan.planner.strategies.common import AS_PREDICTED, Slower, resized
+from moeplan.planner.strategies.common import AS_PREDICTED, Slower, keeps_slo, mixed_rate, resized, too_slow
 from moeplan.planner.strategies.figures import figures_at
-from moeplan.planner.units import format_duration
 
 _Phase = Literal["prefill", "decode"]
 # What tells how long a phase takes, best first.
@@ -80,7 +79,7 @@ class _Case:
     @staticmethod
     def of(workload: Workload, roofline: Roofline, policy: Policy, rows: Sequence[ProfileRow]) -> _Case:
         requests = workload.request_class(policy.serves)
-        figures = partial(_figures, workload, roofline, policy)
+        figures = partial(figures_at, workload, roofline, policy)
         known = []
         for row in rows:
             if row.model == workload.model.name and _configuration(row) == _planned(policy):
@@ -104,7 +103,9 @@ class _Case:
             found += _corrections(laws, bucket, rate.batch, predicted)
             batch = self._largest_batch(bucket, rate.batch, laws)
             if batch == 0:
-                return self._too_slow(bucket, self._figures(bucket, 1, laws))
+                alone = self._figures(bucket, 1, laws)
+                machine, told = self.policy.machine.name, (alone.ttft_s, alone.itl_s)
+                return too_slow(machine, self.requests, bucket, *told, by="by the profile, ")
             rates.append(self._rate(rate, bucket, batch, laws))
         if not found:
             return self.policy
@@ -127,13 +128,12 @@ class _Case:
 
     def _largest_batch(self, bucket: Bucket, most: int, laws: Laws) -> int:
         """The most sequences, up to the planned, with which the SLO is kept; 0 where one is too many."""
-        slo = self.requests.slo
-        if slo is None or not laws:
+        if self.requests.slo is None or not laws:
             return most
 
         def kept(batch: int) -> bool:
             figures = self._figures(bucket, batch, laws)
-            return figures.ttft_s <= slo.ttft_s and figures.itl_s <= slo.itl_s
+            return bool(keeps_slo(self.requests, figures.ttft_s, figures.itl_s))
 
         if kept(most):
             return most
@@ -166,12 +166,7 @@ class _Case:
     def _policy(self, rates: tuple[BucketRate, ...], found: list[Correction]) -> Policy:
         """The policy with corrected rates; its phases are those of the mean size."""
         policy, requests = self.policy, self.requests
-        mean = Bucket(
-            prompt_tokens=requests.mean_prompt_tokens(),
-            output_tokens=requests.mean_output_tokens(),
-            share=1.0,
-        )
-        sequences = policy.sequences
+        mean, sequences = requests.mean_bucket(), policy.sequences
         if any(new.batch != old.batch for new, old in zip(rates, policy.rates, strict=True)):
             sequences = max(rate.batch for rate in rates)
         base = self.predicted(mean, sequences)
@@ -193,35 +188,6 @@ class _Case:
             generated_tokens_per_s=_generated(requests, policy, rates),
             corrections=tuple(dict.fromkeys(found)),
         )
-
-    def _too_slow(self, bucket: Bucket, alone: Figures) -> Rejection:
-        slo = self.requests.slo
-        assert slo is not None  # without an SLO every batch is kept
-        late = "TTFT" if alone.ttft_s > slo.ttft_s else "ITL"
-        reached, wanted = (alone.ttft_s, slo.ttft_s) if late == "TTFT" else (alone.itl_s, slo.itl_s)
-        return Rejection(
-            machine=self.policy.machine.name,
-            serves=self.requests.name,
-            constraint=late,
-            message=(
-                f"by the profile, requests of {bucket.prompt_tokens:.0f} + {bucket.output_tokens:.0f} tokens "
-                f"reach {late} {format_duration(reached)} alone, the SLO is {format_duration(wanted)}"
-            ),
-            hint=f"an SLO of {late.lower()} {format_duration(reached)} or more, or a faster machine",
-            excess=reached / wanted,
-        )
-
-
-def _figures(
-    workload: Workload,
-    roofline: Roofline,
-    policy: Policy,
-    requests: RequestClass,
-    bucket: Bucket,
-    batch: int,
-    slower: Slower,
-) -> Figures:
-    return figures_at(workload, requests, roofline, policy, bucket, batch, slower)
 
 
 def _slower(base: Figures, figure: FigureName, laws: Laws) -> float:
@@ -264,12 +230,8 @@ def _weakest(value: float, sources: Sequence[tuple[float, Provenance]]) -> Estim
 
 def _generated(requests: RequestClass, policy: Policy, rates: Sequence[BucketRate]) -> Estimate:
     """Generated tokens/s follow the requests/s of the class's mix of sizes."""
-
-    def seconds_per_request(of: Sequence[BucketRate]) -> float:
-        return sum(requests.buckets[r.bucket].share / r.requests_per_s.value for r in of)
-
-    value = policy.generated_tokens_per_s.value
-    value *= seconds_per_request(policy.rates) / seconds_per_request(rates)
+    new, old = (mixed_rate(requests, (r.requests_per_s.value for r in of)) for of in (rates, policy.rates))
+    value = policy.generated_tokens_per_s.value * new / old
     return _weakest(value, [(r.requests_per_s.sigma, r.requests_per_s.provenance) for r in rates])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -92,10 +93,17 @@ def bottleneck(requests: RequestClass, prefill: PassTime, decode: PassTime) -> B
 
 
 def batch_rates(
-    roofline: Roofline, requests: RequestClass, sequences: int, prefill: PassTime, decode: PassTime, gpus: int
+    roofline: Roofline,
+    requests: RequestClass,
+    sequences: int,
+    prefill: PassTime,
+    decode: PassTime,
+    gpus: int,
+    copies: int = 1,
 ) -> tuple[BucketRate, ...]:
-    """A batch class has one bucket: each batch is prefilled, then decoded to the end."""
-    seconds = float(run_seconds(requests, sequences, prefill.seconds, decode.seconds))
+    """A batch class has one bucket: each batch, `sequences` on each copy, is prefilled, then decoded to the
+    end."""
+    seconds = float(run_seconds(requests, sequences * copies, prefill.seconds, decode.seconds))
     return (
         BucketRate(
             bucket=0,
@@ -152,20 +160,48 @@ def too_small(
     )
 
 
+def impossible(machine: str, requests: RequestClass, constraint: str, message: str, hint: str) -> Rejection:
+    """A refusal for want of something that no amount of anything replaces."""
+    return Rejection(
+        machine=machine,
+        serves=requests.name,
+        constraint=constraint,
+        message=message,
+        hint=hint,
+        excess=math.inf,
+    )
+
+
+def keeps_slo(requests: RequestClass, ttft_s: Quantity, itl_s: Quantity) -> NDArray[np.bool_]:
+    """Where both promises of the class are kept; everywhere if it has none."""
+    slo = requests.slo
+    if slo is None:
+        return np.ones_like(np.asarray(itl_s), dtype=bool)
+    return (np.asarray(ttft_s) <= slo.ttft_s) & (np.asarray(itl_s) <= slo.itl_s)
+
+
+def mixed_rate(requests: RequestClass, rates: Iterable[float]) -> float:
+    """Requests/s of the class's own mix of buckets, from those of each alone; 0 where one is not served."""
+    pairs = list(zip(requests.buckets, rates, strict=True))
+    if any(rate == 0.0 for _, rate in pairs):
+        return 0.0
+    return 1.0 / sum(bucket.share / rate for bucket, rate in pairs)
+
+
 def too_slow(
-    roofline: Roofline, requests: RequestClass, bucket: Bucket, ttft_s: float, itl_s: float
+    machine: str, requests: RequestClass, bucket: Bucket, ttft_s: float, itl_s: float, by: str = ""
 ) -> Rejection:
-    """A refusal because requests of one size cannot keep the SLO, with what they reach."""
+    """A refusal because requests of one size cannot keep the SLO, with what they reach `by` some account."""
     slo = requests.slo
     assert slo is not None  # without an SLO nothing is late
     late = "TTFT" if ttft_s > slo.ttft_s else "ITL"
     reached, wanted = (ttft_s, slo.ttft_s) if late == "TTFT" else (itl_s, slo.itl_s)
     return Rejection(
-        machine=roofline.machine.name,
+        machine=machine,
         serves=requests.name,
         constraint=late,
         message=(
-            f"requests of {bucket.prompt_tokens:.0f} + {bucket.output_tokens:.0f} tokens reach "
+            f"{by}requests of {bucket.prompt_tokens:.0f} + {bucket.output_tokens:.0f} tokens reach "
             f"{late} {format_duration(reached)} alone, the SLO is {format_duration(wanted)}"
         ),
         hint=f"an SLO of {late.lower()} {format_duration(reached)} or more, or a faster machine",

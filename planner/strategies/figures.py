@@ -14,9 +14,9 @@ from moeplan.planner.strategies.stream import stream_figures
 
 def figures_at(
     workload: Workload,
-    requests: RequestClass,
     roofline: Roofline,
     policy: Policy,
+    requests: RequestClass,
     bucket: Bucket,
     batch: int,
     slower: Slower = AS_PREDICTED,

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from moeplan.planner import costs, serving
 from moeplan.planner.ir.policy import (
     NO_PAGES,
-    Bottleneck,
     BucketRate,
     MemoryLimit,
     PassTime,
@@ -33,7 +32,9 @@ from moeplan.planner.strategies.common import (
     Slower,
     estimate,
     host_threads,
+    keeps_slo,
     lanes,
+    mixed_rate,
     too_slow,
     too_small,
     uses,
@@ -171,9 +172,8 @@ class _Copy:
 
     def times(self, bucket: Bucket, batch: costs.Quantity, slower: Slower) -> _Times:
         """What `batch` requests of the bucket's size in flight wait for."""
-        context = bucket.prompt_tokens + bucket.output_tokens / 2
         prefill = self.prefill_s(bucket.prompt_tokens)
-        parts = {name: s * slower.decode for name, s in self.step_parts(batch, context).items()}
+        parts = {name: s * slower.decode for name, s in self.step_parts(batch, bucket.context_tokens).items()}
         itl = serving.inter_token_s(parts, prefill * slower.prefill, VLLM, batch, bucket.output_tokens)
         before_steps = serving.first_token_s(self.workload, VLLM, prefill, 0.0, batch)
         return _Times(
@@ -185,11 +185,11 @@ class _Copy:
 
     def rate(self, number: int, bucket: Bucket) -> BucketRate:
         """The largest batch that memory and SLO allow, and the requests per second that it gives."""
-        held = self._held(bucket.prompt_tokens + bucket.output_tokens / 2)
+        held = self._held(bucket.context_tokens)
         batch = np.arange(1.0, max(1, min(_MAX_SEQUENCES, int(self.kv_bytes // held))) + 1)
         times = self.times(bucket, batch, AS_PREDICTED)
         itl, ttft = times.itl, times.ttft
-        good = np.flatnonzero(self._keeps_slo(ttft, itl))
+        good = np.flatnonzero(keeps_slo(self.requests, ttft, itl))
         best = int(good[-1]) if good.size else 0
         copies = self.roofline.machine.gpus // self.tp
         rate = copies * batch[best] / (bucket.output_tokens * itl[best]) if good.size else 0.0
@@ -201,21 +201,16 @@ class _Copy:
             itl_s=float(itl[best]),
         )
 
-    def _keeps_slo(self, ttft: NDArray[np.float64], itl: NDArray[np.float64]) -> NDArray[np.bool_]:
-        slo = self.requests.slo
-        if slo is None:
-            return np.ones_like(itl, dtype=bool)
-        return (ttft <= slo.ttft_s) & (itl <= slo.itl_s)
-
     def policy(self) -> Policy:
         """This copy's policy; generated_tokens_per_s is 0 where some bucket cannot keep the SLO."""
         requests, roofline, tp = self.requests, self.roofline, self.tp
         rates = tuple(self.rate(number, bucket) for number, bucket in enumerate(requests.buckets))
         batch = max(rate.batch for rate in rates)
-        prompt, output = requests.mean_prompt_tokens(), requests.mean_output_tokens()
-        parts = self.step_parts(float(batch), prompt + output / 2)
-        decode = _step(parts)
-        prefill = PassTime(lanes=lanes([("gpu", self.prefill_s(prompt))]), serial_s=0.0)
+        mean = requests.mean_bucket()
+        parts = self.step_parts(float(batch), mean.context_tokens)
+        decode, prefill_s = _step(parts), self.prefill_s(mean.prompt_tokens)
+        felt_s = batch * prefill_s * VLLM.mixed_prefill / mean.output_tokens
+        mixed = mixed_rate(requests, (rate.requests_per_s.value for rate in rates))
         copies = roofline.machine.gpus // tp
         return Policy(
             machine=roofline.machine,
@@ -239,13 +234,14 @@ class _Copy:
             pages=NO_PAGES,
             memory=uses("gpu", self._memory()),
             limits=(MemoryLimit(level="gpu", bytes=int(self.limit_bytes)),),
-            prefill=prefill,
+            prefill=PassTime(lanes=lanes([("gpu", prefill_s)]), serial_s=0.0),
             decode=decode,
-            prefill_tokens_per_s=estimate(roofline, copies * prompt / prefill.seconds, tp),
+            prefill_tokens_per_s=estimate(roofline, copies * mean.prompt_tokens / prefill_s, tp),
             decode_tokens_per_s=estimate(roofline, copies * batch / decode.seconds, tp),
-            generated_tokens_per_s=estimate(roofline, _mixed_rate(requests, rates) * output, tp),
+            generated_tokens_per_s=estimate(roofline, mixed * mean.output_tokens, tp),
             rates=rates,
-            bottleneck=self._bottleneck(batch, prompt, output),
+            # What a token's seconds go to: the parts of its step, and other requests' prefill.
+            bottleneck=_step({**parts, "prefill": felt_s}).bottleneck("steps"),
             weights_dtype=self.weights_dtype,
         )
 
@@ -256,26 +252,11 @@ class _Copy:
             ("KV cache", self.kv_bytes),
         ]
 
-    def _bottleneck(self, batch: int, prompt: float, output: float) -> Bottleneck:
-        """What a token's seconds go to: the parts of its decode step, and other requests' prefill."""
-        parts = self.step_parts(float(batch), prompt + output / 2)
-        spent = {**parts, "prefill": batch * self.prefill_s(prompt) * VLLM.mixed_prefill / output}
-        return _step(spent).bottleneck("steps")
-
 
 def _step(parts: dict[str, costs.Quantity]) -> PassTime:
     """The parts of one step, one after the other."""
     times = ((name, float(np.asarray(seconds))) for name, seconds in parts.items())
     return PassTime(lanes=lanes(times), serial_s=0.0, overlap=False)
-
-
-def _mixed_rate(requests: RequestClass, rates: tuple[BucketRate, ...]) -> float:
-    """Requests/s of the class's own mix of buckets; 0 where some bucket cannot be served."""
-    if any(rate.requests_per_s.value == 0.0 for rate in rates):
-        return 0.0
-    return 1.0 / sum(
-        bucket.share / rate.requests_per_s.value for bucket, rate in zip(requests.buckets, rates, strict=True)
-    )
 
 
 def _does_not_fit(requests: RequestClass, roofline: Roofline, copy: _Copy) -> Rejection:
@@ -306,4 +287,6 @@ def _what_would_fit(copy: _Copy, need: float) -> str:
 
 def _too_slow(requests: RequestClass, roofline: Roofline, best: Policy) -> Rejection:
     worst = next(rate for rate in best.rates if rate.requests_per_s.value == 0.0)
-    return too_slow(roofline, requests, requests.buckets[worst.bucket], worst.ttft_s, worst.itl_s)
+    return too_slow(
+        roofline.machine.name, requests, requests.buckets[worst.bucket], worst.ttft_s, worst.itl_s
+    )

@@ -33,6 +33,7 @@ from moeplan.planner.strategies.common import (
     bottleneck,
     estimate,
     host_threads,
+    impossible,
     lanes,
     too_small,
     uses,
@@ -61,7 +62,8 @@ def offload_policy(
     """Return the fastest offloading policy for a class, or what memory is short, or how late an online class
     would be."""
     if not workload.model.experts:
-        return _no_experts(workload, requests, roofline)
+        message = f"{workload.model.name} has no experts to offload"
+        return impossible(roofline.machine.name, requests, "model", message, "GPUs that hold the whole model")
     problem = Costs(workload, requests, roofline, host_limit_bytes(roofline, memory_limit_bytes))
     if requests.name == "online":
         point = fastest_online(problem)
@@ -165,10 +167,7 @@ def policy_of(problem: Costs, point: Point) -> Policy:
         generated_tokens_per_s=estimate(
             roofline, requests.requests * requests.mean_output_tokens() / seconds, gpus
         ),
-        rates=tuple(
-            replace(rate, batch=micro * count)
-            for rate in batch_rates(roofline, requests, flying, prefill, decode, gpus)
-        ),
+        rates=batch_rates(roofline, requests, micro * count, prefill, decode, gpus, copies),
         bottleneck=bottleneck(requests, prefill, decode),
         resident_experts=problem.experts.most_popular(int(point.resident[0])),
     )
@@ -211,17 +210,6 @@ def _pages(problem: Costs, point: Point) -> Pages:
 
 
 # Refusals
-
-
-def _no_experts(workload: Workload, requests: RequestClass, roofline: Roofline) -> Rejection:
-    return Rejection(
-        machine=roofline.machine.name,
-        serves=requests.name,
-        constraint="model",
-        message=f"{workload.model.name} has no experts to offload",
-        hint="GPUs that hold the whole model",
-        excess=math.inf,
-    )
 
 
 def too_big(problem: Costs) -> Rejection:

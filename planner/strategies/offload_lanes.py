@@ -265,7 +265,7 @@ class Costs:
     @cached_property
     def context(self) -> float:
         """Tokens in a sequence's cache, on average over decoding."""
-        return self.requests.mean_prompt_tokens() + self.requests.mean_output_tokens() / 2
+        return self.requests.mean_bucket().context_tokens
 
     def units(self, shapes: Shapes) -> Units:
         """The units of every shape."""

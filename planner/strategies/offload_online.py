@@ -14,7 +14,7 @@ import numpy as np
 from moeplan.planner.ir.policy import BucketRate, Policy, Rejection
 from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.workload import Bucket, RequestClass
-from moeplan.planner.strategies.common import Slower, estimate, too_slow
+from moeplan.planner.strategies.common import AS_PREDICTED, Slower, estimate, keeps_slo, mixed_rate, too_slow
 from moeplan.planner.strategies.offload_lanes import Array, Costs, Layout, Point, Shapes, take
 from moeplan.planner.strategies.offload_search import (
     MICRO_BATCH_SIZES,
@@ -31,7 +31,7 @@ def fastest_online(problem: Costs) -> Point | None:
     """The point with the highest rate of the class's mix of sizes that keeps the SLO for each; if none does,
     the one that comes nearest; None where nothing fits."""
     layout, _ = extremes(problem, problem.units(_shapes(problem.roofline.machine.gpus)))
-    mean = replace(problem, requests=_of_one_size(problem.requests, _mean(problem.requests)))
+    mean = replace(problem, requests=_of_one_size(problem.requests, problem.requests.mean_bucket()))
     layout = _again(mean, layout)
 
     def seconds(point: Point) -> Array:
@@ -58,12 +58,6 @@ def _shapes(gpus: int) -> Shapes:
     way, micro, count = (grid.ravel() for grid in grids)
     degree, copies = np.array(degrees, dtype=float)[way].T
     return Shapes(degree, copies, micro.astype(float), count.astype(float))
-
-
-def _mean(requests: RequestClass) -> Bucket:
-    return Bucket(
-        prompt_tokens=requests.mean_prompt_tokens(), output_tokens=requests.mean_output_tokens(), share=1.0
-    )
 
 
 def _of_one_size(requests: RequestClass, bucket: Bucket) -> RequestClass:
@@ -124,13 +118,13 @@ def online_figures(problem: Costs, point: Point, bucket: Bucket, slower: Slower)
 def online_policy(problem: Costs, point: Point, base: Policy) -> Policy | Rejection:
     """`base`, a point's record as for batch work, with the rates of an online class; or why it is late."""
     requests, roofline, copies = problem.requests, problem.roofline, base.data_parallel
-    slo, gpus = requests.slo, base.gpus
-    found = [online_figures(problem, point, bucket, Slower()) for bucket in requests.buckets]
+    gpus = base.gpus
+    found = [online_figures(problem, point, bucket, AS_PREDICTED) for bucket in requests.buckets]
     for bucket, figures in zip(requests.buckets, found, strict=True):
-        if slo and (figures.ttft_s > slo.ttft_s or figures.itl_s > slo.itl_s):
-            return too_slow(roofline, requests, bucket, figures.ttft_s, figures.itl_s)
-    mean = online_figures(problem, point, _mean(requests), Slower())
-    mixed = 1.0 / sum(b.share / f.requests_per_s for b, f in zip(requests.buckets, found, strict=True))
+        if not keeps_slo(requests, figures.ttft_s, figures.itl_s):
+            return too_slow(roofline.machine.name, requests, bucket, figures.ttft_s, figures.itl_s)
+    mean = online_figures(problem, point, requests.mean_bucket(), AS_PREDICTED)
+    mixed = mixed_rate(requests, (figures.requests_per_s for figures in found))
     return replace(
         base,
         prefill_tokens_per_s=estimate(roofline, copies * mean.prefill_tokens_per_s, gpus),

@@ -162,17 +162,21 @@ class _Point:
         counts = [min(size, experts - first) for first in range(0, experts, size)] if size else []
         return [model.parameters.attention // model.layers] + [n * model.expert_parameters() for n in counts]
 
-    def _stored_bytes_per_parameter(self, page: int) -> float:
+    @cached_property
+    def _stored_page_bytes(self) -> list[float]:
+        """Bytes of each page of one layer in the checkpoint."""
         model = self.workload.model
-        return model.stored_bytes_per_expert_parameter if page else model.stored_bytes_per_other_parameter
+        attention, *experts = self.page_parameters
+        return [attention * model.stored_bytes_per_other_parameter] + [
+            n * model.stored_bytes_per_expert_parameter for n in experts
+        ]
 
     @cached_property
     def slot_bytes(self) -> int:
         """The largest page as stored, each of its tensors cut out in whole blocks."""
         sizes = []
-        for number, parameters in enumerate(self.page_parameters):
+        for number, stored in enumerate(self._stored_page_bytes):
             tensors = 3 * self.experts_per_page if number else 4
-            stored = parameters * self._stored_bytes_per_parameter(number)
             sizes.append(math.ceil(stored / ALIGNMENT_BYTES) + 2 * tensors)
         return max(sizes) * ALIGNMENT_BYTES
 
@@ -226,15 +230,12 @@ class _Point:
             3 * model.hidden + 3 * model.expert_intermediate,
             4 * model.experts,
         )
-        call_tokens = min(
-            tokens, max(self.prefill_tokens, requests.prompt_tokens_max, self.micro_batch, 1024)
-        )
         mask = 8 * self.micro_batch * requests.context_tokens_max
         logits = 4 * (self.sequences + self.micro_batch) * model.vocab
         rope = 16 * requests.context_tokens_max * attention.head_dim
         page = 4 * max(self.page_parameters)
         loading = READERS * (BLOCK_BYTES + 2 * ALIGNMENT_BYTES) + (32 << 20)
-        return tokens * per_token + 4 * call_tokens * widest + mask + logits + rope + page + loading
+        return tokens * per_token + 4 * self._call_tokens * widest + mask + logits + rope + page + loading
 
     @cached_property
     def _fixed_bytes(self) -> float:
@@ -258,8 +259,7 @@ class _Point:
     @cached_property
     def streamed_bytes(self) -> float:
         """Bytes that every pass reads: whole pages, whichever experts are hit."""
-        pages = [n * self._stored_bytes_per_parameter(p) for p, n in enumerate(self.page_parameters)]
-        return sum(pages[self.resident_pages :]) * self.workload.model.layers
+        return sum(self._stored_page_bytes[self.resident_pages :]) * self.workload.model.layers
 
     @cached_property
     def _spans(self) -> int:
@@ -276,7 +276,7 @@ class _Point:
             prefill=False,
             tokens=self.sequences,
             sequences=self.sequences,
-            context=requests.mean_prompt_tokens() + requests.mean_output_tokens() / 2,
+            context=requests.mean_bucket().context_tokens,
             calls=self.micro_batches,
             spans=self.micro_batches - 1 + self._spans,
             call_tokens=self._call_tokens,
@@ -347,8 +347,8 @@ class _Point:
             return [0.0 if p < self.resident_pages else math.inf for p in range(self.pages_per_layer)]
         rate = self.roofline.roof("disk").up_bytes_per_s
         return [
-            0.0 if p < self.resident_pages else n * self._stored_bytes_per_parameter(p) / rate
-            for p, n in enumerate(self.page_parameters)
+            0.0 if p < self.resident_pages else stored / rate
+            for p, stored in enumerate(self._stored_page_bytes)
         ]
 
     @cached_property

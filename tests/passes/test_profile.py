@@ -55,7 +55,7 @@ class Case:
     def row(self, line: int, bucket: Bucket, batch: int, **factors: float) -> ProfileRow:
         """What would be measured at a point if the named figures were `factors` times the predicted."""
         like = resized(self.requests, bucket, batch)
-        said = figures_at(self.workload, like, self.roofline, self.policy, bucket, batch)
+        said = figures_at(self.workload, self.roofline, self.policy, like, bucket, batch)
         figures: dict[FigureName, float] = {
             name: said.get(name) * factors[name] for name in FIGURES if name in factors
         }
@@ -236,7 +236,7 @@ def test_a_slower_machine_takes_fewer_in_flight(catalog: Catalog) -> None:
         assert new.batch < old.batch
         assert new.itl_s <= slo.itl_s
         bucket = case.requests.buckets[new.bucket]
-        one_more = figures_at(case.workload, case.requests, case.roofline, case.policy, bucket, new.batch + 1)
+        one_more = figures_at(case.workload, case.roofline, case.policy, case.requests, bucket, new.batch + 1)
         assert 2.5 * one_more.itl_s > slo.itl_s
         assert new.requests_per_s.value < old.requests_per_s.value
         assert new.requests_per_s.value == pytest.approx(new.batch / (bucket.output_tokens * new.itl_s))
