@@ -8,6 +8,7 @@ from pathlib import Path
 from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
 from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.workload import ExpertPopularity
+from moeplan.planner.request_files import read_input
 
 COLUMNS = ("layer", "expert", "tokens")
 _MOST_TOKENS = 10**15
@@ -18,15 +19,8 @@ def read_popularity(path: Path, span: Span, model: Model) -> tuple[ExpertPopular
 
     Raises CompileError with every problem of the file by line; `span` is where the spec names it.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise CompileError(
-            Diagnostic(code="unreadable-file", span=span, message=f"popularity {path}: {reason}")
-        ) from None
     reader = _Reader(path, model)
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(read_input(path, span, "popularity").splitlines(), start=1):
         if number == 1:
             reader.header(line)
         elif line.strip():

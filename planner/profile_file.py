@@ -13,6 +13,7 @@ from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
 from moeplan.planner.ir.machine import Machine
 from moeplan.planner.ir.policy import Engine
 from moeplan.planner.ir.profile import FIGURES, FigureName
+from moeplan.planner.request_files import read_input
 from moeplan.planner.suggest import nearest
 
 POINT_COLUMNS = ("machine", "model", "engine", "gpus", "prompt_tokens", "output_tokens", "batch")
@@ -64,14 +65,7 @@ def read_profile(
 
     `machines` and `models` are the names that a row may have; `span` is where the spec names the file.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise CompileError(
-            Diagnostic(code="unreadable-file", span=span, message=f"profile {path}: {reason}")
-        ) from None
-    header, lines = _split(text, str(path))
+    header, lines = _split(read_input(path, span, "profile"), str(path))
     reader = _Reader(machines, models)
     rows = [row for line in lines if (row := reader.row(header, line, str(path)))]
     reader.refuse_duplicates(rows, str(path))

@@ -56,7 +56,8 @@ class Trace:
     arrival_cv: float
 
 
-def _read(path: Path, span: Span, what: str) -> str:
+def read_input(path: Path, span: Span, what: str) -> str:
+    """The text of a file that the spec names at `span`. Raises CompileError there if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -73,7 +74,7 @@ def read_prompts(spec: Spec, folder: Path) -> PromptsFile | None:
         return None
     span = spec.span("workload.batch.prompts")
     path = folder / batch.prompts_file
-    lines = [line for line in _read(path, span, "prompts file").split("\n") if line.strip()]
+    lines = [line for line in read_input(path, span, "prompts file").split("\n") if line.strip()]
     sizes = [size for line in lines if (size := _request_size(line))]
     if not sizes:
         raise CompileError(
@@ -116,7 +117,7 @@ def read_trace(spec: Spec, folder: Path) -> Trace | None:
         return None
     span = spec.span("workload.online.trace")
     path = folder / online.trace_file
-    rows = _trace_rows(path, _read(path, span, "trace"), span)
+    rows = _trace_rows(path, read_input(path, span, "trace"), span)
     rows.sort()
     gaps = [b[0] - a[0] for a, b in itertools.pairwise(rows)]
     mean_gap = sum(gaps) / len(gaps)
