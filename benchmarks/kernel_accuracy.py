@@ -22,28 +22,19 @@ from pathlib import Path
 import numpy as np
 from fitting import Array, fit
 from tables import read_rows
+from workloads import workload_of
 
 from moeplan.planner import costs, serving
 from moeplan.planner.catalog import Catalog, load_catalog
 from moeplan.planner.diagnostics import Span
-from moeplan.planner.inputs import Inputs
-from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.workload import Workload
 from moeplan.planner.model_config import model_from_config
 from moeplan.planner.passes.roofline import level_roof
-from moeplan.planner.passes.workload import build_workload
-from moeplan.planner.spec import parse_spec
 
 MOST_TOKENS = 256
 _GPUS = {"a100_sxm": "A100-80GB", "h100_sxm": "H100", "l40s": "L40S"}
 _CACHE_BYTES = {"a100_sxm": 40 << 20, "h100_sxm": 50 << 20, "l40s": 96 << 20}  # L2, NVIDIA's white papers
 _START, _LOW, _HIGH = np.array([0.7, 0.4, 3e-5]), np.array([0.1, 0.02, 0.0]), np.array([1.0, 1.0, 2e-4])
-_SPEC = """
-name: benchmark
-model: mixtral-8x7b
-workload: {batch: {requests: 1, prompt: 1, output: 1}}
-machine: cpu-2core
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +88,7 @@ def _layer(catalog: Catalog, row: dict[str, str], inner: int) -> Workload:
     config |= {"num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128}
     config |= {"num_experts": int(row["num_experts"]), "num_experts_per_tok": int(row["topk"])}
     config |= {"moe_intermediate_size": inner, "vocab_size": 1000, "max_position_embeddings": 4096}
-    return _workload(catalog, model_from_config(config | {"torch_dtype": "bfloat16"}, "x", "x", Span("x")))
-
-
-def _workload(catalog: Catalog, model: Model) -> Workload:
-    inputs = Inputs(catalog=catalog, model=model, machine=None, prompts=None, trace=None)
-    return build_workload(parse_spec(_SPEC, "benchmark"), inputs)
+    return workload_of(catalog, model_from_config(config | {"torch_dtype": "bfloat16"}, "x", "x", Span("x")))
 
 
 def predict(catalog: Catalog, shape: Shape, constants: Array, topk_only: bool = False) -> Array:
@@ -187,7 +173,7 @@ def show_weights(folder: Path) -> None:
             print(f"{row['model']:24} no shape in the catalog")
             continue
         tensor = int(row["tp"])
-        ours = serving.weight_bytes(_workload(catalog, model), tensor) / tensor / 2**30
+        ours = serving.weight_bytes(workload_of(catalog, model), tensor) / tensor / 2**30
         theirs = float(row["weights_gib"])
         print(f"{row['model']:24} {theirs:8.2f} {ours:10.2f} {ours / theirs - 1:+8.1%}")
 

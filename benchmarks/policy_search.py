@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import time
 
+from workloads import workload_of
+
 from moeplan.planner.catalog import load_catalog
 from moeplan.planner.diagnostics import Span
-from moeplan.planner.inputs import Inputs
 from moeplan.planner.passes.policy import find_policies
 from moeplan.planner.passes.roofline import find_roofline
-from moeplan.planner.passes.workload import build_workload
-from moeplan.planner.spec import parse_spec
 
 SPEC = """
 name: search
@@ -27,10 +26,8 @@ def main() -> None:
     print(f"{'model':16} {'requests':>8} machines  total s  mean ms  worst ms")
     for model in ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3"):
         for requests in (8, 5000):
-            spec = parse_spec(SPEC.format(model=model, requests=requests), "search")
-            found = catalog.models[model]
-            inputs = Inputs(catalog=catalog, model=found, machine=None, prompts=None, trace=None)
-            workload = build_workload(spec, inputs)
+            spec = SPEC.format(model=model, requests=requests)
+            workload = workload_of(catalog, catalog.models[model], spec)
             seconds = []
             for machine in catalog.machines.values():
                 roofline = find_roofline(workload, machine)

@@ -12,7 +12,6 @@ fitted to these rows.
 
 from __future__ import annotations
 
-import csv
 import math
 import random
 import statistics
@@ -21,6 +20,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from tables import read_rows
 
 from moeplan.planner.catalog import load_catalog
 from moeplan.planner.diagnostics import Span
@@ -104,8 +105,7 @@ def _outcome(left: Known, law: Law | None) -> Outcome:
 
 def read_groups(path: Path) -> dict[tuple[str, int], list[Known]]:
     """The rows of each (system, tensor-parallel degree), with what the model predicts at each."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if _wanted(row)]
+    rows = [row for row in read_rows(path) if _wanted(row)]
     spec = parse_spec(SPEC, "spec.yaml")
     workload = build_workload(spec, load_inputs(spec))
     catalog = load_catalog(None, Span("catalog"))

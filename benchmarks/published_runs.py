@@ -23,17 +23,15 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import workloads
 import yaml
 
 from moeplan.planner.catalog import Catalog, load_catalog
 from moeplan.planner.diagnostics import Span
-from moeplan.planner.inputs import Inputs
 from moeplan.planner.ir.machine import Machine
 from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.workload import Workload
 from moeplan.planner.passes.roofline import find_roofline
-from moeplan.planner.passes.workload import build_workload
-from moeplan.planner.spec import parse_spec
 from moeplan.planner.strategies.offload import offload_policy_at
 
 FACTS = Path(__file__).with_name("moe_lightning.yaml")
@@ -107,9 +105,7 @@ def machine_of(catalog: Catalog, run: Run) -> Machine:
 def workload_of(catalog: Catalog, run: Run) -> Workload:
     model = SETTINGS[run.box][0]
     text = SPEC.format(model=model, requests=run.requests, prompt=run.prompt, output=run.output)
-    machine = machine_of(catalog, run)
-    inputs = Inputs(catalog=catalog, model=catalog.models[model], machine=machine, prompts=None, trace=None)
-    return build_workload(parse_spec(text, "published"), inputs)
+    return workloads.workload_of(catalog, catalog.models[model], text)
 
 
 def predict(workload: Workload, machine: Machine, run: Run) -> Policy:

@@ -16,26 +16,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from tables import read_rows
+from workloads import workload_of
 
 from moeplan.planner import costs
 from moeplan.planner.catalog import Catalog, load_catalog
 from moeplan.planner.diagnostics import Span
-from moeplan.planner.inputs import Inputs
 from moeplan.planner.ir.machine import Level
 from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.workload import Workload
 from moeplan.planner.model_config import model_from_config
-from moeplan.planner.passes.workload import build_workload
 from moeplan.planner.serving import Sharding, kv_copies
-from moeplan.planner.spec import parse_spec
 
 MOST_GPUS = 8
-_SPEC = """
-name: benchmark
-model: mixtral-8x7b
-workload: {batch: {requests: 1, prompt: 1, output: 1}}
-machine: cpu-2core
-"""
 
 # Shapes that the catalog lacks, from the published config.json files, in the words of a type it has.
 _GQA = {"model_type": "glm4_moe", "first_k_dense_replace": 0, "n_shared_experts": 0}
@@ -195,8 +187,7 @@ def _linear_attention(model: Model, layers: int, state_values: int) -> Model:
 
 def _workload(catalog: Catalog, model: Model, cache_8bit: bool) -> Workload:
     """TensorRT-LLM keeps an 8-bit cache for the quantised checkpoints made for it: half as many values."""
-    inputs = Inputs(catalog=catalog, model=model, machine=None, prompts=None, trace=None)
-    workload = build_workload(parse_spec(_SPEC, "benchmark"), inputs)
+    workload = workload_of(catalog, model)
     if not cache_8bit:
         return workload
     halved = tuple(

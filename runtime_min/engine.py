@@ -68,6 +68,10 @@ class Stats:
         """What came to `before`."""
         return Stats(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
 
+    def plus(self, more: Stats) -> Stats:
+        """Both together."""
+        return Stats(*(getattr(self, f.name) + getattr(more, f.name) for f in fields(self)))
+
 
 class Batches:
     """Runs batches of sequences through a loaded model, pass by pass."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -41,23 +42,19 @@ class FullBatches:
     sequences: int
     batches: int
     warm: bool
-    prompt_tokens: int
-    generated_tokens: int
-    decode_tokens: int
-    decode_passes: int
-    prefill_s: float
-    decode_s: float
+    sums: Stats
 
     def figures(self) -> dict[str, float]:
         """Measured rates and latencies, by the names that a profile has for them."""
+        sums = self.sums
         figures = {
-            "prefill_tokens_per_s": self.prompt_tokens / self.prefill_s,
-            "requests_per_s": self.sequences * self.batches / (self.prefill_s + self.decode_s),
-            "ttft_s": self.prefill_s / self.batches,
+            "prefill_tokens_per_s": sums.prompt_tokens / sums.prefill_s,
+            "requests_per_s": self.sequences * self.batches / (sums.prefill_s + sums.decode_s),
+            "ttft_s": sums.prefill_s / self.batches,
         }
-        if self.decode_passes:
-            figures["decode_tokens_per_s"] = self.decode_tokens / self.decode_s
-            figures["itl_s"] = self.decode_s / self.decode_passes
+        if sums.decode_passes:
+            figures["decode_tokens_per_s"] = sums.decode_tokens / sums.decode_s
+            figures["itl_s"] = sums.decode_s / sums.decode_passes
         return figures
 
 
@@ -289,17 +286,8 @@ def _full_batches(batches: Sequence[tuple[int, Stats]]) -> FullBatches | None:
     most = max(sequences for sequences, _ in batches)
     warm = sum(sequences == most for sequences, _ in batches[1:]) > 0
     full = [stats for sequences, stats in batches[int(warm) :] if sequences == most]
-    return FullBatches(
-        sequences=most,
-        batches=len(full),
-        warm=warm,
-        prompt_tokens=sum(stats.prompt_tokens for stats in full),
-        generated_tokens=sum(stats.generated_tokens for stats in full),
-        decode_tokens=sum(stats.decode_tokens for stats in full),
-        decode_passes=sum(stats.decode_passes for stats in full),
-        prefill_s=sum(stats.prefill_s for stats in full),
-        decode_s=sum(stats.decode_s for stats in full),
-    )
+    sums = functools.reduce(lambda all_before, stats: all_before.plus(stats), full)
+    return FullBatches(sequences=most, batches=len(full), warm=warm, sums=sums)
 
 
 def _peak_bytes() -> int:
