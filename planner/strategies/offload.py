@@ -49,7 +49,7 @@ from moeplan.planner.strategies.offload_lanes import (
     total,
 )
 from moeplan.planner.strategies.offload_online import fastest_online, online_figures, online_policy
-from moeplan.planner.strategies.offload_search import batch_seconds, fastest, shapes
+from moeplan.planner.strategies.offload_search import fastest, shapes
 from moeplan.planner.units import format_bytes
 
 _ROOMY_BYTES = 1e18
@@ -119,20 +119,12 @@ def offload_figures(
 def policy_of(problem: Costs, point: Point) -> Policy:
     """The policy record of a one-element point of a batch class."""
     roofline, requests = problem.roofline, problem.requests
-    experts = problem.workload.model.experts
-    gpus, copies, micro, count = (
-        int(value[0])
-        for value in (
-            point.units.gpus,
-            point.units.copies,
-            point.units.micro_batch,
-            point.units.micro_batches,
-        )
-    )
+    experts, u = problem.workload.model.experts, point.units
+    gpus, copies, micro, count = (int(v[0]) for v in (u.gpus, u.copies, u.micro_batch, u.micro_batches))
     prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.sequences))
     decode = _pass_time(problem, point, problem.decode_lanes(point))
     flying = micro * count * copies
-    seconds = float(batch_seconds(problem, replace(point, feasible=np.ones(1, dtype=bool)))[0])
+    rates = batch_rates(roofline, requests, micro * count, prefill, decode, gpus, copies)
     return Policy(
         machine=roofline.machine,
         serves=requests.name,
@@ -165,9 +157,9 @@ def policy_of(problem: Costs, point: Point) -> Policy:
         ),
         decode_tokens_per_s=estimate(roofline, flying * requests.decode_occupancy() / decode.seconds, gpus),
         generated_tokens_per_s=estimate(
-            roofline, requests.requests * requests.mean_output_tokens() / seconds, gpus
+            roofline, rates[0].requests_per_s.value * requests.mean_output_tokens(), gpus
         ),
-        rates=batch_rates(roofline, requests, micro * count, prefill, decode, gpus, copies),
+        rates=rates,
         bottleneck=bottleneck(requests, prefill, decode),
         resident_experts=problem.experts.most_popular(int(point.resident[0])),
     )
