@@ -13,6 +13,7 @@ from moeplan.planner.catalog import Catalog
 from moeplan.planner.diagnostics import CompileError, Span
 from moeplan.planner.ir.profile import FIGURES
 from moeplan.planner.profile_file import COLUMNS, ProfileRow, read_profile, read_text, with_row
+from moeplan.runtime_min.engine import Stats
 from moeplan.runtime_min.run import FullBatches
 
 HEADER = ",".join(COLUMNS)
@@ -160,10 +161,7 @@ def test_what_is_written_is_read(prompt: float, output: float, batch: int, value
 
 
 def test_the_runtime_names_figures_as_the_profile_does() -> None:
-    sums = FullBatches(
-        sequences=4,
-        batches=2,
-        warm=True,
+    sums = Stats(
         prompt_tokens=80,
         generated_tokens=40,
         decode_tokens=32,
@@ -171,11 +169,12 @@ def test_the_runtime_names_figures_as_the_profile_does() -> None:
         prefill_s=2.0,
         decode_s=4.0,
     )
-    assert sums.figures() == {
+    full = FullBatches(sequences=4, batches=2, warm=True, sums=sums)
+    assert full.figures() == {
         "prefill_tokens_per_s": 40.0,
         "decode_tokens_per_s": 8.0,
         "requests_per_s": pytest.approx(8 / 6),
         "ttft_s": 1.0,
         "itl_s": 0.5,
     }
-    assert set(sums.figures()) == set(FIGURES)
+    assert set(full.figures()) == set(FIGURES)
