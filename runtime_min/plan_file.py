@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 from moeplan.runtime_min.errors import RunError
 
 FORMAT = 1
-SCHEDULE_FORMAT = 1
+SCHEDULE_FORMAT = 2
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
 ARCHITECTURES = ("mixtral",)  # model types that this version of the runtime executes, on CPU
 ALIGNMENT_BYTES = 4096  # of direct reads: their file offset, length and place in memory

@@ -1,0 +1,386 @@
+"""GPU, link, CPU, disk: attention and experts shared by GPU and CPU, weights in pages, over all micro-batches.
+
+With its parameters the same loops give MoE-Lightning's CGOPipe, FlexGen's schedules, and better ones. The text
+below the mark is part of the emitted schedule.py, word for word.
+Source: MoE-Lightning (ASPLOS'25), Algorithm 1, its index slips corrected, and Figure 6.
+"""
+
+from __future__ import annotations
+
+from moeplan.planner.programs.order import FIXED, entry, fence, make_out, numbered, part, reads, task, writes
+
+# --- emitted from here ---
+
+LANES = ("gpu", "h2d", "d2h", "cpu", "copier", "disk")
+OPS = (
+    "embed",
+    "stage_page",
+    "read_page",
+    "copy_page",
+    "pre_attention",
+    "offload_qkv",
+    "cpu_attention",
+    "load_hidden",
+    "load_kv",
+    "gpu_attention",
+    "store_kv",
+    "post_attention",
+    "offload_routed",
+    "cpu_experts",
+    "load_partial",
+    "head",
+    "load_piece",
+    "prefill_layer",
+    "store_piece",
+    "store_piece_kv",
+    "offload_piece",
+    "piece_experts",
+    "piece_partial",
+    "piece_head",
+)
+LANE, OP = numbered(*LANES), numbered(*OPS)
+BARRIER_BATCH, BARRIER_TASK = 1, 2
+ACROSS_PAGES, ACROSS_ATTENTION = 1, 2
+
+# Buffers: the pinned pages, two layers' weight pages on the GPU, and then these: one a micro-batch,
+MINE = numbered(
+    "token",
+    "hidden",
+    "qkv",
+    "qkv_pin",
+    "attended_pin",
+    "attended",
+    "routed",
+    "routed_pin",
+    "partial_pin",
+    "partial",
+    "kv",
+)
+# one a piece of prefill,
+PIECE = numbered("parked", "routed_pin", "partial_pin")
+# and two of these, used in turn. What is new is of the sequences that a pass prefills.
+PAIR = numbered("new_token", "new_kv", "kv_in", "kv_out", "piece_in", "piece_out", "piece_routed", "piece_added")
+
+
+def buffers(s):
+    """How many buffers there are."""
+    mine = len(MINE) * s.micro_batches
+    return s.slots + 2 * s.pages + mine + len(PIECE) * s.pieces + 2 * len(PAIR)
+
+
+@part
+def weights(s, half, page):
+    return s.slots + half * s.pages + page
+
+
+@part
+def mine(s, group, j):
+    """The buffer of micro-batch j."""
+    return s.slots + 2 * s.pages + group * s.micro_batches + j
+
+
+@part
+def piece(s, group, q):
+    """The buffer of piece q; where there are more than planned, some share one."""
+    return mine(s, len(MINE), 0) + group * s.pieces + q % s.pieces
+
+
+@part
+def pair(s, group, number):
+    return piece(s, len(PIECE), 0) + 2 * group + number % 2
+
+
+def room(s, decode, prefill):
+    """An empty pass with room for the largest."""
+    rows = 2 * (s.pages + s.lead) + 14 * (decode + s.lookahead) + 2 * prefill
+    rows += s.layers * (9 * decode + 8 * prefill + 2 * s.pages)
+    return make_out(len(LANES), rows, 6 * rows + s.layers * (decode + prefill) * (s.pages + 2))
+
+
+@part
+def begin(s, out, op, lane, layer, item, slot):
+    """A task; where every task is a barrier, after all before it."""
+    if s.barrier == BARRIER_TASK and out.count[0] > 0:
+        fence(out)
+    task(out, op, lane, layer, item, slot)
+
+
+# Weight pages form one endless stream through all layers of all passes.
+
+
+@part
+def stage(s, out, page):
+    """From host memory or disk to a pinned slot."""
+    if s.slots == 0:
+        return
+    p = page % s.pages
+    if p >= s.pages - s.disk_pages:
+        begin(s, out, OP.read_page, LANE.disk, page // s.pages % s.layers, p, page % s.slots)
+    else:
+        begin(s, out, OP.stage_page, LANE.copier, page // s.pages % s.layers, p, page % s.slots)
+    writes(out, page % s.slots)
+
+
+@part
+def copy(s, out, page):
+    """From the pinned slot to the GPU's weight buffer of the page's layer."""
+    half = page // s.pages % 2
+    begin(s, out, OP.copy_page, LANE.h2d, page // s.pages % s.layers, page % s.pages, half)
+    if s.slots > 0:
+        reads(out, page % s.slots)
+    writes(out, weights(s, half, page % s.pages))
+
+
+@part
+def fill(s, out, layer):
+    """All pages of the stream's layer `layer`, and the staging lead of the next."""
+    if s.pages == 0:
+        return
+    first = layer * s.pages
+    for page in range(first, first + s.pages):
+        stage(s, out, page)
+        copy(s, out, page)
+    for page in range(first + s.pages, first + s.pages + s.lead):
+        stage(s, out, page)
+
+
+@part
+def advance(s, out, layer, last, j, places):
+    """At place j of `places` of the stream's layer `layer`: the next layer's share of pages, spread or all at
+    once. No page is moved for a layer after `last`."""
+    first, end = (j * s.pages + places - 1) // places, ((j + 1) * s.pages + places - 1) // places
+    if not s.interleave:
+        first, end = 0, s.pages if j == 0 else 0
+    for p in range(first, end):
+        page = (layer + 1) * s.pages + p
+        if layer < last:
+            copy(s, out, page)
+        if s.across >= ACROSS_PAGES or page + s.lead < (last + 1) * s.pages:
+            stage(s, out, page + s.lead)
+
+
+@part
+def reads_weights(s, out, layer):
+    for p in range(s.pages):
+        reads(out, weights(s, layer % 2, p))
+
+
+# Decode: one token of every sequence.
+
+
+@part
+def attend(s, out, layer, j, passes):
+    """Attention of micro-batch j: on the CPU, out of a cache copied up, or out of GPU memory."""
+    if layer == 0:
+        begin(s, out, OP.embed, LANE.gpu, FIXED.first, j, FIXED.none)
+        reads(out, mine(s, MINE.token, j))
+        reads(out, pair(s, PAIR.new_token, passes + 1))
+        writes(out, mine(s, MINE.hidden, j))
+    elif s.decode_cpu_experts:
+        load_partial(s, out, layer - 1, j)
+    if j < s.cpu_attended:
+        begin(s, out, OP.pre_attention, LANE.gpu, layer, j, FIXED.none)
+        reads_hidden(s, out, layer, j)
+        writes(out, mine(s, MINE.qkv, j))
+        begin(s, out, OP.offload_qkv, LANE.d2h, layer, j, FIXED.none)
+        reads(out, mine(s, MINE.qkv, j))
+        writes(out, mine(s, MINE.qkv_pin, j))
+        begin(s, out, OP.cpu_attention, LANE.cpu, layer, j, FIXED.none)
+        reads(out, mine(s, MINE.qkv_pin, j))
+        reads(out, pair(s, PAIR.new_kv, passes + 1))
+        writes(out, mine(s, MINE.attended_pin, j))
+        writes(out, mine(s, MINE.kv, j))
+    elif j < s.cpu_attended + s.copied_up:
+        turn = layer * s.copied_up + j
+        begin(s, out, OP.load_kv, LANE.h2d, layer, j, turn % 2)
+        reads(out, mine(s, MINE.kv, j))
+        reads(out, pair(s, PAIR.new_kv, passes + 1))
+        writes(out, pair(s, PAIR.kv_in, turn))
+        begin(s, out, OP.gpu_attention, LANE.gpu, layer, j, turn % 2)
+        reads_hidden(s, out, layer, j)
+        reads(out, pair(s, PAIR.kv_in, turn))
+        writes(out, mine(s, MINE.attended, j))
+        writes(out, pair(s, PAIR.kv_out, turn))
+        begin(s, out, OP.store_kv, LANE.d2h, layer, j, turn % 2)
+        reads(out, pair(s, PAIR.kv_out, turn))
+        writes(out, mine(s, MINE.kv, j))
+    else:
+        begin(s, out, OP.gpu_attention, LANE.gpu, layer, j, FIXED.none)
+        reads_hidden(s, out, layer, j)
+        writes(out, mine(s, MINE.attended, j))
+
+
+@part
+def reads_hidden(s, out, layer, j):
+    """The hidden states of micro-batch j, with what the CPU's experts of the layer before add."""
+    reads(out, mine(s, MINE.hidden, j))
+    if s.decode_cpu_experts and layer > 0:
+        reads(out, mine(s, MINE.partial, j))
+        writes(out, mine(s, MINE.hidden, j))
+
+
+@part
+def load_partial(s, out, layer, j):
+    """What the CPU's experts add, to the GPU: as late as possible, because the link is in order."""
+    begin(s, out, OP.load_partial, LANE.h2d, layer, j, FIXED.none)
+    reads(out, mine(s, MINE.partial_pin, j))
+    writes(out, mine(s, MINE.partial, j))
+
+
+@part
+def load_hidden(s, out, layer, j):
+    """The attention output of the CPU, to the GPU."""
+    if j < s.cpu_attended:
+        begin(s, out, OP.load_hidden, LANE.h2d, layer, j, FIXED.none)
+        reads(out, mine(s, MINE.attended_pin, j))
+        writes(out, mine(s, MINE.attended, j))
+
+
+@part
+def post_attention(s, out, layer, j, stream_layer):
+    """Output projection, router and experts of micro-batch j; the CPU's experts beside them."""
+    begin(s, out, OP.post_attention, LANE.gpu, layer, j, stream_layer % 2)
+    reads(out, mine(s, MINE.attended, j))
+    reads_weights(s, out, stream_layer)
+    writes(out, mine(s, MINE.hidden, j))
+    if s.decode_cpu_experts:
+        writes(out, mine(s, MINE.routed, j))
+        begin(s, out, OP.offload_routed, LANE.d2h, layer, j, FIXED.none)
+        reads(out, mine(s, MINE.routed, j))
+        writes(out, mine(s, MINE.routed_pin, j))
+        begin(s, out, OP.cpu_experts, LANE.cpu, layer, j, FIXED.none)
+        reads(out, mine(s, MINE.routed_pin, j))
+        writes(out, mine(s, MINE.partial_pin, j))
+
+
+@part
+def head(s, out, j):
+    """LM head and sampling of micro-batch j."""
+    if s.decode_cpu_experts:
+        load_partial(s, out, s.layers - 1, j)
+    begin(s, out, OP.head, LANE.gpu, s.layers - 1, j, FIXED.none)
+    reads_hidden(s, out, s.layers, j)
+    writes(out, mine(s, MINE.token, j))
+
+
+# Prefill: the prompts of new sequences, in pieces whose hidden states wait on the host.
+
+
+@part
+def prefill_piece(s, out, layer, q, stream_layer, pieces, passes):
+    """One layer over piece q; its keys and values go to the host unless all stay on the GPU."""
+    turn = layer * pieces + q
+    if layer == 0:
+        begin(s, out, OP.embed, LANE.gpu, FIXED.first, s.micro_batches + q, turn % 2)
+    else:
+        begin(s, out, OP.load_piece, LANE.h2d, layer, q, turn % 2)
+        reads(out, piece(s, PIECE.parked, q))
+    writes(out, pair(s, PAIR.piece_in, turn))
+    if s.prefill_cpu_experts and layer > 0:
+        piece_partial(s, out, layer - 1, q, turn)
+    begin(s, out, OP.prefill_layer, LANE.gpu, layer, q, turn % 2)
+    reads(out, pair(s, PAIR.piece_in, turn))
+    if s.prefill_cpu_experts and layer > 0:
+        reads(out, pair(s, PAIR.piece_added, turn))
+    reads_weights(s, out, stream_layer)
+    writes(out, pair(s, PAIR.piece_out, turn))
+    stored = s.cpu_attended + s.copied_up > 0
+    if stored:
+        writes(out, pair(s, PAIR.kv_out, turn))
+    if s.prefill_cpu_experts:
+        writes(out, pair(s, PAIR.piece_routed, turn))
+        begin(s, out, OP.offload_piece, LANE.d2h, layer, q, turn % 2)
+        reads(out, pair(s, PAIR.piece_routed, turn))
+        writes(out, piece(s, PIECE.routed_pin, q))
+        begin(s, out, OP.piece_experts, LANE.cpu, layer, q, FIXED.none)
+        reads(out, piece(s, PIECE.routed_pin, q))
+        writes(out, piece(s, PIECE.partial_pin, q))
+    begin(s, out, OP.store_piece, LANE.d2h, layer, q, turn % 2)
+    reads(out, pair(s, PAIR.piece_out, turn))
+    writes(out, piece(s, PIECE.parked, q))
+    if stored:
+        begin(s, out, OP.store_piece_kv, LANE.d2h, layer, q, turn % 2)
+        reads(out, pair(s, PAIR.kv_out, turn))
+        writes(out, pair(s, PAIR.new_kv, passes))
+
+
+@part
+def piece_partial(s, out, layer, q, turn):
+    begin(s, out, OP.piece_partial, LANE.h2d, layer, q, turn % 2)
+    reads(out, piece(s, PIECE.partial_pin, q))
+    writes(out, pair(s, PAIR.piece_added, turn))
+
+
+@part
+def piece_head(s, out, q, pieces, passes):
+    """LM head and sampling of the sequences of piece q."""
+    turn = s.layers * pieces + q
+    begin(s, out, OP.load_piece, LANE.h2d, s.layers, q, turn % 2)
+    reads(out, piece(s, PIECE.parked, q))
+    writes(out, pair(s, PAIR.piece_in, turn))
+    if s.prefill_cpu_experts:
+        piece_partial(s, out, s.layers - 1, q, turn)
+    begin(s, out, OP.piece_head, LANE.gpu, s.layers - 1, q, turn % 2)
+    reads(out, pair(s, PAIR.piece_in, turn))
+    if s.prefill_cpu_experts:
+        reads(out, pair(s, PAIR.piece_added, turn))
+    writes(out, pair(s, PAIR.new_token, passes))
+
+
+# A pass.
+
+
+@entry
+def program(s, out, passes, decode, prefill, following):
+    """Issue one pass over `decode` micro-batches and `prefill` pieces, in every layer the former first.
+
+    `following` micro-batches decode in the pass that comes next, 0 if that is not known to come. `passes`
+    counts the passes, and the micro-batches of the next whose first attention has been issued.
+    """
+    first = passes[0] * s.layers  # the pass's first layer in the endless stream
+    last = first + s.layers - (0 if s.across >= ACROSS_PAGES else 1)
+    if passes[0] == 0 or s.across < ACROSS_PAGES:
+        fill(s, out, first)
+    ahead = s.lookahead if s.lookahead < decode else decode - 1
+    for j in range(passes[1], ahead):
+        attend(s, out, FIXED.first, j, passes[0])
+    started = passes[1]
+    passes[1] = 0
+    places = decode if decode > prefill else prefill
+    for layer in range(s.layers):
+        if layer > 0 and not s.wrap:
+            for j in range(ahead):
+                attend(s, out, layer, j, passes[0])
+        for j in range(places):
+            if j < decode:
+                if ahead == 0 and (layer > 0 or j >= started):
+                    attend(s, out, layer, j, passes[0])
+                load_hidden(s, out, layer, j)
+            advance(s, out, first + layer, last, j, places)
+            if j < decode:
+                post_attention(s, out, layer, j, first + layer)
+                if ahead > 0:
+                    attend_ahead(s, out, layer, j + ahead, decode, following, passes)
+            if j < prefill:
+                prefill_piece(s, out, layer, j, first + layer, prefill, passes[0])
+            if s.barrier == BARRIER_BATCH:
+                fence(out)
+    for j in range(passes[1], decode):
+        head(s, out, j)
+    for q in range(prefill):
+        piece_head(s, out, q, prefill, passes[0])
+    passes[0] += 1
+
+
+@part
+def attend_ahead(s, out, layer, j, decode, following, passes):
+    """Attention of micro-batch j; past the last micro-batch that of the next layer, or of the next pass."""
+    if j < decode:
+        attend(s, out, layer, j, passes[0])
+    elif layer + 1 < s.layers:
+        if s.wrap:
+            attend(s, out, layer + 1, j - decode, passes[0])
+    elif s.across >= ACROSS_ATTENTION and j - decode < s.lookahead and j - decode < following - 1:
+        head(s, out, j - decode)
+        attend(s, out, FIXED.first, j - decode, passes[0] + 1)
+        passes[1] += 1

@@ -1,0 +1,120 @@
+"""What every schedule promises, checked row by row: happens-before by vector clocks, and the pages' contents.
+
+Nothing here knows how waits were derived. A task happens before another if the lanes' own order and the waits
+say so; a wait for a task that is not issued yet would be a deadlock.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from moeplan.planner.ir.schedule import OffloadConstants, Schedule, StreamConstants
+from moeplan.planner.programs import PROGRAMS, Issued, offload, order, stream
+
+Table = NDArray[np.int64]
+_LAYER, _ITEM = 2, 3
+
+
+class Offence(NamedTuple):
+    """The first broken promise: which row breaks what, on which buffer (or lane, for a wait)."""
+
+    row: int
+    what: str
+    buffer: int
+
+
+def first_offence(schedule: Schedule, issued: Issued) -> Offence | None:
+    """The first row that waits for a later one, races with another, or finds a wrong page; None if all is well."""
+    lanes = len(PROGRAMS[schedule.kind].LANES)
+    buffers = PROGRAMS[schedule.kind].buffers(schedule.constants)
+    row, buffer, late = _race(issued.rows, issued.touches, lanes, buffers)
+    if row >= 0:
+        return Offence(row, "waits for a later task" if late else "races", buffer)
+    row, buffer = _wrong_page(issued.rows, issued.touches, *_page_rules(schedule))
+    return Offence(row, "finds another page", buffer) if row >= 0 else None
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _race(rows: Table, touches: Table, lanes: int, buffers: int) -> tuple[int, int, bool]:
+    count = len(rows)
+    known = np.zeros((count, lanes), np.int64)  # per row, how much of every lane is complete with it
+    place = np.zeros((lanes, count + 1), np.int64)  # per lane, the row of its n-th task
+    issued = np.zeros(lanes, np.int64)
+    written = np.zeros((buffers, 2), np.int64)  # lane and number of the last write
+    read = np.zeros((buffers, lanes), np.int64)  # per lane, the number of the last read since
+    at = 0
+    for n in range(count):
+        lane = rows[n, 1]
+        if issued[lane]:
+            known[n] = known[place[lane, issued[lane]]]
+        for other in range(lanes):
+            wait = rows[n, order.WAIT + other]
+            if wait > issued[other]:
+                return n, other, True
+            if wait:
+                known[n] = np.maximum(known[n], known[place[other, wait]])
+        first = at
+        while at < len(touches) and touches[at, 0] == n:
+            buffer, how = touches[at, 1], touches[at, 2]
+            at += 1
+            if how == order.HOW.fence:
+                continue
+            if known[n, written[buffer, 0]] < written[buffer, 1]:
+                return n, buffer, False
+            for other in range(lanes):
+                if how == order.HOW.write and known[n, other] < read[buffer, other]:
+                    return n, buffer, False
+        issued[lane] += 1
+        place[lane, issued[lane]] = n
+        known[n, lane] = issued[lane]
+        for k in range(first, at):
+            buffer = touches[k, 1]
+            if touches[k, 2] == order.HOW.read:
+                read[buffer, lane] = issued[lane]
+            elif touches[k, 2] == order.HOW.write:
+                written[buffer] = lane, issued[lane]
+                read[buffer] = 0
+    return -1, -1, False
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _wrong_page(
+    rows: Table, touches: Table, fills: Table, wants: Table, slots: int, pages: int, buffers: int
+) -> tuple[int, int]:
+    """The first row that reads a page buffer holding another page than the one it needs."""
+    held = np.full((buffers, 2), -1, np.int64)  # per page buffer, the layer and page in it
+    for n, buffer, how in touches:
+        if buffer >= buffers or how == order.HOW.fence:
+            continue
+        op, layer, item = rows[n, 0], rows[n, _LAYER], rows[n, _ITEM]
+        if how == order.HOW.write and fills[op]:
+            held[buffer] = layer, item
+        if how == order.HOW.read and wants[op]:
+            page = item
+            if wants[op] == 2:  # all pages of the layer, each in its place
+                page = (buffer - slots) % pages
+            if wants[op] == 3:  # page 0, whichever micro-batch
+                page = 0
+            if held[buffer, 0] != layer or held[buffer, 1] != page:
+                return n, buffer
+    return -1, -1
+
+
+def _page_rules(schedule: Schedule) -> tuple[Table, Table, int, int, int]:
+    """Which operations fill a page buffer, which page each wants (1: its item, 2: all, 3: page 0), and where
+    page buffers end."""
+    c = schedule.constants
+    fills, wants = np.zeros((2, len(PROGRAMS[schedule.kind].OPS)), np.int64)
+    if isinstance(c, StreamConstants):
+        fills[stream.OP.read] = wants[stream.OP.experts] = 1
+        wants[stream.OP.attention] = 3
+        return fills, wants, c.slots, 1, c.slots
+    assert isinstance(c, OffloadConstants)
+    fills[[offload.OP.stage_page, offload.OP.read_page, offload.OP.copy_page]] = 1
+    wants[offload.OP.copy_page] = 1
+    wants[[offload.OP.post_attention, offload.OP.prefill_layer]] = 2
+    return fills, wants, c.slots, max(1, c.pages), c.slots + 2 * c.pages
