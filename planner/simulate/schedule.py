@@ -16,7 +16,7 @@ Importing this module imports Numba; the kernels are compiled at their first cal
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -200,13 +200,12 @@ def _contested(order: Order, demands: Floats | None) -> Floats:
     tasks = len(order.queue)
     if demands is None:
         return np.empty((tasks, 0))
-    if demands.ndim != 2 or len(demands) != tasks or not ((demands >= 0) & (demands <= 1)).all():
+    low, high = (demands.min(initial=0.0), demands.max(initial=0.0)) if demands.ndim == 2 else (0.0, np.nan)
+    if len(demands) != tasks or not (low >= 0 and high <= 1):
         raise ValueError(f"demands are {tasks} rows of shares from 0 to 1")
-    bounds = order.begin.astype(np.int64)
-    most = np.zeros(demands.shape[1])
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
-        most += demands[order.queue[low:high]].max(axis=0, initial=0.0)
-    return np.ascontiguousarray(demands[:, most > 1.0], np.float64)
+    demands = np.ascontiguousarray(demands, np.float64)
+    scarce = _most_wanted(order.begin, order.queue, demands).sum(axis=0) > 1.0
+    return demands if scarce.all() else np.ascontiguousarray(demands[:, scarce])
 
 
 @njit(cache=True)
@@ -237,6 +236,18 @@ def _link(rows: Any, begin: Any, first: Any, before: Any, queue: Any) -> int:
 
 
 @njit(cache=True)
+def _most_wanted(begin: Any, queue: Any, demands: Any) -> Any:
+    """By lane and resource: the most that a task of the lane wants."""
+    lanes, resources = len(begin) - 1, demands.shape[1]
+    most = np.zeros((lanes, resources))
+    for lane in range(lanes):
+        for place in range(begin[lane], begin[lane + 1]):
+            for resource in range(resources):
+                most[lane, resource] = max(most[lane, resource], demands[queue[place], resource])
+    return most
+
+
+@njit(cache=True)
 def _run(first: Any, before: Any, seconds: Any, start: Any, end: Any) -> None:
     """Each task alone: it starts at the last end of what it follows."""
     for task in range(len(seconds)):
@@ -251,61 +262,57 @@ def _run(first: Any, before: Any, seconds: Any, start: Any, end: Any) -> None:
 def _share(
     first: Any, before: Any, begin: Any, queue: Any, seconds: Any, demands: Any, start: Any, end: Any
 ) -> None:
-    """Tasks sharing resources: from event to event, where an event is the end of at least one task."""
-    lanes = len(begin) - 1
-    now, left = 0.0, len(seconds)
+    """Tasks sharing resources: from event to event, where an event is the end of at least one task.
+
+    One long function: each array that a kernel hands to another costs an atomic count of references, together
+    more than the work. A speed that stays leaves its task untouched, so without contention nothing is rounded.
+    """
+    lanes, resources = len(begin) - 1, demands.shape[1]
     done = np.zeros(len(seconds), np.bool_)
-    place = begin[:-1].copy()  # by lane: where in `queue` its running or next task is
-    edge = np.empty(lanes, np.uint32)  # by lane: the first of `before` that is not known to be done
-    for lane in range(lanes):
-        if place[lane] < begin[lane + 1]:
-            edge[lane] = first[queue[place[lane]]]
-    running = np.full(lanes, -1)
-    since, todo, rate = np.zeros(lanes), np.zeros(lanes), np.ones(lanes)
-    due = np.full(lanes, np.inf)
-    wanted = np.zeros(demands.shape[1])
-    while left:
+    # By lane: its next place in `queue`, that task, and the first that it follows and that may not be done.
+    place, task, edge = begin[:-1].astype(np.int64), np.full(lanes, -1), np.zeros(lanes, np.int64)
+    # By lane, of the task that runs: its last change of speed, the seconds left then, how many times longer they
+    # take, when it is due, what it wants.
+    since, left, slow, due = np.zeros(lanes), np.zeros(lanes), np.ones(lanes), np.full(lanes, np.inf)
+    use, wanted = np.zeros((lanes, resources)), np.zeros(resources)
+    now, todo = 0.0, len(seconds)
+    while todo:
         for lane in range(lanes):
-            if running[lane] >= 0 or place[lane] == begin[lane + 1]:
+            if due[lane] < np.inf or place[lane] == begin[lane + 1]:
                 continue
-            task = queue[place[lane]]
-            while edge[lane] < first[task + 1] and done[before[edge[lane]]]:
+            if task[lane] < 0:
+                task[lane] = queue[place[lane]]
+                edge[lane] = first[task[lane]]
+            at = task[lane]
+            while edge[lane] < first[at + 1] and done[before[edge[lane]]]:
                 edge[lane] += 1
-            if edge[lane] == first[task + 1]:
-                running[lane] = task
-                start[task] = since[lane] = now
-                todo[lane], rate[lane], due[lane] = seconds[task], 1.0, now + seconds[task]
-        _slow(now, demands, running, since, todo, rate, due, wanted)
-        now = due.min()
+            if edge[lane] == first[at + 1]:
+                start[at] = since[lane] = now
+                left[lane], slow[lane], due[lane] = seconds[at], 1.0, now + seconds[at]
+                for resource in range(resources):
+                    use[lane, resource] = demands[at, resource]
+        for resource in range(resources):
+            total = 0.0
+            for lane in range(lanes):
+                total += use[lane, resource]
+            wanted[resource] = total
+        soonest = np.inf
+        for lane in range(lanes):
+            most = 1.0
+            for resource in range(resources):
+                if use[lane, resource] > 0.0:
+                    most = max(most, wanted[resource])
+            if most != slow[lane] and due[lane] < np.inf:
+                left[lane] = max(0.0, left[lane] - (now - since[lane]) / slow[lane])
+                since[lane], slow[lane], due[lane] = now, most, now + left[lane] * most
+            soonest = min(soonest, due[lane])
+        now = soonest
         for lane in range(lanes):
             if due[lane] == now:
-                end[running[lane]] = now
-                done[running[lane]] = True
-                running[lane], due[lane] = -1, np.inf
+                end[task[lane]] = now
+                done[task[lane]] = True
+                due[lane], task[lane] = np.inf, -1
+                for resource in range(resources):
+                    use[lane, resource] = 0.0
                 place[lane] += 1
-                left -= 1
-                if place[lane] < begin[lane + 1]:
-                    edge[lane] = first[queue[place[lane]]]
-
-
-@njit(cache=True)
-def _slow(
-    now: Any, demands: Any, running: Any, since: Any, todo: Any, rate: Any, due: Any, wanted: Any
-) -> None:
-    """Bring the rates of running tasks, and when they are due, up to date; unchanged rates change nothing."""
-    wanted[:] = 0.0
-    for lane in range(len(running)):
-        if running[lane] >= 0:
-            for r in range(len(wanted)):
-                wanted[r] += demands[running[lane], r]
-    for lane in range(len(running)):
-        if running[lane] < 0:
-            continue
-        most = 1.0
-        for r in range(len(wanted)):
-            if demands[running[lane], r] > 0.0:
-                most = max(most, wanted[r])
-        if 1.0 / most != rate[lane]:
-            todo[lane] -= (now - since[lane]) * rate[lane]
-            since[lane], rate[lane] = now, 1.0 / most
-            due[lane] = now + max(0.0, todo[lane]) * most
+                todo -= 1
