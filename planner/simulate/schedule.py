@@ -1,14 +1,14 @@
 """Task matrix, seconds, demands -> Timeline: when each task of a schedule runs, and what that leaves idle.
 
 A schedule is an int64 matrix in issue order: op, lane, layer, item, slot, then for each lane how many of its
-tasks, counted from the first row, must be complete before this one starts (0: none). A lane runs its own tasks
-in order. Two models of time:
+tasks, counted from the first row, must be complete before this one starts (0: none). A lane runs its own
+tasks in order. Two models of time:
 
 - alone: a task starts when all that it follows has ended, and takes its own seconds;
-- shared: so it starts too, but running tasks, at most one a lane, slow each other down. A task that at full
-  speed uses the share `demands[n, r]` of resource r progresses at 1 / max(1, D), where D is the largest sum of
-  demands of all running tasks over the resources that it uses. Rates change only where a task starts or ends,
-  so this is exact, event by event. Where no sum exceeds 1 it is the first model, bit for bit.
+- shared: it starts at the same event, but running tasks, at most one a lane, slow each other down. A task
+  that alone uses the share `demands[n, r]` of resource r takes max(1, D) times as long while D is the largest
+  sum, over the resources that it uses, of the demands of all running tasks. Speeds change only where a task
+  starts or ends, so this is exact, event by event. Where no sum exceeds 1 it is the first model, bit for bit.
 
 Importing this module imports Numba; the kernels are compiled at their first call and kept in its cache.
 """
@@ -16,7 +16,7 @@ Importing this module imports Numba; the kernels are compiled at their first cal
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -128,7 +128,7 @@ def order_of(rows: Ints, lanes: int) -> Order:
     first = np.empty(len(rows) + 1, np.uint32)
     before = np.empty(len(rows) * lanes, np.uint32)
     queue = np.empty(len(rows), np.uint32)
-    bad = _link(np.ascontiguousarray(rows), begin, first, before, queue)
+    bad = _link(np.ascontiguousarray(rows, np.int64), begin, first, before, queue)
     if bad >= 0:
         raise ValueError(f"row {bad} waits for a task that no row above it has issued")
     return Order(first=first, before=before[: first[-1]].copy(), begin=begin, queue=queue)
@@ -144,10 +144,8 @@ def stretch(timeline: Timeline, first: int = 0, last: int | None = None) -> Stre
     end = timeline.end_s
     begin_s = float(end[:first].max(initial=0.0))
     end_s = float(end[:last].max(initial=begin_s))
-    inside = np.minimum(end, end_s) - np.maximum(timeline.start_s, begin_s)
-    inside = np.maximum(inside, 0.0)
-    taken = end - timeline.start_s
-    delay = np.maximum(taken - timeline.alone_s, 0.0)
+    inside = np.maximum(np.minimum(end, end_s) - np.maximum(timeline.start_s, begin_s), 0.0)
+    taken, delay = end - timeline.start_s, np.maximum(end - (timeline.start_s + timeline.alone_s), 0.0)
     lost = np.divide(inside * delay, taken, out=np.zeros_like(taken), where=taken > 0)
     lane, lanes = timeline.rows[:, _LANE], len(timeline.order.begin) - 1
     return Stretch(
@@ -160,7 +158,7 @@ def stretch(timeline: Timeline, first: int = 0, last: int | None = None) -> Stre
 
 
 def _path(timeline: Timeline, begin_s: float, end_s: float) -> list[int]:
-    """Tasks from one that ends at `end_s` back to one that runs at `begin_s`, each start the next one's end."""
+    """Tasks from one that ends at `end_s` back to one that runs at `begin_s`, each waiting for the next."""
     start, end = timeline.start_s, timeline.end_s
     first, before = timeline.order.first, timeline.order.before
     path = np.flatnonzero(end == end_s)[:1].tolist()
@@ -176,7 +174,7 @@ def _shares(rows: Ints, path: list[int], inside: Floats, lost: Floats) -> tuple[
         at = int(rows[task, _LANE]), int(rows[task, _OP])
         seconds, contention = sums.get(at, (0.0, 0.0))
         sums[at] = seconds + float(inside[task]), contention + float(lost[task])
-    shares = [PathShare(lane=at[0], op=at[1], seconds=s, contention_s=c) for at, (s, c) in sums.items()]
+    shares = [PathShare(lane=at[0], op=at[1], seconds=s, contention_s=c) for at, (s, c) in sums.items() if s]
     return tuple(sorted(shares, key=lambda share: (-share.seconds, share.lane, share.op)))
 
 
@@ -200,8 +198,8 @@ def _contested(order: Order, demands: Floats | None) -> Floats:
     tasks = len(order.queue)
     if demands is None:
         return np.empty((tasks, 0))
-    low, high = (demands.min(initial=0.0), demands.max(initial=0.0)) if demands.ndim == 2 else (0.0, np.nan)
-    if len(demands) != tasks or not (low >= 0 and high <= 1):
+    shares = demands.min(initial=0.0) >= 0 and demands.max(initial=0.0) <= 1
+    if demands.ndim != 2 or len(demands) != tasks or not shares:
         raise ValueError(f"demands are {tasks} rows of shares from 0 to 1")
     demands = np.ascontiguousarray(demands, np.float64)
     scarce = _most_wanted(order.begin, order.queue, demands).sum(axis=0) > 1.0
@@ -264,15 +262,15 @@ def _share(
 ) -> None:
     """Tasks sharing resources: from event to event, where an event is the end of at least one task.
 
-    One long function: each array that a kernel hands to another costs an atomic count of references, together
-    more than the work. A speed that stays leaves its task untouched, so without contention nothing is rounded.
+    A speed that stays leaves its task untouched, so without contention nothing is rounded. One long function:
+    with parts of it in kernels of their own it ran at a third of the speed.
     """
     lanes, resources = len(begin) - 1, demands.shape[1]
     done = np.zeros(len(seconds), np.bool_)
     # By lane: its next place in `queue`, that task, and the first that it follows and that may not be done.
     place, task, edge = begin[:-1].astype(np.int64), np.full(lanes, -1), np.zeros(lanes, np.int64)
-    # By lane, of the task that runs: its last change of speed, the seconds left then, how many times longer they
-    # take, when it is due, what it wants.
+    # By lane, of the task that runs: its last change of speed, the seconds left then, how many times longer
+    # they take, when it is due, what it uses.
     since, left, slow, due = np.zeros(lanes), np.zeros(lanes), np.ones(lanes), np.full(lanes, np.inf)
     use, wanted = np.zeros((lanes, resources)), np.zeros(resources)
     now, todo = 0.0, len(seconds)
