@@ -5,9 +5,7 @@ usage: python benchmarks/simulator.py [PASSES]
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray

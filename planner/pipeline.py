@@ -14,12 +14,14 @@ from moeplan.planner.catalog import facts_digest
 from moeplan.planner.inputs import load_inputs
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import Policy
+from moeplan.planner.ir.roofline import Roofline
+from moeplan.planner.ir.schedule import Pipeline
+from moeplan.planner.ir.workload import Workload
 from moeplan.planner.passes.fleet import choose_fleet
 from moeplan.planner.passes.placement import place
 from moeplan.planner.passes.policy import find_policies
 from moeplan.planner.passes.profile import apply_profile
 from moeplan.planner.passes.roofline import find_roofline
-from moeplan.planner.passes.schedule import build_schedule
 from moeplan.planner.passes.workload import build_workload
 from moeplan.planner.spec import parse_spec
 
@@ -77,14 +79,14 @@ def compile_plan(
             name=name,
             policy=policy,
             roofline=roofline,
-            schedule=build_schedule(workload, policy) if ours else None,
+            pipeline=_pipeline(workload, roofline, policy) if ours else None,
             bound=capacity_bound(workload, roofline, policy) if ours else None,
         )
 
     replicas = run("schedules", lambda: tuple(replica(c.column.name, c.column.policy) for c in fleet.choices))
     for made in replicas:
-        if made.schedule:
-            verify.verify_schedule(made.schedule)
+        if made.pipeline:
+            verify.verify_schedule(made.pipeline.schedule, made.policy)
     placement = run("placement", lambda: place(spec, workload, fleet, offers))
     verify.verify_placement(fleet, placement)
     return Plan(
@@ -97,3 +99,9 @@ def compile_plan(
         placement=placement,
         facts_sha256=facts_digest(inputs.model, *machines, *offers),
     )
+
+
+def _pipeline(workload: Workload, roofline: Roofline, policy: Policy) -> Pipeline:
+    from moeplan.planner.passes.schedule import build_schedule  # takes Numba, which few plans need
+
+    return build_schedule(workload, roofline, policy)

@@ -59,7 +59,9 @@ MINE = numbered(
 # one a piece of prefill,
 PIECE = numbered("parked", "routed_pin", "partial_pin")
 # and two of these, used in turn. What is new is of the sequences that a pass prefills.
-PAIR = numbered("new_token", "new_kv", "kv_in", "kv_out", "piece_in", "piece_out", "piece_routed", "piece_added")
+PAIR = numbered(
+    "new_token", "new_kv", "kv_in", "kv_out", "piece_in", "piece_out", "piece_routed", "piece_added"
+)
 
 
 def buffers(s):
@@ -170,15 +172,10 @@ def reads_weights(s, out, layer):
 
 @part
 def attend(s, out, layer, j, passes):
-    """Attention of micro-batch j: on the CPU, out of a cache copied up, or out of GPU memory."""
-    if layer == 0:
-        begin(s, out, OP.embed, LANE.gpu, FIXED.first, j, FIXED.none)
-        reads(out, mine(s, MINE.token, j))
-        reads(out, pair(s, PAIR.new_token, passes + 1))
-        writes(out, mine(s, MINE.hidden, j))
-    elif s.decode_cpu_experts:
-        load_partial(s, out, layer - 1, j)
+    """What of micro-batch j's attention may run ahead of the experts: on the CPU all of it, on the GPU the copy
+    of a cache that is in host memory."""
     if j < s.cpu_attended:
+        take(s, out, layer, j, passes)
         begin(s, out, OP.pre_attention, LANE.gpu, layer, j, FIXED.none)
         reads_hidden(s, out, layer, j)
         writes(out, mine(s, MINE.qkv, j))
@@ -196,18 +193,41 @@ def attend(s, out, layer, j, passes):
         reads(out, mine(s, MINE.kv, j))
         reads(out, pair(s, PAIR.new_kv, passes + 1))
         writes(out, pair(s, PAIR.kv_in, turn))
-        begin(s, out, OP.gpu_attention, LANE.gpu, layer, j, turn % 2)
-        reads_hidden(s, out, layer, j)
-        reads(out, pair(s, PAIR.kv_in, turn))
+
+
+@part
+def take(s, out, layer, j, passes):
+    """The hidden states that attention begins with: of new tokens, or of the layer before and all its experts."""
+    if layer == 0:
+        begin(s, out, OP.embed, LANE.gpu, FIXED.first, j, FIXED.none)
+        reads(out, mine(s, MINE.token, j))
+        reads(out, pair(s, PAIR.new_token, passes + 1))
+        writes(out, mine(s, MINE.hidden, j))
+    elif s.decode_cpu_experts:
+        load_partial(s, out, layer - 1, j)
+
+
+@part
+def finish_attention(s, out, layer, j, passes):
+    """Attention of micro-batch j to where the experts need it: its output from the CPU, or itself on the GPU."""
+    if j < s.cpu_attended:
+        begin(s, out, OP.load_hidden, LANE.h2d, layer, j, FIXED.none)
+        reads(out, mine(s, MINE.attended_pin, j))
         writes(out, mine(s, MINE.attended, j))
+        return
+    take(s, out, layer, j, passes)
+    copied = j < s.cpu_attended + s.copied_up
+    turn = layer * s.copied_up + j
+    begin(s, out, OP.gpu_attention, LANE.gpu, layer, j, turn % 2 if copied else -1)
+    reads_hidden(s, out, layer, j)
+    if copied:
+        reads(out, pair(s, PAIR.kv_in, turn))
         writes(out, pair(s, PAIR.kv_out, turn))
+    writes(out, mine(s, MINE.attended, j))
+    if copied:
         begin(s, out, OP.store_kv, LANE.d2h, layer, j, turn % 2)
         reads(out, pair(s, PAIR.kv_out, turn))
         writes(out, mine(s, MINE.kv, j))
-    else:
-        begin(s, out, OP.gpu_attention, LANE.gpu, layer, j, FIXED.none)
-        reads_hidden(s, out, layer, j)
-        writes(out, mine(s, MINE.attended, j))
 
 
 @part
@@ -225,15 +245,6 @@ def load_partial(s, out, layer, j):
     begin(s, out, OP.load_partial, LANE.h2d, layer, j, FIXED.none)
     reads(out, mine(s, MINE.partial_pin, j))
     writes(out, mine(s, MINE.partial, j))
-
-
-@part
-def load_hidden(s, out, layer, j):
-    """The attention output of the CPU, to the GPU."""
-    if j < s.cpu_attended:
-        begin(s, out, OP.load_hidden, LANE.h2d, layer, j, FIXED.none)
-        reads(out, mine(s, MINE.attended_pin, j))
-        writes(out, mine(s, MINE.attended, j))
 
 
 @part
@@ -355,7 +366,7 @@ def program(s, out, passes, decode, prefill, following):
             if j < decode:
                 if ahead == 0 and (layer > 0 or j >= started):
                     attend(s, out, layer, j, passes[0])
-                load_hidden(s, out, layer, j)
+                finish_attention(s, out, layer, j, passes[0])
             advance(s, out, first + layer, last, j, places)
             if j < decode:
                 post_attention(s, out, layer, j, first + layer)

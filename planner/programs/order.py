@@ -13,7 +13,9 @@ import numpy as np
 from numba import njit
 
 entry = njit(cache=True, nogil=True, error_model="numpy")
-part = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)  # called by these
+part = njit(
+    nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+)  # called by these
 
 # --- emitted from here ---
 

@@ -100,6 +100,18 @@ def offload_figures(
 ) -> Figures:
     """What one copy does with `sequences` of `requests` in flight, placed like the policy's. Online requests
     are of the bucket's size."""
+    problem, point = point_of(workload, requests, roofline, policy, sequences)
+    if requests.name == "online":
+        return online_figures(problem, point, bucket, slower)
+    prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.sequences)).seconds
+    decode = _pass_time(problem, point, problem.decode_lanes(point)).seconds
+    return batch_figures(requests, sequences, prefill * slower.prefill, decode * slower.decode)
+
+
+def point_of(
+    workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy, sequences: int
+) -> tuple[Costs, Point]:
+    """The policy's placement as a one-element point with `sequences` of `requests` in flight in each copy."""
     limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
     problem, one = Costs(workload, requests, roofline, float(limit)), np.ones(1)
     count = math.ceil(sequences / policy.micro_batch)
@@ -108,12 +120,7 @@ def offload_figures(
     cache_up = round(policy.attention_gpu_share * count) - on_gpu
     streams = one * (policy.pages != NO_PAGES) > 0
     layout = problem.layout(problem.units(shape), on_gpu * one, cache_up * one, streams)
-    point = problem.point(layout, round(policy.experts_cpu_share * workload.model.experts) * one)
-    if requests.name == "online":
-        return online_figures(problem, point, bucket, slower)
-    prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.sequences)).seconds
-    decode = _pass_time(problem, point, problem.decode_lanes(point)).seconds
-    return batch_figures(requests, sequences, prefill * slower.prefill, decode * slower.decode)
+    return problem, problem.point(layout, round(policy.experts_cpu_share * workload.model.experts) * one)
 
 
 def policy_of(problem: Costs, point: Point) -> Policy:
