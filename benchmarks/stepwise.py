@@ -1,5 +1,5 @@
-"""The plain simulator that planner/simulate/schedule.py is compared with: no order worked out beforehand, every
-running task moved forward in every step."""
+"""The plain simulator that planner/simulate/schedule.py is compared with: no order worked out beforehand,
+every running task moved forward in every step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Schedules as rewrites of each other: from one task after another to CGOPipe, and beyond it.
 
-A rewrite takes a schedule and returns a better one of the same work. What each is worth on a given machine the
-simulator says; that the result is free of races the verifier proves.
+A rewrite takes a schedule and returns a better one of the same work. What each is worth on a given machine
+the simulator says; that the result is free of races the verifier proves.
 Source: MoE-Lightning (ASPLOS'25), Figure 6 (S2, S3, S4) and Algorithm 1; FlexGen (ICML'23), Algorithm 1.
 """
 
@@ -24,10 +24,10 @@ _PAGES, _ATTENTION = 1, 2  # what goes on across steps
 def sequential(constants: OffloadConstants | StreamConstants) -> Schedule:
     """One task after another: the start of all rewriting."""
     if isinstance(constants, StreamConstants):
-        plain = constants._replace(lead=0, across=0, barrier=_TASK, lean=0)
-        return Schedule(kind="stream", name="sequential", constants=plain)
-    plain = constants._replace(lookahead=0, wrap=0, interleave=0, across=0, barrier=_TASK, lean=0)
-    return Schedule(kind="offload", name="sequential", constants=_staged_ahead(plain))
+        one_by_one = constants._replace(lead=0, across=0, barrier=_TASK, lean=0)
+        return Schedule(kind="stream", name="sequential", constants=one_by_one)
+    plain = constants._replace(lookahead=0, lead=1, wrap=0, interleave=0, across=0, barrier=_TASK, lean=0)
+    return Schedule(kind="offload", name="sequential", constants=plain)
 
 
 # Rewrites
@@ -49,9 +49,10 @@ def interleave_pages(s: Schedule) -> Schedule:
 
 
 def look_ahead(s: Schedule) -> Schedule:
-    """Attention of one micro-batch more runs ahead of the experts."""
+    """Attention of one micro-batch more runs ahead of the experts, and as many pages are staged ahead."""
     at = _offload(s)
-    return _with(s, lookahead=max(0, min(at.lookahead + 1, at.micro_batches - 1)))
+    ahead = max(0, min(at.lookahead + 1, at.micro_batches - 1))
+    return _with(s, lookahead=ahead, lead=max(at.lead, min(ahead, at.slots - 1)))
 
 
 def wrap_layers(s: Schedule) -> Schedule:
@@ -65,7 +66,8 @@ def prefetch_next_step(s: Schedule) -> Schedule:
 
 
 def begin_next_step(s: Schedule) -> Schedule:
-    """Attention runs ahead into the next step: a micro-batch's token is chosen as soon as its layers are done."""
+    """Attention runs ahead into the next step: a micro-batch's token is chosen as soon as its layers are
+    done."""
     return _with(s, across=_ATTENTION)
 
 
@@ -80,7 +82,14 @@ def merge_pages(s: Schedule) -> Schedule:
     at = _offload(s)
     if at.pages < 2 or at.slots == 1:
         return s
-    return _with(s, pages=-(-at.pages // 2), disk_pages=-(-at.disk_pages // 2), slots=at.slots // 2)
+    slots = at.slots // 2
+    lead = max(1, min(at.lead, slots - 1))
+    return _with(s, pages=-(-at.pages // 2), disk_pages=-(-at.disk_pages // 2), slots=slots, lead=lead)
+
+
+def stage_further(s: Schedule) -> Schedule:
+    """Pages are staged as far ahead as the pinned ring has slots."""
+    return _with(s, lead=max(1, s.constants.slots - 1))
 
 
 def read_ahead(s: Schedule) -> Schedule:
@@ -95,14 +104,7 @@ def drop_redundant_waits(s: Schedule) -> Schedule:
 
 def _with(s: Schedule, **changes: int) -> Schedule:
     constants: Any = s.constants._replace(**changes)
-    if isinstance(constants, OffloadConstants):
-        constants = _staged_ahead(constants)
     return replace(s, constants=constants)
-
-
-def _staged_ahead(c: OffloadConstants) -> OffloadConstants:
-    """Pages are staged as far ahead as attention runs, one at least, as far as the ring has slots."""
-    return c._replace(lead=max(1, min(c.lookahead, c.slots - 1)))
 
 
 def _offload(s: Schedule) -> OffloadConstants:

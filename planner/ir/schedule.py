@@ -14,7 +14,7 @@ Buffer = tuple[str | int, ...]
 class StreamConstants(NamedTuple):
     """Disk, DRAM, cores: weights pass through page slots. Integers only; the program compiles with them."""
 
-    layers: int
+    layers: int  # of the model
     pages: int  # per layer: page 0 is the attention, the others are experts
     resident: int  # the first pages of each layer stay in memory
     slots: int  # the others pass through this many page slots
@@ -25,12 +25,13 @@ class StreamConstants(NamedTuple):
 
 
 class OffloadConstants(NamedTuple):
-    """GPU, link, CPU, disk. Micro-batches attend on the CPU first, then with a cache copied up, then on the GPU.
+    """GPU, link, CPU, disk. Micro-batches attend on the CPU first, then with a cache copied up, then on the
+    GPU.
 
     Integers only; the program compiles with them.
     """
 
-    layers: int
+    layers: int  # of the model
     micro_batches: int  # of a full decode pass
     pieces: int  # calls of a full prefill pass
     pages: int  # per layer, of the weights that do not stay on the GPU

@@ -1,7 +1,7 @@
 """Policy -> Pipeline: the fastest of the schedules that run the policy, as the simulator has it.
 
-From CGOPipe on, each rewrite is kept that makes a decode pass shorter; the schedules that others use are timed
-beside it, on the same tasks.
+From CGOPipe on, each rewrite is kept that makes a decode pass shorter; the schedules that others use are
+timed beside it, on the same tasks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ from moeplan.planner.strategies.task_costs import TaskCosts, of_rows
 CostsOf = Callable[[Constants], TaskCosts]
 
 _BEST = {"stream": "paged", "offload": "CGOPipe"}
-_IMPROVEMENTS = (schedules.begin_next_step, schedules.look_ahead, schedules.merge_pages)
+_IMPROVEMENTS = (
+    schedules.begin_next_step,
+    schedules.look_ahead,
+    schedules.stage_further,
+    schedules.merge_pages,
+)
 _WORTH = 1e-3  # a rewrite must make the pass shorter by this share
 _PASSES = 3  # simulated; the last is in the steady state
 
@@ -46,7 +51,7 @@ def build_schedule(workload: Workload, roofline: Roofline, policy: Policy) -> Pi
     constants = constants_of(workload, requests, policy)
     kind = "offload" if isinstance(constants, OffloadConstants) else "stream"
     names = schedules.OFFLOAD if policy.gpus else schedules.STREAM
-    known = [_Timed.of(schedules.named(constants, name), costs) for name in names]
+    known = [_Timed.of(schedules.named(constants, name), policy.micro_batches, costs) for name in names]
     best = next(timed for timed in known if timed.schedule.name == _BEST[kind])
     if kind == "offload":
         best = improved(best, costs)
@@ -111,10 +116,9 @@ def _disk_pages(policy: Policy) -> int:
     return math.ceil(policy.pages.pages_per_layer * share - 1e-9)
 
 
-def decode_steps(constants: Constants, passes: int) -> list[Step]:
-    """Full decode passes, each followed by another."""
-    count = constants.micro_batches if isinstance(constants, OffloadConstants) else 1
-    return [Step(count, 0, count)] * passes
+def decode_steps(micro_batches: int) -> list[Step]:
+    """Full decode passes, each followed by another; the last is in the steady state."""
+    return [Step(micro_batches, 0, micro_batches)] * _PASSES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,18 +126,20 @@ class _Timed:
     """A schedule, how a decode pass of it goes in the steady state, and its tasks and waits."""
 
     schedule: Schedule
+    micro_batches: int
     step: Stretch
     tasks: int
     waits: int
 
     @classmethod
-    def of(cls, schedule: Schedule, costs: CostsOf) -> _Timed:
-        issued = issue(schedule, decode_steps(schedule.constants, _PASSES))
+    def of(cls, schedule: Schedule, micro_batches: int, costs: CostsOf) -> _Timed:
+        issued = issue(schedule, decode_steps(micro_batches))
         seconds, demands = of_rows(issued.rows, ops(schedule), costs(schedule.constants))
         timeline = simulate(issued.rows, len(lanes(schedule)), seconds, demands)
         first = issued.starts[-1]
         return cls(
             schedule=schedule,
+            micro_batches=micro_batches,
             step=stretch(timeline, first),
             tasks=len(issued.rows) - first,
             waits=int((issued.rows[first:, WAIT:] > 0).sum()),
@@ -152,16 +158,15 @@ class _Timed:
             critical=tuple(OpTime(lane=lane, op=op, seconds=seconds) for lane, op, seconds in path),
             tasks=self.tasks,
             waits=self.waits,
-            implied_waits=_waits(replace(self.schedule, constants=self.schedule.constants._replace(lean=0)))
-            - self.waits,
+            implied_waits=self._all_waits() - self.waits,
             others=tuple(Alternative(name=o.schedule.name, pass_s=o.step.seconds) for o in others),
         )
 
-
-def _waits(schedule: Schedule) -> int:
-    """The waits of one decode pass in the steady state."""
-    issued = issue(schedule, decode_steps(schedule.constants, _PASSES))
-    return int((issued.rows[issued.starts[-1] :, WAIT:] > 0).sum())
+    def _all_waits(self) -> int:
+        """The waits of a pass where those that others imply are not left out."""
+        every = replace(self.schedule, constants=self.schedule.constants._replace(lean=0))
+        issued = issue(every, decode_steps(self.micro_batches))
+        return int((issued.rows[issued.starts[-1] :, WAIT:] > 0).sum())
 
 
 def improved(start: _Timed, costs: CostsOf) -> _Timed:
@@ -172,7 +177,7 @@ def improved(start: _Timed, costs: CostsOf) -> _Timed:
             after = rewrite(best.schedule)
             if after.constants == best.schedule.constants:
                 break
-            timed = _Timed.of(after, costs)
+            timed = _Timed.of(after, best.micro_batches, costs)
             if timed.step.seconds > (1.0 - _WORTH) * best.step.seconds:
                 break
             best = timed

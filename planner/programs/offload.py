@@ -1,7 +1,8 @@
-"""GPU, link, CPU, disk: attention and experts shared by GPU and CPU, weights in pages, over all micro-batches.
+"""GPU, link, CPU, disk: attention and experts shared by GPU and CPU, weights in pages, over all
+micro-batches.
 
-With its parameters the same loops give MoE-Lightning's CGOPipe, FlexGen's schedules, and better ones. The text
-below the mark is part of the emitted schedule.py, word for word.
+With its parameters the same loops give MoE-Lightning's CGOPipe, FlexGen's schedules, and better ones. The
+text below the mark is part of the emitted schedule.py, word for word.
 Source: MoE-Lightning (ASPLOS'25), Algorithm 1, its index slips corrected, and Figure 6.
 """
 
@@ -134,7 +135,14 @@ def copy(s, out, page):
 
 
 @part
-def fill(s, out, layer):
+def stage_ahead(s, out, page, last):
+    """Stage a page that is copied later: none that only the next pass moves."""
+    if s.across >= ACROSS_PAGES or page < (last + 1) * s.pages:
+        stage(s, out, page)
+
+
+@part
+def fill(s, out, layer, last):
     """All pages of the stream's layer `layer`, and the staging lead of the next."""
     if s.pages == 0:
         return
@@ -143,7 +151,7 @@ def fill(s, out, layer):
         stage(s, out, page)
         copy(s, out, page)
     for page in range(first + s.pages, first + s.pages + s.lead):
-        stage(s, out, page)
+        stage_ahead(s, out, page, last)
 
 
 @part
@@ -157,8 +165,7 @@ def advance(s, out, layer, last, j, places):
         page = (layer + 1) * s.pages + p
         if layer < last:
             copy(s, out, page)
-        if s.across >= ACROSS_PAGES or page + s.lead < (last + 1) * s.pages:
-            stage(s, out, page + s.lead)
+        stage_ahead(s, out, page + s.lead, last)
 
 
 @part
@@ -172,8 +179,8 @@ def reads_weights(s, out, layer):
 
 @part
 def attend(s, out, layer, j, passes):
-    """What of micro-batch j's attention may run ahead of the experts: on the CPU all of it, on the GPU the copy
-    of a cache that is in host memory."""
+    """What of micro-batch j's attention may run ahead of the experts: on the CPU all of it, on the GPU the
+    copy of a cache that is in host memory."""
     if j < s.cpu_attended:
         take(s, out, layer, j, passes)
         begin(s, out, OP.pre_attention, LANE.gpu, layer, j, FIXED.none)
@@ -197,7 +204,8 @@ def attend(s, out, layer, j, passes):
 
 @part
 def take(s, out, layer, j, passes):
-    """The hidden states that attention begins with: of new tokens, or of the layer before and all its experts."""
+    """The hidden states that attention begins with: of new tokens, or of the layer before and all its
+    experts."""
     if layer == 0:
         begin(s, out, OP.embed, LANE.gpu, FIXED.first, j, FIXED.none)
         reads(out, mine(s, MINE.token, j))
@@ -209,7 +217,8 @@ def take(s, out, layer, j, passes):
 
 @part
 def finish_attention(s, out, layer, j, passes):
-    """Attention of micro-batch j to where the experts need it: its output from the CPU, or itself on the GPU."""
+    """Attention of micro-batch j to where the experts need it: its output from the CPU, or itself on the
+    GPU."""
     if j < s.cpu_attended:
         begin(s, out, OP.load_hidden, LANE.h2d, layer, j, FIXED.none)
         reads(out, mine(s, MINE.attended_pin, j))
@@ -351,7 +360,7 @@ def program(s, out, passes, decode, prefill, following):
     first = passes[0] * s.layers  # the pass's first layer in the endless stream
     last = first + s.layers - (0 if s.across >= ACROSS_PAGES else 1)
     if passes[0] == 0 or s.across < ACROSS_PAGES:
-        fill(s, out, first)
+        fill(s, out, first, last)
     ahead = s.lookahead if s.lookahead < decode else decode - 1
     for j in range(passes[1], ahead):
         attend(s, out, FIXED.first, j, passes[0])

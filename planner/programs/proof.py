@@ -62,7 +62,8 @@ def page_bytes(schedule: Schedule, issued: Issued, policy: Policy) -> dict[str, 
 
 
 def first_offence(schedule: Schedule, issued: Issued) -> Offence | None:
-    """The first row that waits for a later one, races with another, or finds a wrong page; None if all is well."""
+    """The first row that waits for a later one, races with another, or finds a wrong page; None if all is
+    well."""
     lanes = len(PROGRAMS[schedule.kind].LANES)
     buffers = PROGRAMS[schedule.kind].buffers(schedule.constants)
     row, buffer, late = _race(issued.rows, issued.touches, lanes, buffers)
@@ -72,7 +73,7 @@ def first_offence(schedule: Schedule, issued: Issued) -> Offence | None:
     return Offence(row, "finds another page", buffer) if row >= 0 else None
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _race(rows: Table, touches: Table, lanes: int, buffers: int) -> tuple[int, int, bool]:
     count = len(rows)
     known = np.zeros((count, lanes), np.int64)  # per row, how much of every lane is complete with it
@@ -115,7 +116,7 @@ def _race(rows: Table, touches: Table, lanes: int, buffers: int) -> tuple[int, i
     return -1, -1, False
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _wrong_page(
     rows: Table, touches: Table, fills: Table, wants: Table, slots: int, pages: int, buffers: int
 ) -> tuple[int, int]:

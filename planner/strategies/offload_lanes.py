@@ -493,8 +493,8 @@ class Costs:
         }
 
     def prefill_bytes(self, point: Point, prompts: Array) -> tuple[Array, Array, Array]:
-        """Of `prompts` prompts, all layers: hidden states that wait on the host and those that the CPU's experts
-        take, each way, and the cache that goes to the host."""
+        """Of `prompts` prompts, all layers: hidden states that wait on the host and those that the CPU's
+        experts take, each way, and the cache that goes to the host."""
         model, tokens = self.workload.model, prompts * self.requests.mean_prompt_tokens()
         hidden = tokens * model.hidden * self.workload.value_bytes
         cache = self._held(prompts, self.requests.mean_prompt_tokens())
@@ -512,7 +512,8 @@ class Costs:
         return self._moved(point, key, self._prefill_cpu_experts(point))
 
     def weight_seconds(self, point: Point, decode: bool) -> tuple[Array, Array, Array]:
-        """Seconds of the link, the disk and DRAM for the weights of a decode pass, or of one that prefills."""
+        """Seconds of the link, the disk and DRAM for the weights of a decode pass, or of one that
+        prefills."""
         if decode:
             streamed, from_disk, touched = self._moved(point, point.units.pass_key, point.cpu_experts)
         else:

@@ -1,7 +1,9 @@
-"""Seconds of every task of an offloaded pass: the lanes' seconds of `offload_lanes`, shared out to their tasks.
+"""Seconds of every task of an offloaded pass: the lanes' seconds of `offload_lanes`, shared out to their
+tasks.
 
-Nothing is estimated anew: the tasks of a pass sum to the seconds that its lanes were predicted to take. Beside
-its seconds a task has the share of DRAM bandwidth that it uses while it runs, for the simulator's contention.
+Nothing is estimated anew: the tasks of a pass sum to the seconds that its lanes were predicted to take.
+Beside its seconds a task has the share of DRAM bandwidth that it uses while it runs, for the simulator's
+contention.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ def _gpu_split(problem: Costs, point: Point) -> tuple[float, float, float]:
 
 
 def _page_tasks(problem: Costs, point: Point, c: OffloadConstants, decode: bool) -> dict[str, TaskCost]:
-    """Copies of weight pages: all pages of a pass together take what the link and the disk were predicted to."""
+    """Copies of weight pages: all pages of a pass together take what the link and the disk were predicted
+    to."""
     if not c.pages:
         return {}
     layers = problem.workload.model.layers

@@ -178,7 +178,8 @@ def test_busy_time_is_work_and_delay(case: Case) -> None:
 @some
 @given(cases(), st.integers(0, 40))
 def test_the_critical_path_has_no_gaps(case: Case, cut: int) -> None:
-    """So its shares sum to the length of the stretch, and less its delay it is a bound on what waits alone take."""
+    """So its shares sum to the length of the stretch, and less its delay it is a bound on what waits alone
+    take."""
     timeline = case.shared()
     for part in (stretch(timeline), stretch(timeline, cut), stretch(timeline, 0, cut)):
         assert sum(share.seconds for share in part.path) == pytest.approx(part.seconds, abs=1e-9)
@@ -233,7 +234,8 @@ def pipeline(passes: int) -> tuple[NDArray[np.int64], Floats]:
 
 
 def test_one_pass_of_several_is_what_its_slowest_lane_takes() -> None:
-    """In the steady state: 8 loads of 0.5 s, computing hidden behind them. The first pass fills the pipeline."""
+    """In the steady state: 8 loads of 0.5 s, computing hidden behind them. The first pass fills the
+    pipeline."""
     rows, seconds = pipeline(5)
     timeline = simulate(rows, 2, seconds)
     first, third = stretch(timeline, 0, 16), stretch(timeline, 32, 48)
