@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from moeplan.planner import schedules
 from moeplan.planner.ir.policy import LaneTime, Policy
@@ -19,21 +19,19 @@ from moeplan.planner.ir.schedule import (
     OffloadConstants,
     OpTime,
     Pipeline,
-    Schedule,
     StreamConstants,
 )
 from moeplan.planner.ir.workload import RequestClass, Workload
-from moeplan.planner.programs import Step, issue, lanes, ops
-from moeplan.planner.programs.order import WAIT
-from moeplan.planner.simulate.schedule import Stretch, simulate, stretch
+from moeplan.planner.programs import lanes, ops
+from moeplan.planner.simulate.decode import Timed, time_decode
 from moeplan.planner.strategies.offload import point_of
 from moeplan.planner.strategies.offload_tasks import decode_tasks
 from moeplan.planner.strategies.stream import stream_tasks
-from moeplan.planner.strategies.task_costs import TaskCosts, of_rows
+from moeplan.planner.strategies.task_costs import TaskCosts
 
 CostsOf = Callable[[Constants], TaskCosts]
 
-_BEST = {"stream": "paged", "offload": "CGOPipe"}
+_BEST = ("paged", "CGOPipe")  # where rewriting starts
 _IMPROVEMENTS = (
     schedules.begin_next_step,
     schedules.look_ahead,
@@ -41,24 +39,30 @@ _IMPROVEMENTS = (
     schedules.merge_pages,
 )
 _WORTH = 1e-3  # a rewrite must make the pass shorter by this share
-_PASSES = 3  # simulated; the last is in the steady state
 
 
 def build_schedule(workload: Workload, roofline: Roofline, policy: Policy) -> Pipeline:
     """Return the schedule of a policy of ours, timed in the steady state of decoding."""
     requests = workload.request_class(policy.serves)
-    costs = _costs(workload, requests, roofline, policy)
+    costs = costs_of(workload, requests, roofline, policy)
     constants = constants_of(workload, requests, policy)
-    kind = "offload" if isinstance(constants, OffloadConstants) else "stream"
-    names = schedules.OFFLOAD if policy.gpus else schedules.STREAM
-    known = [_Timed.of(schedules.named(constants, name), policy.micro_batches, costs) for name in names]
-    best = next(timed for timed in known if timed.schedule.name == _BEST[kind])
-    if kind == "offload":
-        best = improved(best, costs)
-    return best.pipeline([timed for timed in known if timed.schedule != best.schedule])
+    n = policy.micro_batches
+    known = known_schedules(constants, n, costs)
+    best = next(timed for timed in known if timed.schedule.name in _BEST)
+    if isinstance(constants, OffloadConstants):
+        best = improved(best, n, costs)
+    return _pipeline(best, [timed for timed in known if timed.schedule != best.schedule])
 
 
-def _costs(workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy) -> CostsOf:
+def known_schedules(constants: Constants, micro_batches: int, costs: CostsOf) -> list[Timed]:
+    """The schedules that have names, each timed."""
+    names = schedules.OFFLOAD if isinstance(constants, OffloadConstants) else schedules.STREAM
+    made = (schedules.named(constants, name) for name in names)
+    return [time_decode(schedule, micro_batches, costs(schedule.constants)) for schedule in made]
+
+
+def costs_of(workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy) -> CostsOf:
+    """What the tasks of the policy's decode pass take, for each way to cut its pages."""
     if not policy.gpus:
         tasks = stream_tasks(workload, requests, roofline, policy)
         return lambda _: tasks
@@ -116,71 +120,35 @@ def _disk_pages(policy: Policy) -> int:
     return math.ceil(policy.pages.pages_per_layer * share - 1e-9)
 
 
-def decode_steps(micro_batches: int) -> list[Step]:
-    """Full decode passes, each followed by another; the last is in the steady state."""
-    return [Step(micro_batches, 0, micro_batches)] * _PASSES
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Timed:
-    """A schedule, how a decode pass of it goes in the steady state, and its tasks and waits."""
-
-    schedule: Schedule
-    micro_batches: int
-    step: Stretch
-    tasks: int
-    waits: int
-
-    @classmethod
-    def of(cls, schedule: Schedule, micro_batches: int, costs: CostsOf) -> _Timed:
-        issued = issue(schedule, decode_steps(micro_batches))
-        seconds, demands = of_rows(issued.rows, ops(schedule), costs(schedule.constants))
-        timeline = simulate(issued.rows, len(lanes(schedule)), seconds, demands)
-        first = issued.starts[-1]
-        return cls(
-            schedule=schedule,
-            micro_batches=micro_batches,
-            step=stretch(timeline, first),
-            tasks=len(issued.rows) - first,
-            waits=int((issued.rows[first:, WAIT:] > 0).sum()),
-        )
-
-    def pipeline(self, others: Sequence[_Timed]) -> Pipeline:
-        lane_names, op_names = lanes(self.schedule), ops(self.schedule)
-        busy = zip(lane_names, self.step.busy_s, strict=True)
-        path = [(lane_names[share.lane], op_names[share.op], share.seconds) for share in self.step.path]
-        return Pipeline(
-            schedule=self.schedule,
-            phase="decode",
-            pass_s=self.step.seconds,
-            busy=tuple(LaneTime(lane=lane, seconds=seconds) for lane, seconds in busy),
-            bubble_s=self.step.bubble_s,
-            critical=tuple(OpTime(lane=lane, op=op, seconds=seconds) for lane, op, seconds in path),
-            tasks=self.tasks,
-            waits=self.waits,
-            implied_waits=self._all_waits() - self.waits,
-            others=tuple(Alternative(name=o.schedule.name, pass_s=o.step.seconds) for o in others),
-        )
-
-    def _all_waits(self) -> int:
-        """The waits of a pass where those that others imply are not left out."""
-        every = replace(self.schedule, constants=self.schedule.constants._replace(lean=0))
-        issued = issue(every, decode_steps(self.micro_batches))
-        return int((issued.rows[issued.starts[-1] :, WAIT:] > 0).sum())
-
-
-def improved(start: _Timed, costs: CostsOf) -> _Timed:
+def improved(start: Timed, micro_batches: int, costs: CostsOf) -> Timed:
     """The schedule after every rewrite that makes its pass shorter, each as often as it does."""
     best, applied = start, list[str]()
     for rewrite in _IMPROVEMENTS:
-        while True:
-            after = rewrite(best.schedule)
-            if after.constants == best.schedule.constants:
-                break
-            timed = _Timed.of(after, best.micro_batches, costs)
+        while (after := rewrite(best.schedule)).constants != best.schedule.constants:
+            timed = time_decode(after, micro_batches, costs(after.constants))
             if timed.step.seconds > (1.0 - _WORTH) * best.step.seconds:
                 break
             best = timed
             applied.append(rewrite.__name__.replace("_", " "))
     name = " + ".join([start.schedule.name, *dict.fromkeys(applied)])
     return replace(best, schedule=replace(best.schedule, name=name))
+
+
+def _pipeline(best: Timed, others: Sequence[Timed]) -> Pipeline:
+    lane_names, op_names = lanes(best.schedule), ops(best.schedule)
+    path = [(lane_names[share.lane], op_names[share.op], share.seconds) for share in best.step.path]
+    return Pipeline(
+        schedule=best.schedule,
+        phase="decode",
+        pass_s=best.step.seconds,
+        busy=tuple(
+            LaneTime(lane=lane, seconds=seconds)
+            for lane, seconds in zip(lane_names, best.step.busy_s, strict=True)
+        ),
+        bubble_s=best.step.bubble_s,
+        critical=tuple(OpTime(lane=lane, op=op, seconds=seconds) for lane, op, seconds in path),
+        tasks=best.tasks,
+        waits=best.waits,
+        implied_waits=best.implied_waits,
+        others=tuple(Alternative(name=o.schedule.name, pass_s=o.step.seconds) for o in others),
+    )

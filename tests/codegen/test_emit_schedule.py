@@ -48,7 +48,8 @@ def test_compiled(schedule: Schedule, tmp_path: Path) -> None:
     for step in neighbours(schedule):
         rows += module.issue(clock, *step).tolist()
     assert rows == expected(schedule)
-    assert (module.KIND, module.LANES) == (schedule.kind, programs.lanes(schedule))
+    assert schedule.kind == module.KIND
+    assert programs.lanes(schedule) == module.LANES
     assert module.SCHEDULE._asdict() == schedule.constants._asdict()
 
 

@@ -14,7 +14,7 @@ from conftest import batch_spec
 from moeplan.planner import programs
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.schedule import OffloadConstants
-from moeplan.planner.passes.schedule import build_schedule, constants_of, decode_steps
+from moeplan.planner.passes.schedule import build_schedule, constants_of
 from moeplan.planner.programs import Step
 from moeplan.planner.strategies.offload import point_of
 from moeplan.planner.strategies.offload_tasks import decode_tasks, prefill_tasks
@@ -104,7 +104,8 @@ def test_what_a_pass_is_made_of(made: tuple[Plan, Replica]) -> None:
     _, replica = made
     pipeline = replica.pipeline
     assert pipeline is not None
-    issued = programs.issue(pipeline.schedule, decode_steps(replica.policy.micro_batches))
+    n = replica.policy.micro_batches
+    issued = programs.issue(pipeline.schedule, [Step(n, 0, n)] * 3)
     rows = issued.rows[issued.starts[-1] :]
     assert len(rows) == pipeline.tasks
     assert Counter((rows[:, 5:] > 0).ravel().tolist())[True] == pipeline.waits

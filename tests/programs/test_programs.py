@@ -34,8 +34,7 @@ def test_every_schedule_is_proved() -> None:
 
 
 def waits_of(rows: np.ndarray) -> Iterator[tuple[int, int]]:
-    for row, lane in np.argwhere(rows[:, WAIT:] > 0).tolist():
-        yield row, lane
+    yield from map(tuple, np.argwhere(rows[:, WAIT:] > 0).tolist())
 
 
 def happens_before(rows: np.ndarray) -> nx.DiGraph:

@@ -1,0 +1,58 @@
+"""Schedule, costs of its tasks -> how one of many decode passes goes: where the time is, and what idles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moeplan.planner.ir.schedule import Schedule
+from moeplan.planner.programs import Issued, Step, issue, lanes, ops
+from moeplan.planner.programs.order import WAIT
+from moeplan.planner.simulate.schedule import Stretch, Timeline, simulate, stretch
+from moeplan.planner.strategies.task_costs import TaskCosts, of_rows
+
+_PASSES = 3  # simulated; the last is in the steady state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timed:
+    """A schedule, the passes that were simulated, and the last of them."""
+
+    schedule: Schedule
+    steps: tuple[Step, ...]
+    issued: Issued
+    timeline: Timeline
+    step: Stretch
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of the last pass."""
+        return len(self.issued.rows) - self.issued.starts[-1]
+
+    @property
+    def waits(self) -> int:
+        """Waits of the last pass."""
+        return _waits(self.issued)
+
+    @property
+    def implied_waits(self) -> int:
+        """Waits of the last pass that others imply, and that a lean schedule is without."""
+        every = replace(self.schedule, constants=self.schedule.constants._replace(lean=0))
+        return _waits(issue(every, self.steps)) - self.waits
+
+
+def time_passes(schedule: Schedule, steps: tuple[Step, ...], costs: TaskCosts) -> Timed:
+    """Simulate consecutive passes. Raises KeyError where an operation has no cost."""
+    issued = issue(schedule, steps)
+    seconds, demands = of_rows(issued.rows, ops(schedule), costs)
+    timeline = simulate(issued.rows, len(lanes(schedule)), seconds, demands)
+    step = stretch(timeline, issued.starts[-1])
+    return Timed(schedule=schedule, steps=steps, issued=issued, timeline=timeline, step=step)
+
+
+def time_decode(schedule: Schedule, micro_batches: int, costs: TaskCosts) -> Timed:
+    """Simulate full decode passes, each followed by another, to the steady state."""
+    return time_passes(schedule, (Step(micro_batches, 0, micro_batches),) * _PASSES, costs)
+
+
+def _waits(issued: Issued) -> int:
+    return int((issued.rows[issued.starts[-1] :, WAIT:] > 0).sum())
