@@ -143,7 +143,7 @@ def stretch(timeline: Timeline, first: int = 0, last: int | None = None) -> Stre
     """
     end = timeline.end_s
     begin_s = float(end[:first].max(initial=0.0))
-    end_s = float(end[:last].max(initial=begin_s))
+    end_s = float(end[:last].max(initial=0.0))
     inside = np.maximum(np.minimum(end, end_s) - np.maximum(timeline.start_s, begin_s), 0.0)
     taken, delay = end - timeline.start_s, np.maximum(end - (timeline.start_s + timeline.alone_s), 0.0)
     lost = np.divide(inside * delay, taken, out=np.zeros_like(taken), where=taken > 0)
