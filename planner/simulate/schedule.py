@@ -161,7 +161,7 @@ def _path(timeline: Timeline, begin_s: float, end_s: float) -> list[int]:
     """Tasks from one that ends at `end_s` back to one that runs at `begin_s`, each waiting for the next."""
     start, end = timeline.start_s, timeline.end_s
     first, before = timeline.order.first, timeline.order.before
-    path = np.flatnonzero(end == end_s)[:1].tolist()
+    path: list[int] = np.flatnonzero(end == end_s)[:1].tolist()
     while path and start[path[-1]] > begin_s:
         follows = before[first[path[-1]] : first[path[-1] + 1]]
         path.append(int(follows[end[follows].argmax()]))
