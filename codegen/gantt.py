@@ -211,11 +211,11 @@ def _drawn(piece: _Piece, axis: _Axis, top: int) -> dict[str, str]:
 
 
 def _tip(piece: _Piece, axis: _Axis) -> str:
-    when = f"{axis.figure(piece.begin_s, 2)} to {axis.figure(piece.end_s, 2)} {axis.unit}"
+    when = f"{axis.figure(piece.begin_s, 3)} to {axis.figure(piece.end_s, 3)} {axis.unit}"
     first = piece.bars[0]
     if len(piece.bars) == 1 and (piece.low, piece.high) == (0.0, 1.0):
         return f"{first.op}{' ' if first.label else ''}{first.label}: {when}"
-    return f"{len(piece.bars)} × {first.op}: {axis.figure(_seconds(piece.bars), 2)} {axis.unit} within {when}"
+    return f"{len(piece.bars)} × {first.op}: {axis.figure(_seconds(piece.bars), 3)} {axis.unit} within {when}"
 
 
 def _legend(numbers: dict[str, int], left: float, top: int) -> list[dict[str, Any]]:

@@ -95,7 +95,7 @@ def test_tooltips_say_what_when() -> None:
         for row in lane_rows(gantt_svg("", LANES, BARS))
         for _, bar in rectangles(row)
     ]
-    assert "load_hidden layer 0, micro-batch 0: 9.00 to 9.50 ms" in tips
+    assert "load_hidden layer 0, micro-batch 0: 9.000 to 9.500 ms" in tips
     assert len(tips) == len(BARS)
 
 
@@ -114,7 +114,7 @@ def test_tooltips_of_cells_say_how_much_of_them() -> None:
     for op, seconds in (("short", 0.25), ("long", 0.5)):
         found = [(int(m[1]), float(m[3])) for m in counted if m is not None and m[2] == op]
         assert sum(count for count, _ in found) == 1000
-        assert all(taken == pytest.approx(count * seconds) for count, taken in found)
+        assert all(taken == pytest.approx(count * seconds, abs=0.051) for count, taken in found)
 
 
 def test_lanes_tell_the_share_they_are_busy() -> None:
