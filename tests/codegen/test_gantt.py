@@ -154,6 +154,14 @@ def test_bars_of_a_lane_do_not_cover_each_other() -> None:
                 assert wide < 0.02 or high < 0.02
 
 
+def test_cells_are_no_longer_than_the_limit_needs() -> None:
+    """Five operations leave 120 cells of 7.2 pixels; each try doubles them, so they have less than 14.4."""
+    bars = [Bar(lane=0, op=f"op{n % 5}", start_s=n, end_s=n + 1.0) for n in range(5000)]
+    widths = [number(bar, "width") for _, bar in rectangles(lane_rows(gantt_svg("", LANES, bars))[0])]
+    assert MOST_BARS / 2 < len(widths) <= MOST_BARS
+    assert max(widths) < 14.4
+
+
 @pytest.mark.parametrize("count", [MOST_BARS, MOST_BARS + 1, 20_000])
 def test_a_file_stays_small(count: int) -> None:
     svg = gantt_svg("crowd", LANES, crowd(count))
