@@ -1,5 +1,10 @@
+<<<<<<< HEAD
 """The plain simulator that planner/simulate/schedule.py is compared with: no order worked out beforehand,
 every running task moved forward in every step."""
+=======
+"""The plain simulator that planner/simulate/schedule.py is compared with: no order is worked out beforehand,
+and every running task moves forward in every step."""
+>>>>>>> sim
 
 from __future__ import annotations
 
@@ -17,14 +22,16 @@ def step_through(
     complete = [0] * lanes
     start: dict[int, Any] = {}
     end: dict[int, Any] = {}
-    left = dict(enumerate(seconds))
+    left, running = list(seconds), []
     now: Any = 0
     while len(end) < len(rows):
         for lane, queue in enumerate(queues):
             task = queue[complete[lane]] if complete[lane] < len(queue) else None
-            if task is not None and all(complete[o] >= rows[task][WAITS + o] for o in range(lanes)):
-                start.setdefault(task, now)
-        running = [task for task in start if task not in end]
+            if task is None or task in start:
+                continue
+            if all(complete[other] >= rows[task][WAITS + other] for other in range(lanes)):
+                start[task] = now
+                running.append(task)
         times_longer = {task: slowness(task, running, demands) for task in running}
         step = min(left[task] * times_longer[task] for task in running)
         now = now + step
@@ -33,6 +40,7 @@ def step_through(
                 end[task] = now
                 complete[rows[task][1]] += 1
             left[task] -= step / times_longer[task]
+        running = [task for task in running if task not in end]
     tasks = range(len(rows))
     return [start[task] for task in tasks], [end[task] for task in tasks]
 

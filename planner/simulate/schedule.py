@@ -143,7 +143,7 @@ def stretch(timeline: Timeline, first: int = 0, last: int | None = None) -> Stre
     """
     end = timeline.end_s
     begin_s = float(end[:first].max(initial=0.0))
-    end_s = float(end[:last].max(initial=begin_s))
+    end_s = float(end[:last].max(initial=0.0))
     inside = np.maximum(np.minimum(end, end_s) - np.maximum(timeline.start_s, begin_s), 0.0)
     taken, delay = end - timeline.start_s, np.maximum(end - (timeline.start_s + timeline.alone_s), 0.0)
     lost = np.divide(inside * delay, taken, out=np.zeros_like(taken), where=taken > 0)
@@ -161,7 +161,7 @@ def _path(timeline: Timeline, begin_s: float, end_s: float) -> list[int]:
     """Tasks from one that ends at `end_s` back to one that runs at `begin_s`, each waiting for the next."""
     start, end = timeline.start_s, timeline.end_s
     first, before = timeline.order.first, timeline.order.before
-    path = np.flatnonzero(end == end_s)[:1].tolist()
+    path: list[int] = np.flatnonzero(end == end_s)[:1].tolist()
     while path and start[path[-1]] > begin_s:
         follows = before[first[path[-1]] : first[path[-1] + 1]]
         path.append(int(follows[end[follows].argmax()]))
