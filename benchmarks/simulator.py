@@ -9,9 +9,6 @@ the matrix on. Best of many runs. Compiling is timed in a process of its own wit
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Iterator
-=======
 import os
 import subprocess
 import sys
@@ -19,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
->>>>>>> sim
 
 import numpy as np
 from numpy.typing import NDArray

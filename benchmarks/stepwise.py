@@ -1,10 +1,5 @@
-<<<<<<< HEAD
-"""The plain simulator that planner/simulate/schedule.py is compared with: no order worked out beforehand,
-every running task moved forward in every step."""
-=======
 """The plain simulator that planner/simulate/schedule.py is compared with: no order is worked out beforehand,
 and every running task moves forward in every step."""
->>>>>>> sim
 
 from __future__ import annotations
 
