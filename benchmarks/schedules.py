@@ -37,7 +37,8 @@ NAMES = ("S4 (FlexGen)", "S3 (FlexGen, CPU attention)", "S2 (whole layers)", "CG
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """One published run: seconds of a decode pass by schedule, of the busiest lane, and what overlap saves."""
+    """One published run: seconds of a decode pass by schedule, of the busiest lane, and what overlap
+    saves."""
 
     run: published_runs.Run
     micro_batches: int
@@ -53,7 +54,10 @@ def compare(workload: Workload, roofline: Roofline, run: published_runs.Run) -> 
     """Time every schedule on the tasks of the run's policy."""
     policy = published_runs.predict(workload, roofline.machine, run)
     requests = workload.classes[0]
-    costs, constants = costs_of(workload, requests, roofline, policy), constants_of(workload, requests, policy)
+    costs, constants = (
+        costs_of(workload, requests, roofline, policy),
+        constants_of(workload, requests, policy),
+    )
     n = policy.micro_batches
     known = {timed.schedule.name: timed for timed in known_schedules(constants, n, costs)}
     best = improved(known["CGOPipe"], n, costs)
@@ -61,9 +65,9 @@ def compare(workload: Workload, roofline: Roofline, run: published_runs.Run) -> 
         run=run,
         micro_batches=n,
         balance=balance(roofline, policy),
-        seconds={name: known[name].step.seconds for name in NAMES},
+        seconds={name: known[name].seconds for name in NAMES},
         best=best,
-        work_s=max(known["CGOPipe"].step.busy_s),
+        work_s=max(known["CGOPipe"].stretch.busy_s),
         mixed_gain=mixed_gain(workload, roofline, policy, best),
         proved=first_offence(best.schedule, best.issued) is None,
     )
@@ -86,13 +90,13 @@ def mixed_gain(workload: Workload, roofline: Roofline, policy: Policy, best: Tim
     problem, point = point_of(workload, requests, roofline, policy, policy.sequences)
     prefill, decode = prefill_tasks(problem, point, c), decode_tasks(problem, point, c)
     n, tokens = policy.micro_batches, requests.mean_output_tokens()
-    alone = time_passes(best.schedule, (Step(0, c.pieces, 0),) * 2, prefill).step.seconds
-    apart = alone + (tokens - 1) * best.step.seconds
+    alone = time_passes(best.schedule, (Step(0, c.pieces, 0),) * 2, prefill).seconds
+    apart = alone + (tokens - 1) * best.seconds
     pieces = max(1, math.ceil(c.pieces / tokens))
     part = c.pieces / tokens / pieces  # of a full piece's tokens
     own = {op: cost for op, cost in prefill.items() if op not in decode}
     joined = {op: replace(cost, seconds=cost.seconds * part) for op, cost in own.items()}
-    mixed = time_passes(best.schedule, (Step(n, pieces, n),) * 3, {**joined, **decode}).step.seconds
+    mixed = time_passes(best.schedule, (Step(n, pieces, n),) * 3, {**joined, **decode}).seconds
     return 1.0 - tokens * mixed / apart
 
 
@@ -116,9 +120,13 @@ HEADS += ("work s", "work/CGOPipe", "gain", "found by", "mixed saves")
 
 def cells(row: Compared) -> list[str]:
     """A row of the table."""
-    run, cgopipe, best = row.run, row.seconds["CGOPipe"], row.best.step.seconds
+    run, cgopipe, best = row.run, row.seconds["CGOPipe"], row.best.seconds
+    sizes = (run.prompt, run.output, run.micro_batch, row.micro_batches, row.balance)
     return [
-        *(str(v) for v in (run.setting, run.prompt, run.output, run.micro_batch, row.micro_batches, row.balance)),
+        *(
+            str(v)
+            for v in (run.setting, run.prompt, run.output, run.micro_batch, row.micro_batches, row.balance)
+        ),
         *(f"{row.seconds[name]:.2f}" for name in NAMES),
         f"{best:.2f}",
         f"{row.work_s:.2f}",
@@ -137,8 +145,8 @@ def summary(rows: list[Compared]) -> list[str]:
     order = sum(c < b < d for c, b, d in zip(cgopipe, s3, s4, strict=True))
     past = [row for row in rows if row.micro_batches >= row.balance]
     full = sum(row.work_s >= 0.95 * row.seconds["CGOPipe"] for row in past)
-    better = sum(row.best.step.seconds < row.seconds["CGOPipe"] for row in rows)
-    worse = sum(row.best.step.seconds > row.seconds["CGOPipe"] * slack for row in rows)
+    better = sum(row.best.seconds < row.seconds["CGOPipe"] for row in rows)
+    worse = sum(row.best.seconds > row.seconds["CGOPipe"] * slack for row in rows)
     return [
         f"CGOPipe is never slower than S2, S3 and S4: {never} of {count}",
         f"CGOPipe < S3 < S4: {order} of {count}",

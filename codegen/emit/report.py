@@ -159,7 +159,7 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
             for p in replica.roofline.turning_points
             if policy.engine == "runtime_min" and p.p1_flops_per_byte > 0
         ],
-        "pipeline": _pipeline(replica.pipeline) if replica.pipeline else None,
+        "pipeline": _pipeline(replica.pipeline, policy) if replica.pipeline else None,
         "bound": _bound_line(replica.bound, policy) if replica.bound else "",
         "unrun": why_unrun(plan, policy),
         "command": _vllm_command(plan, policy) if policy.engine == "vllm" else "",
@@ -167,7 +167,7 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
     }
 
 
-def _pipeline(pipeline: Pipeline) -> dict[str, Any]:
+def _pipeline(pipeline: Pipeline, policy: Policy) -> dict[str, Any]:
     """What the simulator says about the schedule and those beside it."""
     slowest = max((other.pass_s for other in pipeline.others), default=0.0)
     return {
@@ -176,6 +176,8 @@ def _pipeline(pipeline: Pipeline) -> dict[str, Any]:
         "waits": pipeline.waits,
         "implied": pipeline.implied_waits,
         "pass": format_duration(pipeline.pass_s),
+        "predicted": format_duration(policy.decode.seconds),
+        "rest": "; the rest is what measured runs lose to imperfect overlap" if policy.gpus else "",
         "bubble": f"{pipeline.bubble_s / pipeline.pass_s:.1%}",
         "path": ", ".join(
             f"{o.op} {o.seconds / pipeline.pass_s:.0%}" for o in pipeline.critical[:_OPS_SHOWN]

@@ -24,14 +24,13 @@ from moeplan.planner.ir.schedule import (
 from moeplan.planner.ir.workload import RequestClass, Workload
 from moeplan.planner.programs import lanes, ops
 from moeplan.planner.simulate.decode import Timed, time_decode
-from moeplan.planner.strategies.offload import point_of
+from moeplan.planner.strategies.offload import point_of, regrouped
 from moeplan.planner.strategies.offload_tasks import decode_tasks
 from moeplan.planner.strategies.stream import stream_tasks
 from moeplan.planner.strategies.task_costs import TaskCosts
 
 CostsOf = Callable[[Constants], TaskCosts]
 
-_BEST = ("paged", "CGOPipe")  # where rewriting starts
 _IMPROVEMENTS = (
     schedules.begin_next_step,
     schedules.look_ahead,
@@ -39,19 +38,49 @@ _IMPROVEMENTS = (
     schedules.merge_pages,
 )
 _WORTH = 1e-3  # a rewrite must make the pass shorter by this share
+_WORTH_REGROUPING = 0.01  # other micro-batches must make it faster by this share
+_AS_FAST = 0.02  # and HRM may predict so much less for them
+_FEW = 3  # micro-batches more or fewer
 
 
-def build_schedule(workload: Workload, roofline: Roofline, policy: Policy) -> Pipeline:
-    """Return the schedule of a policy of ours, timed in the steady state of decoding."""
+def build_schedule(workload: Workload, roofline: Roofline, policy: Policy) -> tuple[Policy, Pipeline]:
+    """Return a policy of ours in the micro-batches that suit its schedule best, and that schedule, timed in
+    the steady state of decoding."""
     requests = workload.request_class(policy.serves)
+    candidates = [policy, *_regrouped(workload, requests, roofline, policy)]
+    timed = [_best(workload, requests, roofline, candidate) for candidate in candidates]
+    rates = [c.sequences / t.seconds for c, t in zip(candidates, timed, strict=True)]
+    at = max(range(len(rates)), key=lambda n: rates[n])
+    if rates[at] < (1.0 + _WORTH_REGROUPING) * rates[0]:
+        at = 0
+    chosen, best = candidates[at], timed[at]
+    known = known_schedules(
+        constants_of(workload, requests, chosen),
+        chosen.micro_batches,
+        costs_of(workload, requests, roofline, chosen),
+    )
+    return chosen, _pipeline(best, [timed for timed in known if timed.schedule != best.schedule])
+
+
+def _regrouped(
+    workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy
+) -> list[Policy]:
+    """The policy in a few more or fewer micro-batches, where HRM predicts about the same rate."""
+    if not policy.gpus or requests.name != "batch":
+        return []
+    n, least = policy.micro_batches, (1.0 - _AS_FAST) * policy.generated_tokens_per_s.value
+    counts = sorted({*range(max(1, n - _FEW), n + _FEW + 1), 2 * n, -(-n // 2)} - {n})
+    made = (regrouped(workload, requests, roofline, policy, count) for count in counts)
+    return [other for other in made if other and other.generated_tokens_per_s.value >= least]
+
+
+def _best(workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy) -> Timed:
+    """The fastest schedule that rewriting finds."""
     costs = costs_of(workload, requests, roofline, policy)
-    constants = constants_of(workload, requests, policy)
-    n = policy.micro_batches
-    known = known_schedules(constants, n, costs)
-    best = next(timed for timed in known if timed.schedule.name in _BEST)
-    if isinstance(constants, OffloadConstants):
-        best = improved(best, n, costs)
-    return _pipeline(best, [timed for timed in known if timed.schedule != best.schedule])
+    constants, n = constants_of(workload, requests, policy), policy.micro_batches
+    start = schedules.named(constants, "CGOPipe" if policy.gpus else "paged")
+    timed = time_decode(start, n, costs(start.constants))
+    return improved(timed, n, costs) if policy.gpus else timed
 
 
 def known_schedules(constants: Constants, micro_batches: int, costs: CostsOf) -> list[Timed]:
@@ -126,7 +155,7 @@ def improved(start: Timed, micro_batches: int, costs: CostsOf) -> Timed:
     for rewrite in _IMPROVEMENTS:
         while (after := rewrite(best.schedule)).constants != best.schedule.constants:
             timed = time_decode(after, micro_batches, costs(after.constants))
-            if timed.step.seconds > (1.0 - _WORTH) * best.step.seconds:
+            if timed.seconds > (1.0 - _WORTH) * best.seconds:
                 break
             best = timed
             applied.append(rewrite.__name__.replace("_", " "))
@@ -136,19 +165,20 @@ def improved(start: Timed, micro_batches: int, costs: CostsOf) -> Timed:
 
 def _pipeline(best: Timed, others: Sequence[Timed]) -> Pipeline:
     lane_names, op_names = lanes(best.schedule), ops(best.schedule)
-    path = [(lane_names[share.lane], op_names[share.op], share.seconds) for share in best.step.path]
+    step = best.stretch
+    path = [(lane_names[share.lane], op_names[share.op], share.seconds) for share in step.path]
     return Pipeline(
         schedule=best.schedule,
         phase="decode",
-        pass_s=best.step.seconds,
+        pass_s=best.seconds,
         busy=tuple(
             LaneTime(lane=lane, seconds=seconds)
-            for lane, seconds in zip(lane_names, best.step.busy_s, strict=True)
+            for lane, seconds in zip(lane_names, step.busy_s, strict=True)
         ),
-        bubble_s=best.step.bubble_s,
+        bubble_s=step.bubble_s,
         critical=tuple(OpTime(lane=lane, op=op, seconds=seconds) for lane, op, seconds in path),
         tasks=best.tasks,
         waits=best.waits,
         implied_waits=best.implied_waits,
-        others=tuple(Alternative(name=o.schedule.name, pass_s=o.step.seconds) for o in others),
+        others=tuple(Alternative(name=o.schedule.name, pass_s=o.seconds) for o in others),
     )

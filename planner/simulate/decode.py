@@ -15,27 +15,37 @@ _PASSES = 3  # simulated; the last is in the steady state
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
-    """A schedule, the passes that were simulated, and the last of them."""
+    """A schedule and the passes that were simulated; all figures are of the last of them."""
 
     schedule: Schedule
     steps: tuple[Step, ...]
     issued: Issued
     timeline: Timeline
-    step: Stretch
+
+    @property
+    def seconds(self) -> float:
+        """From the end of the pass before to its own."""
+        end, first = self.timeline.end_s, self.issued.starts[-1]
+        return float(end.max() - end[:first].max(initial=0.0))
+
+    @property
+    def stretch(self) -> Stretch:
+        """Where its time goes."""
+        return stretch(self.timeline, self.issued.starts[-1])
 
     @property
     def tasks(self) -> int:
-        """Tasks of the last pass."""
+        """How many it has."""
         return len(self.issued.rows) - self.issued.starts[-1]
 
     @property
     def waits(self) -> int:
-        """Waits of the last pass."""
+        """How many its tasks wait for."""
         return _waits(self.issued)
 
     @property
     def implied_waits(self) -> int:
-        """Waits of the last pass that others imply, and that a lean schedule is without."""
+        """Those that others imply, and that a lean schedule is without."""
         every = replace(self.schedule, constants=self.schedule.constants._replace(lean=0))
         return _waits(issue(every, self.steps)) - self.waits
 
@@ -45,8 +55,7 @@ def time_passes(schedule: Schedule, steps: tuple[Step, ...], costs: TaskCosts) -
     issued = issue(schedule, steps)
     seconds, demands = of_rows(issued.rows, ops(schedule), costs)
     timeline = simulate(issued.rows, len(lanes(schedule)), seconds, demands)
-    step = stretch(timeline, issued.starts[-1])
-    return Timed(schedule=schedule, steps=steps, issued=issued, timeline=timeline, step=step)
+    return Timed(schedule=schedule, steps=steps, issued=issued, timeline=timeline)
 
 
 def time_decode(schedule: Schedule, micro_batches: int, costs: TaskCosts) -> Timed:

@@ -160,8 +160,8 @@ def test_algorithm_1() -> None:
         for lane in (0, 1)
     ]
     assert " ".join(lanes[0]) == (
-        "embed00 pre00 embed01 pre01 post00 embed02 pre02 post01 pre10 post02 pre11 post10 pre12 post11 post12 "
-        "head10 head11 head12"
+        "embed00 pre00 embed01 pre01 post00 embed02 pre02 post01 pre10 post02 pre11 "
+        "post10 pre12 post11 post12 head10 head11 head12"
     )
     assert " ".join(lanes[1]) == (
         "hidden00 page10 hidden01 page11 hidden02 page12 hidden10 page00 hidden11 page01 hidden12 page02"

@@ -31,7 +31,7 @@ KIND = 'offload'
 
 
 class Constants(NamedTuple):
-    layers: int
+    layers: int  # of the model
     micro_batches: int  # of a full decode pass
     pieces: int  # calls of a full prefill pass
     pages: int  # per layer, of the weights that do not stay on the GPU
@@ -52,13 +52,13 @@ class Constants(NamedTuple):
 
 SCHEDULE = Constants(
     layers=32,
-    micro_batches=5,
+    micro_batches=3,
     pieces=49,
-    pages=5,
+    pages=3,
     slots=0,
     lead=1,
     disk_pages=0,
-    cpu_attended=5,
+    cpu_attended=3,
     copied_up=0,
     decode_cpu_experts=0,
     prefill_cpu_experts=0,
@@ -73,13 +73,22 @@ SCHEDULE = Constants(
 WAIT = 5  # a row is op, lane, layer, item, slot, then one column per lane: wait for so many of its tasks
 
 
-def numbered(*names):
+def numbered(*names: str) -> Any:
     """The names as attributes, each with its place. (Functions are compiled once per plain integer.)"""
     return namedtuple("Numbers", names)(*range(len(names)))
 
 
 HOW = numbered("read", "write", "fence")
-FIXED = namedtuple("Fixed", ("first", "none"))(0, -1)  # the first layer, no slot
+
+
+class Fixed(NamedTuple):
+    """Figures that stand for themselves: the first layer, no slot."""
+
+    first: int = 0
+    none: int = -1
+
+
+FIXED = Fixed()
 
 
 class Clock(NamedTuple):
@@ -97,7 +106,8 @@ class Clock(NamedTuple):
 
 
 class Out(NamedTuple):
-    """The pass being issued: its rows, who touches what (task, buffer, how), and how many of both there are."""
+    """The pass being issued: its rows, who touches what (task, buffer, how), and how many of both there
+    are."""
 
     rows: Any
     touches: Any
@@ -106,9 +116,9 @@ class Out(NamedTuple):
 
 def make_clock(lanes, buffers):
     """The state before the first pass."""
-    vectors = (np.zeros((lanes, lanes), np.int64) for _ in range(3))
+    known, fence, best = np.zeros((3, lanes, lanes), np.int64)
     touched = np.zeros((buffers, 2, lanes, lanes), np.int64)
-    return Clock(np.zeros(lanes, np.int64), np.zeros(2, np.int64), *vectors, touched)
+    return Clock(np.zeros(lanes, np.int64), np.zeros(2, np.int64), known, fence, best, touched)
 
 
 def make_out(lanes, rows, touches):
@@ -158,8 +168,9 @@ def touch(out, buffer, how):
 
 @entry
 def order(clock, out, lean):
-    """Fill in the waits: a task follows the last write of what it reads, and the last write and all later reads
-    of what it writes. Where `lean`, waits that follow from other waits and the lanes' own order are left out."""
+    """Fill in the waits: a task follows the last write of what it reads, and the last write and all later
+    reads of what it writes. Where `lean`, waits that follow from other waits and the lanes' own order are
+    left out."""
     lanes = len(clock.issued)
     first, end = 0, 0
     for n in range(out.count[0]):
@@ -355,7 +366,14 @@ def copy(s, out, page):
 
 
 @part
-def fill(s, out, layer):
+def stage_ahead(s, out, page, last):
+    """Stage a page that is copied later: none that only the next pass moves."""
+    if s.across >= ACROSS_PAGES or page < (last + 1) * s.pages:
+        stage(s, out, page)
+
+
+@part
+def fill(s, out, layer, last):
     """All pages of the stream's layer `layer`, and the staging lead of the next."""
     if s.pages == 0:
         return
@@ -364,7 +382,7 @@ def fill(s, out, layer):
         stage(s, out, page)
         copy(s, out, page)
     for page in range(first + s.pages, first + s.pages + s.lead):
-        stage(s, out, page)
+        stage_ahead(s, out, page, last)
 
 
 @part
@@ -378,8 +396,7 @@ def advance(s, out, layer, last, j, places):
         page = (layer + 1) * s.pages + p
         if layer < last:
             copy(s, out, page)
-        if s.across >= ACROSS_PAGES or page + s.lead < (last + 1) * s.pages:
-            stage(s, out, page + s.lead)
+        stage_ahead(s, out, page + s.lead, last)
 
 
 @part
@@ -393,8 +410,8 @@ def reads_weights(s, out, layer):
 
 @part
 def attend(s, out, layer, j, passes):
-    """What of micro-batch j's attention may run ahead of the experts: on the CPU all of it, on the GPU the copy
-    of a cache that is in host memory."""
+    """What of micro-batch j's attention may run ahead of the experts: on the CPU all of it, on the GPU the
+    copy of a cache that is in host memory."""
     if j < s.cpu_attended:
         take(s, out, layer, j, passes)
         begin(s, out, OP.pre_attention, LANE.gpu, layer, j, FIXED.none)
@@ -418,7 +435,8 @@ def attend(s, out, layer, j, passes):
 
 @part
 def take(s, out, layer, j, passes):
-    """The hidden states that attention begins with: of new tokens, or of the layer before and all its experts."""
+    """The hidden states that attention begins with: of new tokens, or of the layer before and all its
+    experts."""
     if layer == 0:
         begin(s, out, OP.embed, LANE.gpu, FIXED.first, j, FIXED.none)
         reads(out, mine(s, MINE.token, j))
@@ -430,7 +448,8 @@ def take(s, out, layer, j, passes):
 
 @part
 def finish_attention(s, out, layer, j, passes):
-    """Attention of micro-batch j to where the experts need it: its output from the CPU, or itself on the GPU."""
+    """Attention of micro-batch j to where the experts need it: its output from the CPU, or itself on the
+    GPU."""
     if j < s.cpu_attended:
         begin(s, out, OP.load_hidden, LANE.h2d, layer, j, FIXED.none)
         reads(out, mine(s, MINE.attended_pin, j))
@@ -572,7 +591,7 @@ def program(s, out, passes, decode, prefill, following):
     first = passes[0] * s.layers  # the pass's first layer in the endless stream
     last = first + s.layers - (0 if s.across >= ACROSS_PAGES else 1)
     if passes[0] == 0 or s.across < ACROSS_PAGES:
-        fill(s, out, first)
+        fill(s, out, first, last)
     ahead = s.lookahead if s.lookahead < decode else decode - 1
     for j in range(passes[1], ahead):
         attend(s, out, FIXED.first, j, passes[0])
