@@ -123,10 +123,8 @@ def cells(row: Compared) -> list[str]:
     run, cgopipe, best = row.run, row.seconds["CGOPipe"], row.best.seconds
     sizes = (run.prompt, run.output, run.micro_batch, row.micro_batches, row.balance)
     return [
-        *(
-            str(v)
-            for v in (run.setting, run.prompt, run.output, run.micro_batch, row.micro_batches, row.balance)
-        ),
+        run.setting,
+        *map(str, sizes),
         *(f"{row.seconds[name]:.2f}" for name in NAMES),
         f"{best:.2f}",
         f"{row.work_s:.2f}",

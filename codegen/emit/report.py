@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeplan.codegen.emit.chart import chart_path
 from moeplan.codegen.render import render
 from moeplan.codegen.vllm import vllm_arguments
 from moeplan.planner.ir.estimate import Estimate
@@ -159,7 +160,7 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
             for p in replica.roofline.turning_points
             if policy.engine == "runtime_min" and p.p1_flops_per_byte > 0
         ],
-        "pipeline": _pipeline(replica.pipeline, policy) if replica.pipeline else None,
+        "pipeline": _pipeline(replica.name, replica.pipeline, policy) if replica.pipeline else None,
         "bound": _bound_line(replica.bound, policy) if replica.bound else "",
         "unrun": why_unrun(plan, policy),
         "command": _vllm_command(plan, policy) if policy.engine == "vllm" else "",
@@ -167,11 +168,12 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
     }
 
 
-def _pipeline(pipeline: Pipeline, policy: Policy) -> dict[str, Any]:
+def _pipeline(replica: str, pipeline: Pipeline, policy: Policy) -> dict[str, Any]:
     """What the simulator says about the schedule and those beside it."""
     slowest = max((other.pass_s for other in pipeline.others), default=0.0)
     return {
         "name": pipeline.schedule.name,
+        "chart": chart_path(replica),
         "tasks": pipeline.tasks,
         "waits": pipeline.waits,
         "implied": pipeline.implied_waits,

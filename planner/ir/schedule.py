@@ -98,12 +98,25 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskTime:
+    """When one task runs, from the end of the pass before."""
+
+    lane: str
+    op: str
+    layer: int
+    item: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
     """The schedule of a replica and what simulating a steady-state pass of `phase` says about it.
 
     `busy` are the lanes' seconds at work in a pass of `pass_s`, `bubble_s` what the busiest lane idles,
     `critical` where the time of the longest chain goes. `tasks`, `waits` and `implied_waits` (those that
-    others imply and that were left out) count one pass. `others` were simulated too.
+    others imply and that were left out) count one pass. `others` were simulated too. `window` are tasks of
+    the last layers of one pass and the first of the next.
     """
 
     schedule: Schedule
@@ -116,3 +129,4 @@ class Pipeline:
     waits: int
     implied_waits: int
     others: tuple[Alternative, ...]
+    window: tuple[TaskTime, ...]

@@ -40,6 +40,7 @@ _IMPROVEMENTS = (
 _WORTH = 1e-3  # a rewrite must make the pass shorter by this share
 _WORTH_REGROUPING = 0.01  # other micro-batches must make it faster by this share
 _AS_FAST = 0.02  # and HRM may predict so much less for them
+_DRAWN = 400  # tasks
 _FEW = 3  # micro-batches more or fewer
 
 
@@ -181,4 +182,5 @@ def _pipeline(best: Timed, others: Sequence[Timed]) -> Pipeline:
         waits=best.waits,
         implied_waits=best.implied_waits,
         others=tuple(Alternative(name=o.schedule.name, pass_s=o.seconds) for o in others),
+        window=best.window(_DRAWN),
     )

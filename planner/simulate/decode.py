@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moeplan.planner.ir.schedule import Schedule
+import numpy as np
+
+from moeplan.planner.ir.schedule import Schedule, TaskTime
 from moeplan.planner.programs import Issued, Step, issue, lanes, ops
 from moeplan.planner.programs.order import WAIT
 from moeplan.planner.simulate.schedule import Stretch, Timeline, simulate, stretch
 from moeplan.planner.strategies.task_costs import TaskCosts, of_rows
 
+_LAYER = 2
 _PASSES = 3  # simulated; the last is in the steady state
 
 
@@ -25,8 +28,7 @@ class Timed:
     @property
     def seconds(self) -> float:
         """From the end of the pass before to its own."""
-        end, first = self.timeline.end_s, self.issued.starts[-1]
-        return float(end.max() - end[:first].max(initial=0.0))
+        return self.timeline.makespan_s - self._begin_s
 
     @property
     def stretch(self) -> Stretch:
@@ -48,6 +50,33 @@ class Timed:
         """Those that others imply, and that a lean schedule is without."""
         every = replace(self.schedule, constants=self.schedule.constants._replace(lean=0))
         return _waits(issue(every, self.steps)) - self.waits
+
+    def window(self, most: int) -> tuple[TaskTime, ...]:
+        """The tasks of the last layers of the pass before and the first layers of this one: of at least one
+        layer each, of more as long as they are no more than `most`."""
+        rows, layers = self.issued.rows, self.schedule.constants.layers
+        before, first = self.issued.starts[-2:]
+        shift = np.where(np.arange(len(rows)) >= first, layers, 0)
+        distance = rows[:, _LAYER] + shift - layers  # in layers, from the boundary between the passes
+        distance[:before] = -layers
+        near = [np.flatnonzero((distance >= -n) & (distance < n)) for n in range(1, layers + 1)]
+        chosen = max((at for at in near if len(at) <= most), key=len, default=near[0])
+        return tuple(self._task_time(int(at), self._begin_s) for at in chosen)
+
+    @property
+    def _begin_s(self) -> float:
+        return float(self.timeline.end_s[: self.issued.starts[-1]].max(initial=0.0))
+
+    def _task_time(self, at: int, zero_s: float) -> TaskTime:
+        op, lane, layer, item = self.issued.rows[at, :4].tolist()
+        return TaskTime(
+            lane=lanes(self.schedule)[lane],
+            op=ops(self.schedule)[op],
+            layer=layer,
+            item=item,
+            start_s=float(self.timeline.start_s[at]) - zero_s,
+            end_s=float(self.timeline.end_s[at]) - zero_s,
+        )
 
 
 def time_passes(schedule: Schedule, steps: tuple[Step, ...], costs: TaskCosts) -> Timed:

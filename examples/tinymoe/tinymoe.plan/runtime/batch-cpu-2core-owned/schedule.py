@@ -31,7 +31,7 @@ KIND = 'stream'
 
 
 class Constants(NamedTuple):
-    layers: int
+    layers: int  # of the model
     pages: int  # per layer: page 0 is the attention, the others are experts
     resident: int  # the first pages of each layer stay in memory
     slots: int  # the others pass through this many page slots
@@ -55,13 +55,22 @@ SCHEDULE = Constants(
 WAIT = 5  # a row is op, lane, layer, item, slot, then one column per lane: wait for so many of its tasks
 
 
-def numbered(*names):
+def numbered(*names: str) -> Any:
     """The names as attributes, each with its place. (Functions are compiled once per plain integer.)"""
     return namedtuple("Numbers", names)(*range(len(names)))
 
 
 HOW = numbered("read", "write", "fence")
-FIXED = namedtuple("Fixed", ("first", "none"))(0, -1)  # the first layer, no slot
+
+
+class Fixed(NamedTuple):
+    """Figures that stand for themselves: the first layer, no slot."""
+
+    first: int = 0
+    none: int = -1
+
+
+FIXED = Fixed()
 
 
 class Clock(NamedTuple):
@@ -79,7 +88,8 @@ class Clock(NamedTuple):
 
 
 class Out(NamedTuple):
-    """The pass being issued: its rows, who touches what (task, buffer, how), and how many of both there are."""
+    """The pass being issued: its rows, who touches what (task, buffer, how), and how many of both there
+    are."""
 
     rows: Any
     touches: Any
@@ -88,9 +98,9 @@ class Out(NamedTuple):
 
 def make_clock(lanes, buffers):
     """The state before the first pass."""
-    vectors = (np.zeros((lanes, lanes), np.int64) for _ in range(3))
+    known, fence, best = np.zeros((3, lanes, lanes), np.int64)
     touched = np.zeros((buffers, 2, lanes, lanes), np.int64)
-    return Clock(np.zeros(lanes, np.int64), np.zeros(2, np.int64), *vectors, touched)
+    return Clock(np.zeros(lanes, np.int64), np.zeros(2, np.int64), known, fence, best, touched)
 
 
 def make_out(lanes, rows, touches):
@@ -140,8 +150,9 @@ def touch(out, buffer, how):
 
 @entry
 def order(clock, out, lean):
-    """Fill in the waits: a task follows the last write of what it reads, and the last write and all later reads
-    of what it writes. Where `lean`, waits that follow from other waits and the lanes' own order are left out."""
+    """Fill in the waits: a task follows the last write of what it reads, and the last write and all later
+    reads of what it writes. Where `lean`, waits that follow from other waits and the lanes' own order are
+    left out."""
     lanes = len(clock.issued)
     first, end = 0, 0
     for n in range(out.count[0]):
