@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from moeplan.runtime_min.errors import RunError
 
-FORMAT = 1
+FORMAT = 2
 SCHEDULE_FORMAT = 2
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
 ARCHITECTURES = ("mixtral",)  # model types that this version of the runtime executes, on CPU
@@ -89,6 +89,32 @@ class PagePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadPlan:
+    """What lies where beside an accelerator; all zero and empty in a stream plan.
+
+    One copy of the model spans `gpus` of them, the machine runs `copies`. Each layer's experts are ranked:
+    `ranking` has a row per layer, most popular first; empty, they rank by number. The first
+    `resident_experts` stay on the device. The last `cpu_experts` are computed by the CPU in decode, and in
+    prefill where no page moves. Those between are streamed, the last `disk_experts` of them from disk.
+    Pages are equal parts of the bytes of all that are not resident: those of the CPU first, the disk's last.
+    `budget_bytes` is what the run may hold in the device's memory.
+    """
+
+    gpus: int
+    copies: int
+    resident_experts: int
+    cpu_experts: int
+    disk_experts: int
+    ranking: tuple[tuple[int, ...], ...]
+    budget_bytes: int
+
+
+NO_OFFLOAD = OffloadPlan(
+    gpus=0, copies=0, resident_experts=0, cpu_experts=0, disk_experts=0, ranking=(), budget_bytes=0
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """What the run may hold in host memory, item by item; the items sum to at most `budget_bytes`."""
 
@@ -121,7 +147,7 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulePlan:
-    """Which schedule.py belongs to this plan. `kind` names the program, "stream" or "cgopipe"."""
+    """Which schedule.py belongs to this plan. `kind` names the program, "stream" or "offload"."""
 
     kind: str
     format: int
@@ -139,6 +165,7 @@ class RuntimePlan:
     model: ModelPlan
     batch: BatchPlan
     pages: PagePlan
+    offload: OffloadPlan
     memory: MemoryPlan
     schedule: SchedulePlan
     predicted: Predicted
@@ -275,6 +302,10 @@ def _record(cls: type[_T], data: object, where: str) -> _T:
 
 
 def _value(hint: Any, value: object, where: str) -> Any:
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise PlanFileError(f"{where} is {value!r}, expected a list")
+        return tuple(_value(typing.get_args(hint)[0], item, where) for item in value)
     if isinstance(hint, type) and hint not in (int, float, str):
         return _record(hint, value, where)
     if typing.get_origin(hint) in (Literal, types.UnionType):

@@ -272,7 +272,7 @@ def _report(engine: Engine, answered: int, failed: int, resumed: int) -> Report:
         decode_passes=stats.decode_passes,
         prefill_s=stats.prefill_s,
         decode_s=stats.decode_s,
-        stall_s=engine.disk.stall_s,
+        stall_s=engine.lanes.stall_s,
         bytes_read=engine.disk.bytes_read,
         peak_bytes=_peak_bytes(),
         full=_full_batches(engine.batches),

@@ -10,10 +10,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moeplan.codegen.render import render
-from moeplan.planner.ir.schedule import LANES, OPS, Schedule
+from moeplan.codegen.emit.schedule_py import schedule_text
+from moeplan.planner.ir.schedule import Schedule, StreamConstants
 from moeplan.runtime_min.limits import check_numbers
 from moeplan.runtime_min.plan_file import (
+    FORMAT,
+    NO_OFFLOAD,
     SCHEDULE_FORMAT,
     BatchPlan,
     MemoryPlan,
@@ -145,15 +147,16 @@ def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
         process_bytes=500 << 20,
     )
     plan = RuntimePlan(
-        format=1,
+        format=FORMAT,
         name="small",
         device="cpu",
         threads=1,
         model=model,
         batch=batch,
         pages=pages,
+        offload=NO_OFFLOAD,
         memory=memory,
-        schedule=SchedulePlan(kind="stream", format=1, sha256=""),
+        schedule=SchedulePlan(kind="stream", format=SCHEDULE_FORMAT, sha256=""),
         predicted=Predicted(
             prefill_tokens_per_s=ANY_SPEED, decode_tokens_per_s=ANY_SPEED, generated_tokens_per_s=ANY_SPEED
         ),
@@ -167,29 +170,24 @@ def in_memory(shape: Shape) -> dict[str, int]:
     return {"resident_pages": 1 + shape.experts, "slots": 0}
 
 
-def write_plan(folder: Path, plan: RuntimePlan) -> Path:
-    """Write the runtime folder `folder`/small.plan/runtime/replica; return it."""
-    pages = plan.pages
-    schedule = Schedule(
-        kind="stream",
+def stream_schedule(plan: RuntimePlan, **changes: int) -> Schedule:
+    """The schedule of a stream plan: all slots but one ahead, and on into the next pass."""
+    constants = StreamConstants(
         layers=plan.model.layers,
-        micro_batches=-(-plan.batch.sequences // plan.batch.micro_batch),
-        pages_per_layer=pages.pages_per_layer,
-        resident_pages=pages.resident_pages,
-        slots=pages.slots,
-        lookahead=0,
-        staged=False,
-        gpu_attended=0,
-        cache_up=0,
-        decode_cpu_experts=False,
-        prefill_cpu_experts=False,
-        disk_pages=0,
-        tasks_per_decode_pass=0,
-        lane_tasks=(),
-        waits_per_decode_pass=0,
+        pages=plan.pages.pages_per_layer,
+        resident=plan.pages.resident_pages,
+        slots=plan.pages.slots,
+        lead=max(0, plan.pages.slots - 1),
+        across=1,
+        barrier=0,
+        lean=1,
     )
-    names = {"lanes": LANES["stream"], "ops": OPS["stream"]}
-    text = render("schedule/stream.py.j2", schedule=schedule, schedule_format=SCHEDULE_FORMAT, **names)
+    return Schedule(kind="stream", name="paged", constants=constants._replace(**changes))
+
+
+def write_plan(folder: Path, plan: RuntimePlan, schedule: Schedule | None = None) -> Path:
+    """Write the runtime folder `folder`/small.plan/runtime/replica; return it."""
+    text = schedule_text(schedule or stream_schedule(plan))
     runtime_dir = folder / "small.plan" / "runtime" / "replica"
     runtime_dir.mkdir(parents=True)
     (runtime_dir / "schedule.py").write_text(text)
