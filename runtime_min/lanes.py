@@ -1,12 +1,13 @@
 """The plan's schedule.py, executed: every lane works off its own rows in order.
 
-Each lane counts the rows it has completed; a row starts once the other lanes' counts have reached what the row
-waits for. Counts go on from pass to pass, so a lane may work for the next pass while others still finish this
-one. The first lane is the calling thread, each other one a thread; the disk's row is cut into blocks that
-several threads read.
+Each lane counts the rows it has completed; a row starts once the other lanes' counts have reached what the
+row waits for. Counts go on from pass to pass, so a lane may work for the next pass while others still finish
+this one. The first lane is the calling thread, each other one a thread; a row of the disk is cut into blocks
+that several threads read.
 
-With an accelerator (never run on one yet) its lanes have a stream each. They count what is enqueued, and record
-an event behind it: a lane with a stream lets its stream wait for another's event, the others wait themselves.
+With an accelerator (never run on one yet) its lanes have a stream each. They count what is enqueued, and
+record an event behind it: a lane with a stream lets its stream wait for the event of another, the others wait
+themselves.
 """
 
 from __future__ import annotations

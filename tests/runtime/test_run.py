@@ -288,7 +288,7 @@ def test_measured_allocations_stay_within_the_plan(checkpoint, tmp_path):
         model, pages = engine.model, engine._pages
         assert sum(t.nbytes for t in pages.resident.values()) == plan.memory.weights_bytes
         assert sum(t.nbytes for t in pages._slots) == plan.memory.slots_bytes
-        assert model._cache._cache.nbytes == plan.memory.kv_bytes
+        assert model._cache.tensor.nbytes == plan.memory.kv_bytes
         held = sum(
             t.nbytes for t in (model._hidden, model._normed, model._logits, *vars(model._rope).values())
         )
