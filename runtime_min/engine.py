@@ -31,7 +31,7 @@ from moeplan.runtime_min.lanes import (
     single,
 )
 from moeplan.runtime_min.limits import check_memory, check_numbers
-from moeplan.runtime_min.model_config import read_config
+from moeplan.runtime_min.model_config import ModelConfig, read_config
 from moeplan.runtime_min.models.mixtral import DTYPES, Mixtral, Pass, page_names, tensor_shapes
 from moeplan.runtime_min.pages import PageStore
 from moeplan.runtime_min.plan_file import RuntimePlan
@@ -95,6 +95,8 @@ class Batches:
     Use as a context manager: the lanes' threads end with it.
     """
 
+    config: ModelConfig  # where a checkpoint is loaded
+
     def __init__(self, plan: RuntimePlan, lanes: Lanes) -> None:
         self.plan = plan
         self.lanes = lanes
@@ -115,7 +117,7 @@ class Batches:
 
     @property
     def disk(self) -> Lane:
-        """The lane that reads weights; how long the run waited is the calling thread's stall."""
+        """The lane that reads weights."""
         return self.lanes.lanes["disk"]
 
     @torch.inference_mode()

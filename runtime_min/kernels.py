@@ -321,7 +321,7 @@ class _Bench:
         """Of decode attention alone, one layer's cache after the other."""
         shape, sequences, layers = self._sizes.large, max(self._sizes.sequences), 4
         sizes = (layers, 2, sequences, shape.kv_heads, context, shape.head_dim)
-        cache = attention.KvCache(torch.zeros(sizes, dtype=self._dtype))
+        cache = attention.KvCache(torch.empty(sizes, dtype=self._dtype).zero_())
         q = self._random(sequences, shape.heads, shape.head_dim)
         span = attention.decode_batch(0, range(sequences), [context] * sequences).spans[0]
 

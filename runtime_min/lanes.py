@@ -130,9 +130,9 @@ class Lanes:
         self._stop = False
 
     @property
-    def stall_s(self) -> float:
-        """Seconds that the calling thread's lane waited for others."""
-        return self._caller.stall_s
+    def stalls_s(self) -> dict[str, float]:
+        """Seconds that each lane waited for others; the first lane is the calling thread's."""
+        return {name: lane.stall_s for name, lane in self.lanes.items()}
 
     def issue(self, decode: int, prefill: int, following: int) -> list[Row]:
         """The rows of the next pass: see schedule.py."""

@@ -231,17 +231,25 @@ def workspace_bytes(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
     weights   the largest page in float32: converted from the stored dtype, or packed by the kernels
     loading   a block per reader, and 32 MiB for what the kernels and the allocator hold
     """
-    tokens = batch.sequences * batch.prompt_tokens
+    page = 4 * max(page_parameters(model, pages, p) for p in range(pages.pages_per_layer))
+    loading = pages.readers * (pages.block_bytes + 2 * ALIGNMENT_BYTES) + (32 << 20)
+    logits = 4 * batch.sequences * model.vocab
+    return scratch_bytes(model, batch, batch.sequences * batch.prompt_tokens, 4) + logits + page + loading
+
+
+def scratch_bytes(model: ModelPlan, batch: BatchPlan, tokens: int, value_bytes: int) -> int:
+    """Pass, call, mask and rope of `workspace_bytes`, and a micro-batch's logits, for `tokens` tokens.
+
+    Products are of values of `value_bytes`.
+    """
     per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token
     attention = 3 * model.hidden + 8 * (model.heads + model.kv_heads) * model.head_dim
     expert = 3 * model.hidden + 3 * model.expert_intermediate
-    call = 4 * call_tokens(batch) * max(attention, expert, 4 * model.experts)
+    call = value_bytes * call_tokens(batch) * max(attention, expert, 4 * model.experts)
     mask = 8 * batch.micro_batch * batch.context_tokens
-    logits = 4 * (batch.sequences + batch.micro_batch) * model.vocab
+    logits = 4 * batch.micro_batch * model.vocab
     rope = 4 * 4 * batch.context_tokens * model.head_dim
-    page = 4 * max(page_parameters(model, pages, p) for p in range(pages.pages_per_layer))
-    loading = pages.readers * (pages.block_bytes + 2 * ALIGNMENT_BYTES) + (32 << 20)
-    return tokens * per_token + call + mask + logits + rope + page + loading
+    return tokens * per_token + call + mask + logits + rope
 
 
 def _align(size: int) -> int:
