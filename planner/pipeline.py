@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,14 +13,15 @@ from moeplan.planner.candidates import candidate_machines, candidate_offers
 from moeplan.planner.capacity import capacity_bound
 from moeplan.planner.catalog import facts_digest
 from moeplan.planner.inputs import load_inputs
+from moeplan.planner.ir.fleet import Choice, Fleet
 from moeplan.planner.ir.plan import Plan, Replica
-from moeplan.planner.ir.policy import Policy
+from moeplan.planner.ir.roofline import Roofline
+from moeplan.planner.ir.workload import Workload
 from moeplan.planner.passes.fleet import choose_fleet
 from moeplan.planner.passes.placement import place
 from moeplan.planner.passes.policy import find_policies
 from moeplan.planner.passes.profile import apply_profile
 from moeplan.planner.passes.roofline import find_roofline
-from moeplan.planner.passes.schedule import build_schedule
 from moeplan.planner.passes.workload import build_workload
 from moeplan.planner.spec import parse_spec
 
@@ -70,21 +72,12 @@ def compile_plan(
     fleet = run("fleet", lambda: choose_fleet(spec, workload, policies, rejections, offers))
     verify.verify_fleet(spec, workload, fleet)
 
-    def replica(name: str, policy: Policy) -> Replica:
-        roofline = next(r for r in rooflines if r.machine == policy.machine)
-        ours = policy.engine == "runtime_min"
-        return Replica(
-            name=name,
-            policy=policy,
-            roofline=roofline,
-            schedule=build_schedule(workload, policy) if ours else None,
-            bound=capacity_bound(workload, roofline, policy) if ours else None,
-        )
-
-    replicas = run("schedules", lambda: tuple(replica(c.column.name, c.column.policy) for c in fleet.choices))
+    replicas = run(
+        "schedules", lambda: tuple(_replica(workload, rooflines, choice) for choice in fleet.choices)
+    )
     for made in replicas:
-        if made.schedule:
-            verify.verify_schedule(made.schedule)
+        if made.pipeline:
+            verify.verify_schedule(made.pipeline.schedule, made.policy)
     placement = run("placement", lambda: place(spec, workload, fleet, offers))
     verify.verify_placement(fleet, placement)
     return Plan(
@@ -96,4 +89,27 @@ def compile_plan(
         replicas=replicas,
         placement=placement,
         facts_sha256=facts_digest(inputs.model, *machines, *offers),
+    )
+
+
+def _replica(workload: Workload, rooflines: tuple[Roofline, ...], choice: Choice) -> Replica:
+    """A chosen replica; where the runtime is ours, with its schedule and the micro-batches that suit it
+    best."""
+    policy, name = choice.column.policy, choice.column.name
+    roofline = next(r for r in rooflines if r.machine == policy.machine)
+    if policy.engine != "runtime_min":
+        return Replica(name=name, policy=policy, roofline=roofline, pipeline=None, bound=None)
+    from moeplan.planner.passes.schedule import build_schedule  # takes Numba, which few plans need
+
+    policy, pipeline = build_schedule(workload, roofline, policy)
+    bound = capacity_bound(workload, roofline, policy)
+    return Replica(name=name, policy=policy, roofline=roofline, pipeline=pipeline, bound=bound)
+
+
+def _with_policies(fleet: Fleet, replicas: tuple[Replica, ...]) -> Fleet:
+    """The fleet with its replicas' policies as they are now."""
+    choices = zip(fleet.choices, replicas, strict=True)
+    return replace(
+        fleet,
+        choices=tuple(replace(c, column=replace(c.column, policy=made.policy)) for c, made in choices),
     )

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 
-from moeplan.planner import programs
 from moeplan.planner.ir.fleet import Fleet
 from moeplan.planner.ir.placement import Placement
 from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.roofline import Roofline
-from moeplan.planner.ir.schedule import LANES, Buffer, Schedule, Task
+from moeplan.planner.ir.schedule import Schedule
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import Workload
 
 _SLACK = 1e-6
+_PAGE_SLACK = 0.01  # pages are whole bytes, as many as divide a layer
 _SOLVER_SLACK = 1e-3  # the solver's feasibility tolerance, relative
 
 
@@ -26,6 +25,11 @@ class VerificationError(Exception):
 def _require(promise: bool, message: str) -> None:
     if not promise:
         raise VerificationError(message)
+
+
+def _about(used: float, held: float) -> bool:
+    """Equal but for rounding up to whole pages."""
+    return abs(used - held) <= _PAGE_SLACK * max(used, held)
 
 
 def verify_spec(spec: Spec) -> None:
@@ -112,59 +116,28 @@ def verify_fleet(spec: Spec, workload: Workload, fleet: Fleet) -> None:
     _require(budget is None or fleet.usd_per_hour <= budget + _SLACK, "the fleet keeps the budget")
 
 
-def verify_schedule(schedule: Schedule) -> None:
+def verify_schedule(schedule: Schedule, policy: Policy) -> None:
     """Race-freedom and progress, proved by vector clocks on passes that hold every kind of neighbour.
 
     With only the lanes' own orders and the emitted waits: every read happens after the write it needs, no
-    buffer is overwritten before its readers are done, and no task waits for a later one (no deadlock).
+    buffer is overwritten before its readers are done, every page is the one wanted, and no task waits for a
+    later one (no deadlock). The page buffers that are used are those that the policy's memory holds.
     """
-    tasks = programs.passes(schedule, ["prefill", "decode", "decode"])
-    prove_race_free(schedule, tasks, programs.waits(schedule.kind, tasks))
-    prove_pages(tasks)
+    from moeplan.planner import programs  # take Numba
+    from moeplan.planner.programs import proof
 
-
-def prove_race_free(schedule: Schedule, tasks: Sequence[Task], waits: Sequence[programs.Waits]) -> None:
-    """Raise VerificationError unless `waits` order every conflicting pair of `tasks`."""
-    lanes = {lane: n for n, lane in enumerate(LANES[schedule.kind])}
-    done: list[list[list[int]]] = [[] for _ in lanes]  # per lane, each task's clock: what is complete with it
-    last_write: dict[Buffer, tuple[int, int]] = {}
-    reads_since: dict[Buffer, list[tuple[int, int]]] = {}
-    for task, row in zip(tasks, waits, strict=True):
-        lane = lanes[task.lane]
-        clock = list(done[lane][-1]) if done[lane] else [0] * len(lanes)
-        for other, count in enumerate(row):
-            _require(count <= len(done[other]), f"{task.op} of layer {task.layer} waits for a later task")
-            if count:
-                clock = [max(a, b) for a, b in zip(clock, done[other][count - 1], strict=True)]
-        for buffer in (*task.reads, *task.writes):
-            before = [last_write[buffer]] if buffer in last_write else []
-            if buffer in task.writes:
-                before += reads_since.get(buffer, [])
-            for other, number in before:
-                _require(clock[other] >= number, f"{task.op} of layer {task.layer} races on {buffer}")
-        clock[lane] = len(done[lane]) + 1
-        done[lane].append(clock)
-        for buffer in task.reads:
-            reads_since.setdefault(buffer, []).append((lane, clock[lane]))
-        for buffer in task.writes:
-            last_write[buffer], reads_since[buffer] = (lane, clock[lane]), []
-
-
-def prove_pages(tasks: Sequence[Task]) -> None:
-    """Raise VerificationError unless every task that reads a page finds the page that it needs there."""
-    held: dict[Buffer, tuple[int, int]] = {}  # page buffer -> (layer, page) that it holds
-    for task in tasks:
-        page = (task.layer, 0 if task.op == "attention" else task.item)
-        for buffer in task.reads:
-            if buffer[0] in ("slot", "pinned"):
-                _require(
-                    held.get(buffer) == page, f"{task.op} of layer {task.layer} finds its page in {buffer}"
-                )
-            if buffer[0] == "weights":
-                _require(held.get(buffer) == (task.layer, buffer[2]), f"{task.op} finds layer {task.layer}")
-        for buffer in task.writes:
-            if buffer[0] in ("slot", "pinned", "weights"):
-                held[buffer] = page
+    steps = proof.neighbours(schedule)
+    issued = programs.issue(schedule, steps)
+    offence = proof.first_offence(schedule, issued)
+    if offence:
+        row = issued.rows[offence.row].tolist()
+        raise VerificationError(
+            f"{programs.ops(schedule)[row[0]]} of layer {row[2]} {offence.what}, schedule {schedule.name}"
+        )
+    for item, used in proof.page_bytes(schedule, issued, policy).items():
+        copies = policy.data_parallel if item == "pinned pages" else 1
+        held = sum(use.bytes for use in policy.memory if use.item == item) / copies
+        _require(_about(used, held), f"{item} are {held:,.0f} bytes, the schedule uses {used:,.0f}")
 
 
 def verify_placement(fleet: Fleet, placement: Placement) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from conftest import ONLINE
-from test_programs import cgopipe
+from conftest import ONLINE, batch_spec
 
 from moeplan.planner import verify
 from moeplan.planner.ir.plan import Plan
+from moeplan.planner.ir.policy import Policy
+from moeplan.planner.ir.schedule import Schedule
 from moeplan.planner.verify import VerificationError
 
 Compile = Callable[[str], Plan]
@@ -79,12 +80,27 @@ def test_fleet_budget(plan: Plan) -> None:
         verify.verify_fleet(strict, plan.workload, plan.fleet)
 
 
-def test_schedule_slots() -> None:
-    """Pages are staged two ahead of their copy: two pinned slots hold them, in one a page is lost."""
-    schedule = cgopipe(layers=3, micro_batches=3, staged=True)
-    verify.verify_schedule(replace(schedule, slots=2))
-    with pytest.raises(VerificationError, match="finds its page"):
-        verify.verify_schedule(replace(schedule, slots=1))
+def offloaded(compile_text: Compile) -> tuple[Schedule, Policy]:
+    made = compile_text(batch_spec("n1-custom-48-196608+1xT4")).replicas[0]
+    assert made.pipeline is not None
+    return made.pipeline.schedule, made.policy
+
+
+def test_schedule_races(compile_text: Compile) -> None:
+    """A ring of one slot cannot hold two pages that are staged ahead."""
+    schedule, policy = offloaded(compile_text)
+    verify.verify_schedule(schedule, policy)
+    one_slot = replace(schedule, constants=schedule.constants._replace(slots=1, lead=2))
+    with pytest.raises(VerificationError, match="copy_page of layer 1 finds another page"):
+        verify.verify_schedule(one_slot, policy)
+
+
+def test_schedule_pages(compile_text: Compile) -> None:
+    """The pages in flight take exactly the memory that the policy has for them."""
+    schedule, policy = offloaded(compile_text)
+    smaller = replace(policy, pages=replace(policy.pages, slot_bytes=policy.pages.slot_bytes // 2))
+    with pytest.raises(VerificationError, match="weight pages are"):
+        verify.verify_schedule(schedule, smaller)
 
 
 def test_placement_counts(plan: Plan) -> None:

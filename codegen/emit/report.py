@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeplan.codegen.emit.chart import chart_path
 from moeplan.codegen.render import render
 from moeplan.codegen.vllm import vllm_arguments
 from moeplan.planner.ir.estimate import Estimate
@@ -12,9 +13,12 @@ from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import CapacityBound, Policy, Rejection
 from moeplan.planner.ir.profile import Correction
+from moeplan.planner.ir.schedule import Pipeline
 from moeplan.planner.ir.workload import RequestClass
 from moeplan.planner.units import format_bytes, format_duration, format_figure
 from moeplan.runtime_min.plan_file import ARCHITECTURES
+
+_OPS_SHOWN = 3  # of the longest chain
 
 
 def emit(plan: Plan) -> dict[str, str]:
@@ -156,11 +160,36 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
             for p in replica.roofline.turning_points
             if policy.engine == "runtime_min" and p.p1_flops_per_byte > 0
         ],
-        "schedule": replica.schedule,
+        "pipeline": _pipeline(replica.name, replica.pipeline, policy) if replica.pipeline else None,
         "bound": _bound_line(replica.bound, policy) if replica.bound else "",
         "unrun": why_unrun(plan, policy),
         "command": _vllm_command(plan, policy) if policy.engine == "vllm" else "",
         "latency": latency(policy) if policy.serves == "online" else "",
+    }
+
+
+def _pipeline(replica: str, pipeline: Pipeline, policy: Policy) -> dict[str, Any]:
+    """What the simulator says about the schedule and those beside it."""
+    slowest = max((other.pass_s for other in pipeline.others), default=0.0)
+    return {
+        "name": pipeline.schedule.name,
+        "chart": chart_path(replica),
+        "tasks": pipeline.tasks,
+        "waits": pipeline.waits,
+        "implied": pipeline.implied_waits,
+        "pass": format_duration(pipeline.pass_s),
+        "predicted": format_duration(policy.decode.seconds),
+        "rest": "; the rest is what measured runs lose to imperfect overlap" if policy.gpus else "",
+        "bubble": f"{pipeline.bubble_s / pipeline.pass_s:.1%}",
+        "path": ", ".join(
+            f"{o.op} {o.seconds / pipeline.pass_s:.0%}" for o in pipeline.critical[:_OPS_SHOWN]
+        ),
+        "others": [
+            (other.name, format_duration(other.pass_s), f"{other.pass_s / pipeline.pass_s:.2f}")
+            for other in pipeline.others
+        ]
+        if slowest > pipeline.pass_s
+        else [],
     }
 
 

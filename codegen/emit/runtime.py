@@ -18,13 +18,13 @@ def emit(plan: Plan) -> dict[str, str]:
     """Return the two files of each of our replicas."""
     files = {}
     for replica in plan.replicas:
-        if replica.schedule is None:
+        if replica.pipeline is None:
             continue
-        schedule = schedule_text(replica.schedule)
+        schedule = schedule_text(replica.pipeline.schedule)
         folder = f"runtime/{replica.name}"
         files[f"{folder}/schedule.py"] = schedule
         files[f"{folder}/runtime.json"] = plan_file.to_json(
-            _runtime_plan(plan, replica, replica.schedule, schedule)
+            _runtime_plan(plan, replica, replica.pipeline.schedule, schedule)
         )
     return files
 

@@ -1,4 +1,5 @@
-"""Schedule -> schedule.py: the program's own text with this plan's constants, compiled by Numba on first use."""
+"""Schedule -> schedule.py: the program's own text with this plan's constants, compiled by Numba on first
+use."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from moeplan.planner.ir.placement import Placement
 from moeplan.planner.ir.policy import CapacityBound, Policy, Rejection
 from moeplan.planner.ir.profile import UnusedRow
 from moeplan.planner.ir.roofline import Roofline
-from moeplan.planner.ir.schedule import Schedule
+from moeplan.planner.ir.schedule import Pipeline
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import Workload
 
@@ -18,13 +18,13 @@ from moeplan.planner.ir.workload import Workload
 class Replica:
     """One kind of replica of the chosen fleet.
 
-    It has a schedule where the runtime is ours, and a bound where weights move.
+    It has a pipeline where the runtime is ours, and a bound where weights move.
     """
 
     name: str
     policy: Policy
     roofline: Roofline
-    schedule: Schedule | None
+    pipeline: Pipeline | None
     bound: CapacityBound | None
 
 

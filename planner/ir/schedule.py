@@ -14,7 +14,7 @@ Buffer = tuple[str | int, ...]
 class StreamConstants(NamedTuple):
     """Disk, DRAM, cores: weights pass through page slots. Integers only; the program compiles with them."""
 
-    layers: int
+    layers: int  # of the model
     pages: int  # per layer: page 0 is the attention, the others are experts
     resident: int  # the first pages of each layer stay in memory
     slots: int  # the others pass through this many page slots
@@ -25,12 +25,13 @@ class StreamConstants(NamedTuple):
 
 
 class OffloadConstants(NamedTuple):
-    """GPU, link, CPU, disk. Micro-batches attend on the CPU first, then with a cache copied up, then on the GPU.
+    """GPU, link, CPU, disk. Micro-batches attend on the CPU first, then with a cache copied up, then on the
+    GPU.
 
     Integers only; the program compiles with them.
     """
 
-    layers: int
+    layers: int  # of the model
     micro_batches: int  # of a full decode pass
     pieces: int  # calls of a full prefill pass
     pages: int  # per layer, of the weights that do not stay on the GPU
@@ -97,12 +98,25 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskTime:
+    """When one task runs, from the end of the pass before."""
+
+    lane: str
+    op: str
+    layer: int
+    item: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
     """The schedule of a replica and what simulating a steady-state pass of `phase` says about it.
 
     `busy` are the lanes' seconds at work in a pass of `pass_s`, `bubble_s` what the busiest lane idles,
     `critical` where the time of the longest chain goes. `tasks`, `waits` and `implied_waits` (those that
-    others imply and that were left out) count one pass. `others` were simulated too.
+    others imply and that were left out) count one pass. `others` were simulated too. `window` are tasks of
+    the last layers of one pass and the first of the next.
     """
 
     schedule: Schedule
@@ -115,3 +129,4 @@ class Pipeline:
     waits: int
     implied_waits: int
     others: tuple[Alternative, ...]
+    window: tuple[TaskTime, ...]

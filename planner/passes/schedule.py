@@ -1,42 +1,146 @@
-"""Policy -> Schedule: the program that runs the policy's passes, with its constants and its size."""
+"""Policy -> Pipeline: the fastest of the schedules that run the policy, as the simulator has it.
+
+From CGOPipe on, each rewrite is kept that makes a decode pass shorter; the schedules that others use are
+timed beside it, on the same tasks.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from moeplan.planner import programs
-from moeplan.planner.ir.policy import Policy
-from moeplan.planner.ir.schedule import LANES, Schedule, ScheduleKind
-from moeplan.planner.ir.workload import Workload
+from moeplan.planner import schedules
+from moeplan.planner.ir.policy import LaneTime, Policy
+from moeplan.planner.ir.roofline import Roofline
+from moeplan.planner.ir.schedule import (
+    Alternative,
+    Constants,
+    OffloadConstants,
+    OpTime,
+    Pipeline,
+    StreamConstants,
+)
+from moeplan.planner.ir.workload import RequestClass, Workload
+from moeplan.planner.programs import lanes, ops
+from moeplan.planner.simulate.decode import Timed, time_decode
+from moeplan.planner.strategies.offload import point_of, regrouped
+from moeplan.planner.strategies.offload_tasks import decode_tasks
+from moeplan.planner.strategies.stream import stream_tasks
+from moeplan.planner.strategies.task_costs import TaskCosts
 
-_LOOKAHEAD = 2  # MoE-Lightning, Algorithm 1
+CostsOf = Callable[[Constants], TaskCosts]
+
+_IMPROVEMENTS = (
+    schedules.begin_next_step,
+    schedules.look_ahead,
+    schedules.stage_further,
+    schedules.merge_pages,
+)
+_WORTH = 1e-3  # a rewrite must make the pass shorter by this share
+_WORTH_REGROUPING = 0.01  # other micro-batches must make it faster by this share
+_AS_FAST = 0.02  # and HRM may predict so much less for them
+_DRAWN = 400  # tasks
+_FEW = 3  # micro-batches more or fewer
 
 
-def build_schedule(workload: Workload, policy: Policy) -> Schedule:
-    """Return the schedule of an offloaded policy: CGOPipe on a GPU machine, a page stream without a GPU."""
-    kind: ScheduleKind = "cgopipe" if policy.gpus else "stream"
-    pages = policy.pages
-    draft = Schedule(
-        kind=kind,
-        layers=workload.model.layers,
-        micro_batches=policy.micro_batches,
-        pages_per_layer=pages.pages_per_layer,
-        resident_pages=pages.resident_pages,
-        slots=pages.slots,
-        lookahead=min(_LOOKAHEAD, policy.micro_batches - 1) if kind == "cgopipe" else 0,
-        staged=policy.staged,
-        gpu_attended=round(policy.kv_gpu_share * policy.micro_batches),
-        cache_up=round((policy.attention_gpu_share - policy.kv_gpu_share) * policy.micro_batches),
-        decode_cpu_experts=kind == "cgopipe" and policy.experts_cpu_share > 0,
-        prefill_cpu_experts=kind == "cgopipe" and policy.experts_cpu_share > 0 and not pages.pages_per_layer,
-        disk_pages=_disk_pages(policy) if kind == "cgopipe" else 0,
-        tasks_per_decode_pass=0,
-        lane_tasks=(),
-        waits_per_decode_pass=0,
+def build_schedule(workload: Workload, roofline: Roofline, policy: Policy) -> tuple[Policy, Pipeline]:
+    """Return a policy of ours in the micro-batches that suit its schedule best, and that schedule, timed in
+    the steady state of decoding."""
+    requests = workload.request_class(policy.serves)
+    candidates = [policy, *_regrouped(workload, requests, roofline, policy)]
+    timed = [_best(workload, requests, roofline, candidate) for candidate in candidates]
+    rates = [c.sequences / t.seconds for c, t in zip(candidates, timed, strict=True)]
+    at = max(range(len(rates)), key=lambda n: rates[n])
+    if rates[at] < (1.0 + _WORTH_REGROUPING) * rates[0]:
+        at = 0
+    chosen, best = candidates[at], timed[at]
+    known = known_schedules(
+        constants_of(workload, requests, chosen),
+        chosen.micro_batches,
+        costs_of(workload, requests, roofline, chosen),
     )
-    return _measured(draft)
+    return chosen, _pipeline(best, [timed for timed in known if timed.schedule != best.schedule])
+
+
+def _regrouped(
+    workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy
+) -> list[Policy]:
+    """The policy in a few more or fewer micro-batches, where HRM predicts about the same rate."""
+    if not policy.gpus or requests.name != "batch":
+        return []
+    n, least = policy.micro_batches, (1.0 - _AS_FAST) * policy.generated_tokens_per_s.value
+    counts = sorted({*range(max(1, n - _FEW), n + _FEW + 1), 2 * n, -(-n // 2)} - {n})
+    made = (regrouped(workload, requests, roofline, policy, count) for count in counts)
+    return [other for other in made if other and other.generated_tokens_per_s.value >= least]
+
+
+def _best(workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy) -> Timed:
+    """The fastest schedule that rewriting finds."""
+    costs = costs_of(workload, requests, roofline, policy)
+    constants, n = constants_of(workload, requests, policy), policy.micro_batches
+    start = schedules.named(constants, "CGOPipe" if policy.gpus else "paged")
+    timed = time_decode(start, n, costs(start.constants))
+    return improved(timed, n, costs) if policy.gpus else timed
+
+
+def known_schedules(constants: Constants, micro_batches: int, costs: CostsOf) -> list[Timed]:
+    """The schedules that have names, each timed."""
+    names = schedules.OFFLOAD if isinstance(constants, OffloadConstants) else schedules.STREAM
+    made = (schedules.named(constants, name) for name in names)
+    return [time_decode(schedule, micro_batches, costs(schedule.constants)) for schedule in made]
+
+
+def costs_of(workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy) -> CostsOf:
+    """What the tasks of the policy's decode pass take, for each way to cut its pages."""
+    if not policy.gpus:
+        tasks = stream_tasks(workload, requests, roofline, policy)
+        return lambda _: tasks
+    problem, point = point_of(workload, requests, roofline, policy, policy.sequences)
+
+    def costs(constants: Constants) -> TaskCosts:
+        assert isinstance(constants, OffloadConstants)
+        return decode_tasks(problem, point, constants)
+
+    return costs
+
+
+def constants_of(workload: Workload, requests: RequestClass, policy: Policy) -> Constants:
+    """The sizes of a policy's schedule; how it is ordered the rewrites say."""
+    pages, layers = policy.pages, workload.model.layers
+    if not policy.gpus:
+        return StreamConstants(
+            layers=layers,
+            pages=pages.pages_per_layer,
+            resident=pages.resident_pages,
+            slots=pages.slots,
+            lead=0,
+            across=0,
+            barrier=0,
+            lean=0,
+        )
+    on_gpu = round(policy.kv_gpu_share * policy.micro_batches)
+    copied_up = round(policy.attention_gpu_share * policy.micro_batches) - on_gpu
+    prompt_tokens = policy.sequences * requests.mean_prompt_tokens()
+    return OffloadConstants(
+        layers=layers,
+        micro_batches=policy.micro_batches,
+        pieces=math.ceil(prompt_tokens / policy.prefill_tokens),
+        pages=pages.pages_per_layer,
+        slots=pages.slots if policy.staged else 0,
+        lead=1,
+        disk_pages=_disk_pages(policy),
+        cpu_attended=policy.micro_batches - on_gpu - copied_up,
+        copied_up=copied_up,
+        decode_cpu_experts=int(policy.experts_cpu_share > 0),
+        prefill_cpu_experts=int(policy.experts_cpu_share > 0 and not pages.pages_per_layer),
+        lookahead=0,
+        wrap=0,
+        interleave=0,
+        across=0,
+        barrier=0,
+        lean=0,
+    )
 
 
 def _disk_pages(policy: Policy) -> int:
@@ -46,14 +150,37 @@ def _disk_pages(policy: Policy) -> int:
     return math.ceil(policy.pages.pages_per_layer * share - 1e-9)
 
 
-def _measured(draft: Schedule) -> Schedule:
-    """`draft` with the sizes of one decode pass in the steady state."""
-    first = len(programs.passes(draft, ["prefill"]))
-    tasks = programs.passes(draft, ["prefill", "decode"])
-    counts = Counter(task.lane for task in tasks[first:])
-    return replace(
-        draft,
-        tasks_per_decode_pass=len(tasks) - first,
-        lane_tasks=tuple((lane, counts[lane]) for lane in LANES[draft.kind]),
-        waits_per_decode_pass=sum(bool(n) for row in programs.waits(draft.kind, tasks)[first:] for n in row),
+def improved(start: Timed, micro_batches: int, costs: CostsOf) -> Timed:
+    """The schedule after every rewrite that makes its pass shorter, each as often as it does."""
+    best, applied = start, list[str]()
+    for rewrite in _IMPROVEMENTS:
+        while (after := rewrite(best.schedule)).constants != best.schedule.constants:
+            timed = time_decode(after, micro_batches, costs(after.constants))
+            if timed.seconds > (1.0 - _WORTH) * best.seconds:
+                break
+            best = timed
+            applied.append(rewrite.__name__.replace("_", " "))
+    name = " + ".join([start.schedule.name, *dict.fromkeys(applied)])
+    return replace(best, schedule=replace(best.schedule, name=name))
+
+
+def _pipeline(best: Timed, others: Sequence[Timed]) -> Pipeline:
+    lane_names, op_names = lanes(best.schedule), ops(best.schedule)
+    step = best.stretch
+    path = [(lane_names[share.lane], op_names[share.op], share.seconds) for share in step.path]
+    return Pipeline(
+        schedule=best.schedule,
+        phase="decode",
+        pass_s=best.seconds,
+        busy=tuple(
+            LaneTime(lane=lane, seconds=seconds)
+            for lane, seconds in zip(lane_names, step.busy_s, strict=True)
+        ),
+        bubble_s=step.bubble_s,
+        critical=tuple(OpTime(lane=lane, op=op, seconds=seconds) for lane, op, seconds in path),
+        tasks=best.tasks,
+        waits=best.waits,
+        implied_waits=best.implied_waits,
+        others=tuple(Alternative(name=o.schedule.name, pass_s=o.seconds) for o in others),
+        window=best.window(_DRAWN),
     )

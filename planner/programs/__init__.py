@@ -22,8 +22,8 @@ PROGRAMS: dict[ScheduleKind, ModuleType] = {"stream": stream, "offload": offload
 
 
 class Step(NamedTuple):
-    """One pass: its micro-batches of decode, its micro-batches or pieces of prefill, and how many micro-batches
-    decode in the pass after it (0: not known to come)."""
+    """One pass: its micro-batches of decode, its micro-batches or pieces of prefill, and how many
+    micro-batches decode in the pass after it (0: not known to come)."""
 
     decode: int
     prefill: int
@@ -32,7 +32,8 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Issued:
-    """Consecutive passes: rows as `order` describes them, touches as (row, buffer, how), each pass's first row."""
+    """Consecutive passes: rows as `order` describes them, touches as (row, buffer, how), each pass's first
+    row."""
 
     rows: Table
     touches: Table
@@ -114,8 +115,8 @@ def _groups(constants: Any) -> list[tuple[str, int]]:
 
 
 def task_graph(schedule: Schedule, issued: Issued) -> nx.DiGraph[int]:
-    """The tasks, by row, and an edge for every order they need: each lane's own, every read after the write it
-    reads, every write after the write and the reads before it, and all after a fence."""
+    """The tasks, by row, and an edge for every order they need: each lane's own, every read after the write
+    it reads, every write after the write and the reads before it, and all after a fence."""
     graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_nodes_from(range(len(issued.rows)))
     newest: dict[int, int] = {}  # per lane

@@ -1,7 +1,8 @@
-"""GPU, link, CPU, disk: attention and experts shared by GPU and CPU, weights in pages, over all micro-batches.
+"""GPU, link, CPU, disk: attention and experts shared by GPU and CPU, weights in pages, over all
+micro-batches.
 
-With its parameters the same loops give MoE-Lightning's CGOPipe, FlexGen's schedules, and better ones. The text
-below the mark is part of the emitted schedule.py, word for word.
+With its parameters the same loops give MoE-Lightning's CGOPipe, FlexGen's schedules, and better ones. The
+text below the mark is part of the emitted schedule.py, word for word.
 Source: MoE-Lightning (ASPLOS'25), Algorithm 1, its index slips corrected, and Figure 6.
 """
 
@@ -59,7 +60,9 @@ MINE = numbered(
 # one a piece of prefill,
 PIECE = numbered("parked", "routed_pin", "partial_pin")
 # and two of these, used in turn. What is new is of the sequences that a pass prefills.
-PAIR = numbered("new_token", "new_kv", "kv_in", "kv_out", "piece_in", "piece_out", "piece_routed", "piece_added")
+PAIR = numbered(
+    "new_token", "new_kv", "kv_in", "kv_out", "piece_in", "piece_out", "piece_routed", "piece_added"
+)
 
 
 def buffers(s):
@@ -132,7 +135,14 @@ def copy(s, out, page):
 
 
 @part
-def fill(s, out, layer):
+def stage_ahead(s, out, page, last):
+    """Stage a page that is copied later: none that only the next pass moves."""
+    if s.across >= ACROSS_PAGES or page < (last + 1) * s.pages:
+        stage(s, out, page)
+
+
+@part
+def fill(s, out, layer, last):
     """All pages of the stream's layer `layer`, and the staging lead of the next."""
     if s.pages == 0:
         return
@@ -141,7 +151,7 @@ def fill(s, out, layer):
         stage(s, out, page)
         copy(s, out, page)
     for page in range(first + s.pages, first + s.pages + s.lead):
-        stage(s, out, page)
+        stage_ahead(s, out, page, last)
 
 
 @part
@@ -155,8 +165,7 @@ def advance(s, out, layer, last, j, places):
         page = (layer + 1) * s.pages + p
         if layer < last:
             copy(s, out, page)
-        if s.across >= ACROSS_PAGES or page + s.lead < (last + 1) * s.pages:
-            stage(s, out, page + s.lead)
+        stage_ahead(s, out, page + s.lead, last)
 
 
 @part
@@ -170,15 +179,10 @@ def reads_weights(s, out, layer):
 
 @part
 def attend(s, out, layer, j, passes):
-    """Attention of micro-batch j: on the CPU, out of a cache copied up, or out of GPU memory."""
-    if layer == 0:
-        begin(s, out, OP.embed, LANE.gpu, FIXED.first, j, FIXED.none)
-        reads(out, mine(s, MINE.token, j))
-        reads(out, pair(s, PAIR.new_token, passes + 1))
-        writes(out, mine(s, MINE.hidden, j))
-    elif s.decode_cpu_experts:
-        load_partial(s, out, layer - 1, j)
+    """What of micro-batch j's attention may run ahead of the experts: on the CPU all of it, on the GPU the
+    copy of a cache that is in host memory."""
     if j < s.cpu_attended:
+        take(s, out, layer, j, passes)
         begin(s, out, OP.pre_attention, LANE.gpu, layer, j, FIXED.none)
         reads_hidden(s, out, layer, j)
         writes(out, mine(s, MINE.qkv, j))
@@ -196,18 +200,43 @@ def attend(s, out, layer, j, passes):
         reads(out, mine(s, MINE.kv, j))
         reads(out, pair(s, PAIR.new_kv, passes + 1))
         writes(out, pair(s, PAIR.kv_in, turn))
-        begin(s, out, OP.gpu_attention, LANE.gpu, layer, j, turn % 2)
-        reads_hidden(s, out, layer, j)
-        reads(out, pair(s, PAIR.kv_in, turn))
+
+
+@part
+def take(s, out, layer, j, passes):
+    """The hidden states that attention begins with: of new tokens, or of the layer before and all its
+    experts."""
+    if layer == 0:
+        begin(s, out, OP.embed, LANE.gpu, FIXED.first, j, FIXED.none)
+        reads(out, mine(s, MINE.token, j))
+        reads(out, pair(s, PAIR.new_token, passes + 1))
+        writes(out, mine(s, MINE.hidden, j))
+    elif s.decode_cpu_experts:
+        load_partial(s, out, layer - 1, j)
+
+
+@part
+def finish_attention(s, out, layer, j, passes):
+    """Attention of micro-batch j to where the experts need it: its output from the CPU, or itself on the
+    GPU."""
+    if j < s.cpu_attended:
+        begin(s, out, OP.load_hidden, LANE.h2d, layer, j, FIXED.none)
+        reads(out, mine(s, MINE.attended_pin, j))
         writes(out, mine(s, MINE.attended, j))
+        return
+    take(s, out, layer, j, passes)
+    copied = j < s.cpu_attended + s.copied_up
+    turn = layer * s.copied_up + j
+    begin(s, out, OP.gpu_attention, LANE.gpu, layer, j, turn % 2 if copied else -1)
+    reads_hidden(s, out, layer, j)
+    if copied:
+        reads(out, pair(s, PAIR.kv_in, turn))
         writes(out, pair(s, PAIR.kv_out, turn))
+    writes(out, mine(s, MINE.attended, j))
+    if copied:
         begin(s, out, OP.store_kv, LANE.d2h, layer, j, turn % 2)
         reads(out, pair(s, PAIR.kv_out, turn))
         writes(out, mine(s, MINE.kv, j))
-    else:
-        begin(s, out, OP.gpu_attention, LANE.gpu, layer, j, FIXED.none)
-        reads_hidden(s, out, layer, j)
-        writes(out, mine(s, MINE.attended, j))
 
 
 @part
@@ -225,15 +254,6 @@ def load_partial(s, out, layer, j):
     begin(s, out, OP.load_partial, LANE.h2d, layer, j, FIXED.none)
     reads(out, mine(s, MINE.partial_pin, j))
     writes(out, mine(s, MINE.partial, j))
-
-
-@part
-def load_hidden(s, out, layer, j):
-    """The attention output of the CPU, to the GPU."""
-    if j < s.cpu_attended:
-        begin(s, out, OP.load_hidden, LANE.h2d, layer, j, FIXED.none)
-        reads(out, mine(s, MINE.attended_pin, j))
-        writes(out, mine(s, MINE.attended, j))
 
 
 @part
@@ -340,7 +360,7 @@ def program(s, out, passes, decode, prefill, following):
     first = passes[0] * s.layers  # the pass's first layer in the endless stream
     last = first + s.layers - (0 if s.across >= ACROSS_PAGES else 1)
     if passes[0] == 0 or s.across < ACROSS_PAGES:
-        fill(s, out, first)
+        fill(s, out, first, last)
     ahead = s.lookahead if s.lookahead < decode else decode - 1
     for j in range(passes[1], ahead):
         attend(s, out, FIXED.first, j, passes[0])
@@ -355,7 +375,7 @@ def program(s, out, passes, decode, prefill, following):
             if j < decode:
                 if ahead == 0 and (layer > 0 or j >= started):
                     attend(s, out, layer, j, passes[0])
-                load_hidden(s, out, layer, j)
+                finish_attention(s, out, layer, j, passes[0])
             advance(s, out, first + layer, last, j, places)
             if j < decode:
                 post_attention(s, out, layer, j, first + layer)

@@ -1,7 +1,9 @@
-"""What every schedule program is written with: tasks on lanes, the buffers they touch, and the order that follows.
+"""What every schedule program is written with: tasks on lanes, the buffers they touch, and the order that
+follows.
 
-Programs are plain loops that Numba compiles. They say which buffers each task reads and writes; `order` derives
-what each task must wait for. The text below the mark is part of every emitted schedule.py, word for word.
+Programs are plain loops that Numba compiles. They say which buffers each task reads and writes; `order`
+derives what each task must wait for. The text below the mark is part of every emitted schedule.py, word for
+word.
 """
 
 from __future__ import annotations
@@ -12,21 +14,33 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-entry = njit(cache=True, nogil=True, error_model="numpy")
-part = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)  # called by these
+_ENTRY: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+# What only compiled code calls needs no wrapper for Python, which takes half the time to compile.
+_PART: dict[str, Any] = _ENTRY | {"cache": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+entry: Any = njit(**_ENTRY)
+part: Any = njit(**_PART)
 
 # --- emitted from here ---
 
 WAIT = 5  # a row is op, lane, layer, item, slot, then one column per lane: wait for so many of its tasks
 
 
-def numbered(*names):
+def numbered(*names: str) -> Any:
     """The names as attributes, each with its place. (Functions are compiled once per plain integer.)"""
     return namedtuple("Numbers", names)(*range(len(names)))
 
 
 HOW = numbered("read", "write", "fence")
-FIXED = namedtuple("Fixed", ("first", "none"))(0, -1)  # the first layer, no slot
+
+
+class Fixed(NamedTuple):
+    """Figures that stand for themselves: the first layer, no slot."""
+
+    first: int = 0
+    none: int = -1
+
+
+FIXED = Fixed()
 
 
 class Clock(NamedTuple):
@@ -44,7 +58,8 @@ class Clock(NamedTuple):
 
 
 class Out(NamedTuple):
-    """The pass being issued: its rows, who touches what (task, buffer, how), and how many of both there are."""
+    """The pass being issued: its rows, who touches what (task, buffer, how), and how many of both there
+    are."""
 
     rows: Any
     touches: Any
@@ -53,9 +68,9 @@ class Out(NamedTuple):
 
 def make_clock(lanes, buffers):
     """The state before the first pass."""
-    vectors = (np.zeros((lanes, lanes), np.int64) for _ in range(3))
+    known, fence, best = np.zeros((3, lanes, lanes), np.int64)
     touched = np.zeros((buffers, 2, lanes, lanes), np.int64)
-    return Clock(np.zeros(lanes, np.int64), np.zeros(2, np.int64), *vectors, touched)
+    return Clock(np.zeros(lanes, np.int64), np.zeros(2, np.int64), known, fence, best, touched)
 
 
 def make_out(lanes, rows, touches):
@@ -105,8 +120,9 @@ def touch(out, buffer, how):
 
 @entry
 def order(clock, out, lean):
-    """Fill in the waits: a task follows the last write of what it reads, and the last write and all later reads
-    of what it writes. Where `lean`, waits that follow from other waits and the lanes' own order are left out."""
+    """Fill in the waits: a task follows the last write of what it reads, and the last write and all later
+    reads of what it writes. Where `lean`, waits that follow from other waits and the lanes' own order are
+    left out."""
     lanes = len(clock.issued)
     first, end = 0, 0
     for n in range(out.count[0]):

@@ -12,8 +12,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.schedule import OffloadConstants, Schedule, StreamConstants
-from moeplan.planner.programs import PROGRAMS, Issued, offload, order, stream
+from moeplan.planner.programs import PROGRAMS, Issued, Step, offload, order, stream
 
 Table = NDArray[np.int64]
 _LAYER, _ITEM = 2, 3
@@ -27,8 +28,42 @@ class Offence(NamedTuple):
     buffer: int
 
 
+def neighbours(schedule: Schedule) -> list[Step]:
+    """Passes in which every kind follows every other that it may: prefill, full and mixed decode, fewer
+    micro-batches at the end of a batch, and the next batch's prefill."""
+    c = schedule.constants
+    count, pieces = (c.micro_batches, c.pieces) if isinstance(c, OffloadConstants) else (2, 2)
+    fewer = max(1, count - 1)
+    return [
+        Step(0, pieces, 0),
+        Step(count, 0, count),
+        Step(count, min(pieces, 2), count),
+        Step(count, 0, fewer),
+        Step(fewer, 0, 0),
+        Step(0, pieces, 0),
+        Step(count, 0, 0),
+    ]
+
+
+def page_bytes(schedule: Schedule, issued: Issued, policy: Policy) -> dict[str, float]:
+    """Bytes of the page buffers that the passes touch, by the policy's names for them, of one copy.
+
+    Pages are as large as the policy's streamed layer cut into so many; where pages were merged, larger.
+    """
+    used = np.unique(issued.touches[issued.touches[:, 2] != order.HOW.fence, 1])
+    c, pages = schedule.constants, policy.pages
+    if isinstance(c, StreamConstants):
+        return {"page slots": float(np.sum(used < c.slots) * pages.slot_bytes)}
+    each = pages.slot_bytes * pages.pages_per_layer / max(1, c.pages)
+    return {
+        "pinned pages": float(np.sum(used < c.slots) * each),
+        "weight pages": float(np.sum((used >= c.slots) & (used < c.slots + 2 * c.pages)) * each),
+    }
+
+
 def first_offence(schedule: Schedule, issued: Issued) -> Offence | None:
-    """The first row that waits for a later one, races with another, or finds a wrong page; None if all is well."""
+    """The first row that waits for a later one, races with another, or finds a wrong page; None if all is
+    well."""
     lanes = len(PROGRAMS[schedule.kind].LANES)
     buffers = PROGRAMS[schedule.kind].buffers(schedule.constants)
     row, buffer, late = _race(issued.rows, issued.touches, lanes, buffers)
@@ -38,7 +73,7 @@ def first_offence(schedule: Schedule, issued: Issued) -> Offence | None:
     return Offence(row, "finds another page", buffer) if row >= 0 else None
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _race(rows: Table, touches: Table, lanes: int, buffers: int) -> tuple[int, int, bool]:
     count = len(rows)
     known = np.zeros((count, lanes), np.int64)  # per row, how much of every lane is complete with it
@@ -81,7 +116,7 @@ def _race(rows: Table, touches: Table, lanes: int, buffers: int) -> tuple[int, i
     return -1, -1, False
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _wrong_page(
     rows: Table, touches: Table, fills: Table, wants: Table, slots: int, pages: int, buffers: int
 ) -> tuple[int, int]:

@@ -100,20 +100,45 @@ def offload_figures(
 ) -> Figures:
     """What one copy does with `sequences` of `requests` in flight, placed like the policy's. Online requests
     are of the bucket's size."""
-    limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
-    problem, one = Costs(workload, requests, roofline, float(limit)), np.ones(1)
-    count = math.ceil(sequences / policy.micro_batch)
-    shape = Shapes(policy.gpus * one, policy.data_parallel * one, sequences / count * one, count * one)
-    on_gpu = round(policy.kv_gpu_share * count)
-    cache_up = round(policy.attention_gpu_share * count) - on_gpu
-    streams = one * (policy.pages != NO_PAGES) > 0
-    layout = problem.layout(problem.units(shape), on_gpu * one, cache_up * one, streams)
-    point = problem.point(layout, round(policy.experts_cpu_share * workload.model.experts) * one)
+    problem, point = point_of(workload, requests, roofline, policy, sequences)
     if requests.name == "online":
         return online_figures(problem, point, bucket, slower)
     prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.sequences)).seconds
     decode = _pass_time(problem, point, problem.decode_lanes(point)).seconds
     return batch_figures(requests, sequences, prefill * slower.prefill, decode * slower.decode)
+
+
+def point_of(
+    workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy, sequences: int
+) -> tuple[Costs, Point]:
+    """The policy's placement as a one-element point with `sequences` of `requests` in flight in each copy."""
+    limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
+    problem = Costs(workload, requests, roofline, float(limit))
+    count = math.ceil(sequences / policy.micro_batch)
+    return problem, _placed_like(problem, policy, sequences / count, count)
+
+
+def _placed_like(problem: Costs, policy: Policy, micro_batch: float, count: int) -> Point:
+    """`count` micro-batches with the policy's shares of attention and experts."""
+    one = np.ones(1)
+    shape = Shapes(policy.gpus * one, policy.data_parallel * one, micro_batch * one, count * one)
+    on_gpu = round(policy.kv_gpu_share * count)
+    cache_up = round(policy.attention_gpu_share * count) - on_gpu
+    streams = one * (policy.pages != NO_PAGES) > 0
+    layout = problem.layout(problem.units(shape), on_gpu * one, cache_up * one, streams)
+    return problem.point(layout, round(policy.experts_cpu_share * problem.workload.model.experts) * one)
+
+
+def regrouped(
+    workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy, micro_batches: int
+) -> Policy | None:
+    """The policy of a batch class with as many sequences in `micro_batches` micro-batches; None where that
+    does not fit, or takes more requests than there are."""
+    problem, _ = point_of(workload, requests, roofline, policy, policy.sequences)
+    micro_batch = math.ceil(policy.sequences / micro_batches)
+    point = _placed_like(problem, policy, micro_batch, micro_batches)
+    fits = point.feasible[0] and micro_batch * micro_batches * policy.data_parallel <= requests.requests
+    return policy_of(problem, point) if fits else None
 
 
 def policy_of(problem: Costs, point: Point) -> Policy:

@@ -36,7 +36,7 @@ PINNED_SHARE = 0.6
 # Weights that are not pinned pass through a pinned ring: 0.72 of the pinned link rate (8.4-9.1 against
 # 11.9-12.3 GB/s in MoE-Lightning's runs on an L4 host), and three touches of DRAM: read, write, DMA read.
 _STAGED_LINK_SHARE = 0.72
-_STAGED_TOUCHES = 3
+STAGED_TOUCHES = 3
 # Lanes wait for each other's micro-batches and share DRAM, so near the balance point they do not overlap
 # fully: t = (sum of t_lane^p)^(1/p). p was chosen on MoE-Lightning's runs (1.5 to 6 tried): with 2 the link
 # that fits the L4's is about the 12.3 GB/s measured on its own (Fig. 9), with the maximum 8.4
@@ -227,11 +227,11 @@ class Costs:
     def gpu_limit_bytes(self, gpus: Array) -> Array:
         return np.asarray(self.roofline.roof("gpu").bytes * GPU_SHARE * gpus)
 
-    def _cache_copies(self, gpus: Array) -> Array:
+    def cache_copies(self, gpus: Array) -> Array:
         """How often the GPUs of a copy hold one cache."""
         return np.asarray(kv_copies(self.workload.model.attention, gpus))
 
-    def _all_reduce_s(self, tokens: Array, gpus: Array) -> Array:
+    def all_reduce_s(self, tokens: Array, gpus: Array) -> Array:
         """Seconds of the two all-reduces of every layer over `tokens` tokens; none on one GPU."""
         reached = self.roofline.machine.peer_bytes_per_s * PEER_EFFICIENCY
         moving_s = exchange_s(self.workload, reached, gpus, tokens)
@@ -243,12 +243,12 @@ class Costs:
     def gpu_cache_bytes(self, shapes: Shapes) -> Array:
         """The cache of one micro-batch in GPU memory, at the longest request."""
         held = self._held(shapes.micro_batch, self.requests.context_tokens_max)
-        return self._cache_copies(shapes.gpus) * held
+        return self.cache_copies(shapes.gpus) * held
 
     # Units
 
     @property
-    def _gpu_roof(self) -> Roof:
+    def gpu_roof(self) -> Roof:
         """The GPU as the kernels of offloaded experts see it.
 
         They reach no more of the peak in decode than in prefill, where their calls are largest.
@@ -262,6 +262,11 @@ class Costs:
             flops_4bit_per_s=part * gpu.flops_4bit_per_s,
         )
 
+    @property
+    def launches_s(self) -> float:
+        """Launching the operators of one micro-batch, all layers."""
+        return self.workload.model.layers * _CALLS_PER_MICRO_BATCH * self.roofline.machine.launch_s
+
     @cached_property
     def context(self) -> float:
         """Tokens in a sequence's cache, on average over decoding."""
@@ -270,14 +275,13 @@ class Costs:
     def units(self, shapes: Shapes) -> Units:
         """The units of every shape."""
         workload, model, size = self.workload, self.workload.model, self.workload.value_bytes
-        gpu, dram = self._gpu_roof, self.roofline.roof("dram")
+        gpu, dram = self.gpu_roof, self.roofline.roof("dram")
         cores, experts, other = _split(workload.operators)
         micro, count, gpus = shapes.micro_batch, shapes.micro_batches, shapes.gpus
 
         def seconds(operators: list[Operator], roof: object) -> Array:
             return np.asarray(costs.call_seconds(workload, operators, roof, micro, self.context))  # type: ignore[arg-type]
 
-        launches = model.layers * _CALLS_PER_MICRO_BATCH * self.roofline.machine.launch_s
         values = micro * size * model.layers
         attention = model.attention
         return Units(
@@ -285,7 +289,8 @@ class Costs:
             copies=shapes.copies,
             micro_batch=micro,
             micro_batches=count,
-            gpu_other_s=count * (seconds(other, gpu) / gpus + launches + self._all_reduce_s(micro, gpus)),
+            gpu_other_s=count
+            * (seconds(other, gpu) / gpus + self.launches_s + self.all_reduce_s(micro, gpus)),
             gpu_experts_s=count * seconds(experts, gpu) / gpus,
             gpu_attention_s=seconds(cores, gpu) / gpus,
             cpu_attention_s=seconds(cores, dram),
@@ -410,8 +415,7 @@ class Costs:
 
     def outside_link_s(self, point: Point) -> Array:
         """The link's seconds for all streamed experts of a decode pass."""
-        streamed, _, _ = self._moved(point, point.units.pass_key, point.cpu_experts)
-        return self._link_s(point, streamed, 0.0 * streamed)
+        return self.weight_seconds(point, decode=True)[0]
 
     def outside_cpu_s(self, point: Point) -> Array:
         """The CPU's seconds if it computed all experts that are not resident, in one decode pass."""
@@ -429,7 +433,7 @@ class Costs:
         upto = self.experts.hits(key, first_cpu)
         streamed = (upto - self.experts.hits(key, point.resident)) * self.expert_bytes
         from_disk = upto - self.experts.hits(key, first_cpu - point.disk_experts)
-        touches = np.where(point.staged, _STAGED_TOUCHES, 1)
+        touches = np.where(point.staged, STAGED_TOUCHES, 1)
         in_dram = streamed - from_disk * self.expert_bytes
         touched = touches * in_dram + _DISK_TOUCHES * from_disk * self.expert_bytes
         return streamed, from_disk * self._stored_expert_bytes, touched
@@ -453,7 +457,7 @@ class Costs:
         streamed, from_disk, touched = self._moved(point, u.pass_key, point.cpu_experts)
         routed = (point.cpu_experts > 0) * u.micro_batches * u.routed_bytes
         cache_up = point.cache_up * u.cache_bytes
-        up_s = cache_up * self._cache_copies(u.gpus) / (dram.up_pageable_bytes_per_s * u.gpus)
+        up_s = cache_up * self.cache_copies(u.gpus) / (dram.up_pageable_bytes_per_s * u.gpus)
         read = u.micro_batches * (all_calls - gpu_calls) * self.expert_bytes + on_cpu * u.cache_bytes
         return {
             "gpu": u.gpu_other_s
@@ -462,7 +466,7 @@ class Costs:
             "h2d": self._link_s(point, streamed, on_cpu * u.attended_bytes + routed) + up_s,
             "d2h": (on_cpu * u.qkv_bytes + routed + cache_up / self.context) / link,
             "cpu": u.copies * (on_cpu * u.cpu_attention_s + u.cpu_experts_s * (1.0 - gpu_share)),
-            "dram": u.copies * (touched + read + _STAGED_TOUCHES * cache_up) / dram.bytes_per_s,
+            "dram": u.copies * (touched + read + STAGED_TOUCHES * cache_up) / dram.bytes_per_s,
             "disk": u.copies * self._disk_s(from_disk),
         }
 
@@ -472,15 +476,12 @@ class Costs:
         gpu, dram = self.roofline.roof("gpu"), self.roofline.roof("dram")
         prompt, link = self.requests.mean_prompt_tokens(), dram.up_bytes_per_s * u.gpus
         tokens = prompts * prompt
-        on_cpu = np.where(point.streams, 0.0, point.cpu_experts)
-        cpu_share = 1.0 - self.experts.token_share(model.experts - on_cpu)
-        streamed, from_disk, touched = self._moved(point, self.experts.key(tokens), on_cpu)
-        parked = tokens * model.hidden * workload.value_bytes * model.layers
-        routed = (on_cpu > 0) * tokens * model.hidden * workload.value_bytes * model.moe_layers
-        cache = self._held(prompts, prompt) * (1.0 - point.on_gpu / u.micro_batches)
+        cpu_share = 1.0 - self.experts.token_share(model.experts - self._prefill_cpu_experts(point))
+        streamed, from_disk, touched = self._prefill_moved(point, prompts)
+        parked, routed, cache = self.prefill_bytes(point, prompts)
         work = np.asarray(costs.prefill_flops(workload, prompts, prompt))
         cpu_work = cpu_share * tokens * workload.operator("routed_experts").flops_per_token
-        reduce = self._all_reduce_s(tokens, u.gpus)
+        reduce = self.all_reduce_s(tokens, u.gpus)
         read = self.experts.hits(self.experts.key(tokens), model.experts + 0.0 * tokens) * cpu_share
         return {
             "gpu": (work - cpu_work) / (gpu.offload_prefill_flops_per_s * u.gpus) + reduce,
@@ -490,6 +491,36 @@ class Costs:
             "dram": u.copies * (touched + read * self.expert_bytes + 2 * parked + cache) / dram.bytes_per_s,
             "disk": u.copies * self._disk_s(from_disk),
         }
+
+    def prefill_bytes(self, point: Point, prompts: Array) -> tuple[Array, Array, Array]:
+        """Of `prompts` prompts, all layers: hidden states that wait on the host and those that the CPU's
+        experts take, each way, and the cache that goes to the host."""
+        model, tokens = self.workload.model, prompts * self.requests.mean_prompt_tokens()
+        hidden = tokens * model.hidden * self.workload.value_bytes
+        cache = self._held(prompts, self.requests.mean_prompt_tokens())
+        return (
+            hidden * model.layers,
+            (self._prefill_cpu_experts(point) > 0) * hidden * model.moe_layers,
+            cache * (1.0 - point.on_gpu / point.units.micro_batches),
+        )
+
+    def _prefill_cpu_experts(self, point: Point) -> Array:
+        return np.where(point.streams, 0.0, point.cpu_experts)
+
+    def _prefill_moved(self, point: Point, prompts: Array) -> tuple[Array, Array, Array]:
+        key = self.experts.key(prompts * self.requests.mean_prompt_tokens())
+        return self._moved(point, key, self._prefill_cpu_experts(point))
+
+    def weight_seconds(self, point: Point, decode: bool) -> tuple[Array, Array, Array]:
+        """Seconds of the link, the disk and DRAM for the weights of a decode pass, or of one that
+        prefills."""
+        if decode:
+            streamed, from_disk, touched = self._moved(point, point.units.pass_key, point.cpu_experts)
+        else:
+            streamed, from_disk, touched = self._prefill_moved(point, point.sequences)
+        copies, dram = point.units.copies, self.roofline.roof("dram")
+        link_s = self._link_s(point, streamed, 0.0 * streamed)
+        return link_s, copies * self._disk_s(from_disk), copies * touched / dram.bytes_per_s
 
     def serial_s(self, point: Point, lanes: Lanes) -> Array:
         """What a pass takes beyond its busiest lane."""

@@ -34,6 +34,7 @@ from moeplan.planner.strategies.common import (
     uses,
 )
 from moeplan.planner.strategies.runtime_costs import PassShape, RuntimeCosts, kernels_of
+from moeplan.planner.strategies.task_costs import TaskCost, TaskCosts
 
 PROCESS_BYTES = 512 << 20  # Python, torch and its thread pools
 ALIGNMENT_BYTES = 4096  # of direct reads
@@ -85,6 +86,13 @@ def stream_figures(
     point = _Point(workload, requests, roofline, float(limit), sequences, kernels)
     prefill_s, decode_s = point.prefill.seconds * slower.prefill, point.decode.seconds * slower.decode
     return batch_figures(requests, sequences, prefill_s, decode_s)
+
+
+def stream_tasks(workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy) -> TaskCosts:
+    """The tasks of a decode pass, by operation; together they take what the policy's lanes take."""
+    limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
+    kernels = next(k for k in kernels_of(roofline) if k.threads == policy.threads)
+    return _Point(workload, requests, roofline, float(limit), policy.sequences, kernels).decode_tasks
 
 
 def overlapped(
@@ -350,6 +358,23 @@ class _Point:
             0.0 if p < self.resident_pages else stored / rate
             for p, stored in enumerate(self._stored_page_bytes)
         ]
+
+    @cached_property
+    def decode_tasks(self) -> TaskCosts:
+        """Tasks of the decode pass, each slowed down as much as its lane is by the other."""
+        (attention, *experts), ends = self._compute(self._decode_step)
+        layers, lane = self.workload.model.layers, {lane.lane: lane.seconds for lane in self.decode.lanes}
+        slower = lane["cores"] / (layers * (attention + sum(experts)) + ends)
+        reads_s = sum(self._reads_s) * layers
+        longer = lane["disk"] / reads_s if reads_s else 1.0
+        return {
+            "embed": TaskCost(),
+            "read": TaskCost(seconds_of_item=tuple(longer * s for s in self._reads_s)),
+            "attention": TaskCost(seconds=slower * attention / self.micro_batches),
+            "route": TaskCost(),
+            "experts": TaskCost(seconds_of_item=(0.0, *(slower * s for s in experts))),
+            "head": TaskCost(seconds=slower * ends),
+        }
 
     @cached_property
     def decode(self) -> PassTime:

@@ -1,0 +1,179 @@
+"""Schedule programs: what they issue, the order that follows, and its proof, which mutations must not
+pass."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import networkx as nx
+import numpy as np
+import pytest
+from schedules_at_hand import SIZES, STREAM, every_named, every_offload, every_stream
+
+from moeplan.planner import programs, schedules
+from moeplan.planner.ir.schedule import Schedule
+from moeplan.planner.programs import Issued, Step
+from moeplan.planner.programs.order import WAIT
+from moeplan.planner.programs.proof import first_offence, neighbours
+
+SOME = [*every_offload(1, 400), *every_stream()]
+FEW = [*every_offload(2, 25), *every_stream()[::7], *every_named()]
+
+
+def issued(schedule: Schedule) -> Issued:
+    return programs.issue(schedule, neighbours(schedule))
+
+
+def test_every_schedule_is_proved() -> None:
+    """No race, no deadlock, every page in its place, over passes of all kinds."""
+    offences = {s: first_offence(s, issued(s)) for s in SOME}
+    assert {s: o for s, o in offences.items() if o} == {}
+
+
+def waits_of(rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    yield from map(tuple, np.argwhere(rows[:, WAIT:] > 0).tolist())
+
+
+def happens_before(rows: np.ndarray) -> nx.DiGraph:
+    """All pairs that the lanes' own order and the waits put in order."""
+    graph: nx.DiGraph = nx.DiGraph()
+    graph.add_nodes_from(range(len(rows)))
+    places = [np.flatnonzero(rows[:, 1] == lane).tolist() for lane in range(rows.shape[1] - WAIT)]
+    for place in places:
+        nx.add_path(graph, place)
+    graph.add_edges_from((places[lane][rows[row, WAIT + lane] - 1], row) for row, lane in waits_of(rows))
+    return nx.transitive_closure_dag(graph)
+
+
+@pytest.mark.parametrize("schedule", FEW, ids=str)
+def test_waits_are_the_order_of_the_graph(schedule: Schedule) -> None:
+    """The waits imply every edge that reads and writes ask for, and nothing else."""
+    some = issued(schedule)
+    graph = programs.task_graph(schedule, some)
+    assert nx.is_directed_acyclic_graph(graph)
+    assert set(happens_before(some.rows).edges) == set(nx.transitive_closure_dag(graph).edges)
+
+
+def without(some: Issued, row: int, lane: int) -> Issued:
+    rows = some.rows.copy()
+    rows[row, WAIT + lane] = 0
+    return replace(some, rows=rows)
+
+
+@pytest.mark.parametrize("schedule", FEW, ids=str)
+def test_each_wait_left_is_needed(schedule: Schedule) -> None:
+    """The proof rejects the schedule without any one of them; where it is a barrier's, another order is
+    left."""
+    lean = replace(schedule, constants=schedule.constants._replace(lean=1))
+    some = programs.issue(lean, neighbours(lean)[:3])
+    if not lean.constants.barrier:
+        accepted = [at for at in waits_of(some.rows) if not first_offence(lean, without(some, *at))]
+        assert accepted == []
+        return
+    before = set(happens_before(some.rows).edges)
+    waits = [*waits_of(some.rows)]
+    for row, lane in random.Random(1).sample(waits, min(4, len(waits))):
+        assert set(happens_before(without(some, row, lane).rows).edges) != before, (row, lane)
+
+
+@pytest.mark.parametrize("name", ["CGOPipe", "paged"])
+def test_waiting_for_one_task_less_is_a_race(name: str) -> None:
+    schedule = schedules.named(SIZES if name == "CGOPipe" else STREAM, name)
+    some = issued(schedule)
+    for row, lane in waits_of(some.rows):
+        rows = some.rows.copy()
+        rows[row, WAIT + lane] -= 1
+        assert first_offence(schedule, replace(some, rows=rows)) is not None
+
+
+def test_implied_waits_change_nothing() -> None:
+    """Lean or not, the same order; the published number of explicit edges is far below that of all."""
+    fewer = schedules.named(SIZES, "CGOPipe")
+    more = replace(fewer, constants=fewer.constants._replace(lean=0))
+    some, all_of_them = issued(fewer), issued(more)
+    assert set(happens_before(some.rows).edges) == set(happens_before(all_of_them.rows).edges)
+    assert len(list(waits_of(some.rows))) < len(list(waits_of(all_of_them.rows)))
+
+
+def test_a_wait_for_a_later_task_is_a_deadlock() -> None:
+    schedule = schedules.named(STREAM, "paged")
+    some = issued(schedule)
+    rows = some.rows.copy()
+    rows[0, WAIT + 1] = len(rows)
+    offence = first_offence(schedule, replace(some, rows=rows))
+    assert offence is not None
+    assert offence.what == "waits for a later task"
+
+
+def test_a_ring_that_is_too_small_loses_pages() -> None:
+    """Two pages are staged ahead of their copy: two slots hold them, in one a page is lost."""
+    schedule = schedules.named(SIZES, "CGOPipe")
+    for slots, lost in ((3, False), (2, False), (1, True)):
+        small = replace(schedule, constants=schedule.constants._replace(slots=slots, lead=2))
+        offence = first_offence(small, issued(small))
+        assert (offence is not None) == lost
+        if offence:
+            assert offence.what == "finds another page"
+
+
+def decode_pass(schedule: Schedule) -> Issued:
+    """A decode pass in the steady state, alone."""
+    count = getattr(schedule.constants, "micro_batches", 2)
+    some = programs.issue(schedule, [Step(count, 0, count)] * 4)
+    return replace(some, rows=some.rows[some.starts[2] : some.starts[3]])
+
+
+@pytest.mark.parametrize("schedule", FEW, ids=str)
+def test_each_task_runs_once_per_pass(schedule: Schedule) -> None:
+    """Conservation: every micro-batch passes through every layer once, every page that moves moves once."""
+    rows = decode_pass(schedule).rows
+    seen = Counter(tuple(row) for row in rows[:, [0, 2, 3]].tolist())
+    assert set(seen.values()) == {1}
+    ops, c = programs.ops(schedule), schedule.constants
+    by_op = Counter(ops[op] for op, _, _ in seen)
+    if schedule.kind == "stream":
+        moved = c.layers * (c.pages - c.resident)  # type: ignore[union-attr]
+        assert (by_op["attention"], by_op["read"]) == (2 * c.layers, moved)
+        return
+    n = c.layers * c.micro_batches  # type: ignore[union-attr]
+    assert by_op["cpu_attention"] + by_op["gpu_attention"] == by_op["post_attention"] == n
+    assert by_op["copy_page"] == c.layers * c.pages
+    assert by_op["head"] == by_op["embed"] == c.micro_batches  # type: ignore[union-attr]
+    staged = c.layers * c.pages if c.slots else 0
+    assert by_op["stage_page"] + by_op["read_page"] == staged
+
+
+def test_algorithm_1() -> None:
+    """The GPU and the link of one CGOPipe pass, task by task: n_ub = 3, look-ahead 2, the layer boundary."""
+    sizes = SIZES._replace(layers=2, micro_batches=3, pages=3, slots=0, disk_pages=0, cpu_attended=3)
+    rows = decode_pass(schedules.named(sizes, "CGOPipe")).rows
+    names = programs.ops(schedules.named(sizes, "CGOPipe"))
+    short = {"pre_attention": "pre", "post_attention": "post", "load_hidden": "hidden", "copy_page": "page"}
+    lanes = [
+        [
+            f"{short.get(names[op], names[op])}{layer}{item}"
+            for op, _, layer, item in rows[rows[:, 1] == lane, :4]
+        ]
+        for lane in (0, 1)
+    ]
+    assert " ".join(lanes[0]) == (
+        "embed00 pre00 embed01 pre01 post00 embed02 pre02 post01 pre10 post02 pre11 "
+        "post10 pre12 post11 post12 head10 head11 head12"
+    )
+    assert " ".join(lanes[1]) == (
+        "hidden00 page10 hidden01 page11 hidden02 page12 hidden10 page00 hidden11 page01 hidden12 page02"
+    )
+
+
+def test_names_of_buffers() -> None:
+    schedule = schedules.named(SIZES, "CGOPipe")
+    some = issued(schedule)
+    by_op = {task.op: task for task in programs.tasks(schedule, some)}
+    assert by_op["offload_qkv"].reads == (("qkv", by_op["offload_qkv"].item),)
+    assert by_op["copy_page"].reads[0][0] == "pinned"
+    assert {buffer[0] for buffer in by_op["post_attention"].reads} == {"attended", "weights"}
+    with pytest.raises(ValueError, match="no such buffer"):
+        programs.buffer_name(schedule, 10_000)
