@@ -31,7 +31,14 @@ from moeplan.runtime_min.layers import sort_by_expert
 from moeplan.runtime_min.limits import check_offload
 from moeplan.runtime_min.model_config import read_config
 from moeplan.runtime_min.models.mixtral import DTYPES, Operations, tensor_shapes
-from moeplan.runtime_min.offload_memory import READERS, Buffers, Experts, Memory, check_device_and_host
+from moeplan.runtime_min.offload_memory import (
+    READERS,
+    Buffers,
+    Experts,
+    Memory,
+    check_device_and_host,
+    check_pages,
+)
 from moeplan.runtime_min.plan_file import RuntimePlan
 
 LANES = ("gpu", "h2d", "d2h", "cpu", "copier", "disk")
@@ -112,6 +119,7 @@ class Offload(Batches):
         refs = find_tensors(checkpoint, shapes)
         self._s, self._ops = schedule.SCHEDULE, schedule.OPS
         experts, self._buffers = Experts(plan, self._s.pages), Buffers(plan, self._s)
+        check_pages(path, experts, self._s)
         check_device_and_host(path, plan, experts, self._buffers, shapes)
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
@@ -146,7 +154,9 @@ class Offload(Batches):
         begun = self._next.groups if self._next and not prefill else {}
         micro = self.plan.batch.micro_batch
         count = max(place for place, _ in active) // micro + 1
-        members = [[(place, g) for place, g in active if place // micro == j] for j in range(count)]
+        members: list[Active] = [
+            [(place, g) for place, g in active if place // micro == j] for j in range(count)
+        ]
         pieces = list(self._pieces(active)) if prefill else []
         self._passes += 1
         return Step(self._passes - 1, members, begun, pieces)
@@ -268,7 +278,7 @@ class Offload(Batches):
         group, m = step.groups[j], self._model
         if group.host is not None:
             qkv = self._pinned["qkv"][j, : len(group.active)]
-            q, k, v = qkv.split([m.heads, m.kv_heads, m.kv_heads], 1)
+            q, k, v = qkv.tensor_split((m.heads, m.heads + m.kv_heads), 1)
             out = attend(layer, group.host, self._memory.host_cache, q, k, v)
             self._pinned["attended"][j, : len(out)] = out
 

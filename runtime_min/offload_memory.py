@@ -26,7 +26,7 @@ from moeplan.runtime_min.lanes import Block
 from moeplan.runtime_min.limits import check_items
 from moeplan.runtime_min.models.mixtral import DTYPES, expert_names
 from moeplan.runtime_min.pages import Reader, Shard
-from moeplan.runtime_min.plan_file import RuntimePlan, scratch_bytes
+from moeplan.runtime_min.plan_file import PlanFileError, RuntimePlan, scratch_bytes
 
 READERS, _BLOCK_BYTES = 4, 4 << 20  # direct reads of this size reached the disks' rates in calibrations
 _ROUNDING_BYTES = 4096  # what a plan's sizes may be short by, per buffer
@@ -167,6 +167,16 @@ class Buffers:
             "parked": ((tokens, m.hidden), dtype),
             "parked_partial": ((tokens * s.prefill_cpu_experts, m.hidden), dtype),
         }
+
+
+def check_pages(path: Path, experts: Experts, s: Any) -> None:
+    """Raise PlanFileError where a page that is staged from host memory holds what only the disk has."""
+    if s.pages and (s.pages - s.disk_pages) * experts.page_bytes > experts.host_bytes:
+        count = experts.plan.offload.disk_experts
+        raise PlanFileError(
+            f"{path}: {s.disk_pages} of {s.pages} pages from disk do not hold its {count} experts",
+            "compile the spec again",
+        )
 
 
 def check_device_and_host(

@@ -76,7 +76,8 @@ class PagePlan:
     Each layer has `pages_per_layer` pages: page 0 is the attention projections, page p > 0 holds the
     experts [(p-1)·experts_per_page, p·experts_per_page). The first `resident_pages` pages of every layer
     stay in memory; the others are read into `slots` slots of `slot_bytes` each by `readers` threads in
-    blocks of `block_bytes`.
+    blocks of `block_bytes`. In an offload plan pages are equal parts of a layer's bytes, as `OffloadPlan`
+    says; only their number and that of the pinned slots they pass through (0: none) is given.
     """
 
     pages_per_layer: int

@@ -25,7 +25,7 @@ from moeplan.runtime_min.lanes import (
 from moeplan.runtime_min.limits import check_supported
 from moeplan.runtime_min.plan_file import PlanFileError, load, to_json
 
-from .folders import Shape, in_memory, make_plan, stream_schedule, write_plan
+from .folders import Shape, in_memory, make_offload_plan, make_plan, stream_schedule, write_plan
 
 SHAPE = Shape()
 PASSES = [(0, 4), (2, 0), (1, 0), (0, 3), (2, 0)]  # micro-batches of decode, of prefill
@@ -271,13 +271,19 @@ def test_stale_bytecode_is_not_run(tmp_path):
     assert load_schedule(runtime_dir, load(runtime_dir)).SCHEDULE.slots == 3
 
 
-@pytest.mark.parametrize("change", [{"device": "accelerator"}, {"kind": "cgopipe"}])
-def test_other_plans_are_refused_in_one_sentence(tmp_path, change):
-    runtime_dir = write_plan(tmp_path, make_plan(SHAPE))
-    plan = load(runtime_dir)
-    if "kind" in change:
-        plan = replace(plan, schedule=replace(plan.schedule, **change))
-    else:
-        plan = replace(plan, **change)
-    with pytest.raises(PlanFileError, match="this version executes stream plans on the CPU only"):
-        check_supported(runtime_dir / "runtime.json", plan)
+@pytest.mark.parametrize(
+    ("kind", "device"), [("stream", "accelerator"), ("offload", "cpu"), ("cgopipe", "accelerator")]
+)
+def test_other_plans_are_refused_in_one_sentence(tmp_path, kind, device):
+    plan = make_plan(SHAPE)
+    plan = replace(plan, device=device, schedule=replace(plan.schedule, kind=kind))
+    with pytest.raises(PlanFileError, match=f"executes no '{kind}' plan for device '{device}'"):
+        check_supported(tmp_path / "runtime.json", plan)
+
+
+@pytest.mark.parametrize("change", [{"gpus": 2}, {"copies": 2}])
+def test_plans_over_several_gpus_are_refused_by_name(tmp_path, change):
+    plan = make_offload_plan(SHAPE, **change)
+    plan = replace(plan, schedule=replace(plan.schedule, kind="offload"))
+    with pytest.raises(PlanFileError, match=r"tensor and data parallelism\); this version executes one copy"):
+        check_supported(tmp_path / "runtime.json", plan)

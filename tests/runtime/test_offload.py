@@ -1,11 +1,13 @@
 """Offload plans, the CPU in the accelerator's place: by any schedule transformers' tokens and scores."""
 
 import os
+import queue
 import random
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,74 @@ def test_any_pace_of_any_lane_gives_the_same(model, tmp_path, seed, monkeypatch)
         check(engine, reference, batch)
 
 
+class Behind:
+    """A stand-in for an accelerator's stream: a thread that does in order, late, what is enqueued."""
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while (work := self.queue.get()) is not None:
+                time.sleep(0.0003)
+                work()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def record_event(self) -> "Mark":
+        mark = Mark()
+        self.queue.put(mark.done.set)
+        return mark
+
+    def wait_event(self, mark: "Mark") -> None:
+        self.queue.put(mark.synchronize)
+
+    def synchronize(self) -> None:
+        self.record_event().synchronize()
+
+
+class Mark:
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
+    def query(self) -> bool:
+        return self.done.is_set()
+
+    def synchronize(self) -> None:
+        assert self.done.wait(20)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("across", [1, 2])
+def test_copies_that_are_only_enqueued(model, tmp_path, monkeypatch, attention, across):
+    """Both directions of the link work behind their lanes, as an accelerator's streams do: who needs a copy
+    waits for its event."""
+    folder, reference = model
+
+    def enqueued(lanes, lane, begun, block, do=Lanes._do):
+        if isinstance(lane.stream, Behind):
+            later, block = block, lambda: lane.stream.queue.put(later)
+        do(lanes, lane, begun, block)
+
+    monkeypatch.setattr(Lanes, "_do", enqueued)
+    plan = make_offload_plan(SHAPE, cpu_experts=1, disk_experts=1, slots=2, pages_per_layer=3)
+    attend = ATTENTION[attention]
+    with Rehearsal(tmp_path, folder, plan, attend=attend, pages_from_disk=1, across=across) as engine:
+        for name in ("h2d", "d2h"):
+            engine.lanes.lanes[name].stream = Behind()
+        batch = generations(LENGTHS)
+        engine.run(batch)
+        check(engine, reference, batch)
+    for name in ("h2d", "d2h"):
+        engine.lanes.lanes[name].stream.queue.put(None)
+
+
 def test_decode_moves_no_expert_that_the_cpu_computes(model, tmp_path):
     """Bytes copied by decode passes are those of the streamed experts; of the next pass's first layer all."""
     folder, _ = model
@@ -221,6 +291,12 @@ def test_a_shard_cut_short_ends_the_run(model, tmp_path):
 def test_what_cannot_be_executed(model, tmp_path, change, says):
     with pytest.raises(PlanFileError, match=says):
         Rehearsal(tmp_path, model[0], make_offload_plan(SHAPE, **change))
+
+
+def test_experts_from_disk_in_pages_from_memory(model, tmp_path):
+    plan = make_offload_plan(SHAPE, disk_experts=3, slots=6)
+    with pytest.raises(PlanFileError, match="2 of 4 pages from disk do not hold its 3 experts"):
+        Rehearsal(tmp_path, model[0], plan, pages_from_disk=2)
 
 
 def test_a_schedule_of_another_plan(model, tmp_path):

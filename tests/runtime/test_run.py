@@ -162,7 +162,7 @@ def test_an_interrupted_run_goes_on(answered, runtime_dir, tmp_path, monkeypatch
 def test_nothing_is_left_to_do(answered, runtime_dir, tmp_path):
     """Interrupted between the last record and the renaming."""
     source, expected, _ = answered
-    identity = run._identity(runtime_dir, run._open(runtime_dir, None)[1], source)
+    identity = run._identity(runtime_dir, run._open(runtime_dir, None, False)[1], source)
     left = results.Results(tmp_path / "out.jsonl", identity)
     for record in read_output(expected):
         left.add(record)
