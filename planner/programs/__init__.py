@@ -55,16 +55,27 @@ def ops(schedule: Schedule) -> tuple[str, ...]:
 def issue(schedule: Schedule, steps: Sequence[Step]) -> Issued:
     """Issue consecutive passes. Buffers carry over from pass to pass."""
     program, constants = PROGRAMS[schedule.kind], schedule.constants
-    clock = order.make_clock(len(program.LANES), program.buffers(constants))
+    record, clock = (
+        order.as_record(constants),
+        order.make_clock(len(program.LANES), program.buffers(constants)),
+    )
     rows, touches, starts = [], [], [0]
     for step in steps:
-        out = program.room(constants, step.decode, step.prefill)
-        program.program(constants, out, clock.passes, *step)
-        order.order(clock, out, constants.lean)
-        rows.append(out.rows[: out.count[0]])
-        touches.append(out.touches[: out.count[1]] + np.array([starts[-1], 0, 0]))
+        log = program.room(constants, step.decode, step.prefill)
+        program.program(record, log, order.passes_of(clock), *step)
+        rows.append(order.make_rows(log, len(program.LANES)))
+        order.order(clock, log, rows[-1], constants.lean)
+        touches.append(_touches(log) + np.array([starts[-1], 0, 0]))
         starts.append(starts[-1] + len(rows[-1]))
     return Issued(np.concatenate(rows), np.concatenate(touches), tuple(starts[:-1]))
+
+
+def _touches(log: Table) -> Table:
+    """Row, buffer and how of every touch in a log."""
+    lines = log[1 : 1 + log[0, 0]]
+    rows = np.cumsum(lines[:, 0] >= 0) - 1
+    touch = lines[:, 0] < 0
+    return np.column_stack([rows[touch], lines[touch, 1:3]])
 
 
 def tasks(schedule: Schedule, issued: Issued) -> tuple[Task, ...]:

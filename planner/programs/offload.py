@@ -8,7 +8,7 @@ Source: MoE-Lightning (ASPLOS'25), Algorithm 1, its index slips corrected, and F
 
 from __future__ import annotations
 
-from moeplan.planner.programs.order import FIXED, entry, fence, make_out, numbered, part, reads, task, writes
+from moeplan.planner.programs.order import FIXED, entry, fence, make_log, numbered, part, reads, task, writes
 
 # --- emitted from here ---
 
@@ -97,65 +97,65 @@ def room(s, decode, prefill):
     """An empty pass with room for the largest."""
     rows = 2 * (s.pages + s.lead) + 14 * (decode + s.lookahead) + 2 * prefill
     rows += s.layers * (9 * decode + 8 * prefill + 2 * s.pages)
-    return make_out(len(LANES), rows, 6 * rows + s.layers * (decode + prefill) * (s.pages + 2))
+    return make_log(rows, 6 * rows + s.layers * (decode + prefill) * (s.pages + 2))
 
 
 @part
-def begin(s, out, op, lane, layer, item, slot):
+def begin(s, log, op, lane, layer, item, slot):
     """A task; where every task is a barrier, after all before it."""
-    if s.barrier == BARRIER_TASK and out.count[0] > 0:
-        fence(out)
-    task(out, op, lane, layer, item, slot)
+    if s.barrier == BARRIER_TASK and log[0, 0] > 0:
+        fence(log)
+    task(log, op, lane, layer, item, slot)
 
 
 # Weight pages form one endless stream through all layers of all passes.
 
 
 @part
-def stage(s, out, page):
+def stage(s, log, page):
     """From host memory or disk to a pinned slot."""
     if s.slots == 0:
         return
     p = page % s.pages
     if p >= s.pages - s.disk_pages:
-        begin(s, out, OP.read_page, LANE.disk, page // s.pages % s.layers, p, page % s.slots)
+        begin(s, log, OP.read_page, LANE.disk, page // s.pages % s.layers, p, page % s.slots)
     else:
-        begin(s, out, OP.stage_page, LANE.copier, page // s.pages % s.layers, p, page % s.slots)
-    writes(out, page % s.slots)
+        begin(s, log, OP.stage_page, LANE.copier, page // s.pages % s.layers, p, page % s.slots)
+    writes(log, page % s.slots)
 
 
 @part
-def copy(s, out, page):
+def copy(s, log, page):
     """From the pinned slot to the GPU's weight buffer of the page's layer."""
     half = page // s.pages % 2
-    begin(s, out, OP.copy_page, LANE.h2d, page // s.pages % s.layers, page % s.pages, half)
+    begin(s, log, OP.copy_page, LANE.h2d, page // s.pages % s.layers, page % s.pages, half)
     if s.slots > 0:
-        reads(out, page % s.slots)
-    writes(out, weights(s, half, page % s.pages))
+        reads(log, page % s.slots)
+    writes(log, weights(s, half, page % s.pages))
 
 
 @part
-def stage_ahead(s, out, page, last):
+def stage_ahead(s, log, page, last):
     """Stage a page that is copied later: none that only the next pass moves."""
     if s.across >= ACROSS_PAGES or page < (last + 1) * s.pages:
-        stage(s, out, page)
+        stage(s, log, page)
 
 
 @part
-def fill(s, out, layer, last):
+def fill(s, log, layer, last):
     """All pages of the stream's layer `layer`, and the staging lead of the next."""
     if s.pages == 0:
         return
     first = layer * s.pages
     for page in range(first, first + s.pages):
-        stage(s, out, page)
-        copy(s, out, page)
+        stage(s, log, page)
+        copy(s, log, page)
     for page in range(first + s.pages, first + s.pages + s.lead):
-        stage_ahead(s, out, page, last)
+        stage_ahead(s, log, page, last)
 
 
 @part
-def advance(s, out, layer, last, j, places):
+def advance(s, log, layer, last, j, places):
     """At place j of `places` of the stream's layer `layer`: the next layer's share of pages, spread or all at
     once. No page is moved for a layer after `last`."""
     first, end = (j * s.pages + places - 1) // places, ((j + 1) * s.pages + places - 1) // places
@@ -164,194 +164,194 @@ def advance(s, out, layer, last, j, places):
     for p in range(first, end):
         page = (layer + 1) * s.pages + p
         if layer < last:
-            copy(s, out, page)
-        stage_ahead(s, out, page + s.lead, last)
+            copy(s, log, page)
+        stage_ahead(s, log, page + s.lead, last)
 
 
 @part
-def reads_weights(s, out, layer):
+def reads_weights(s, log, layer):
     for p in range(s.pages):
-        reads(out, weights(s, layer % 2, p))
+        reads(log, weights(s, layer % 2, p))
 
 
 # Decode: one token of every sequence.
 
 
 @part
-def attend(s, out, layer, j, passes):
+def attend(s, log, layer, j, passes):
     """What of micro-batch j's attention may run ahead of the experts: on the CPU all of it, on the GPU the
     copy of a cache that is in host memory."""
     if j < s.cpu_attended:
-        take(s, out, layer, j, passes)
-        begin(s, out, OP.pre_attention, LANE.gpu, layer, j, FIXED.none)
-        reads_hidden(s, out, layer, j)
-        writes(out, mine(s, MINE.qkv, j))
-        begin(s, out, OP.offload_qkv, LANE.d2h, layer, j, FIXED.none)
-        reads(out, mine(s, MINE.qkv, j))
-        writes(out, mine(s, MINE.qkv_pin, j))
-        begin(s, out, OP.cpu_attention, LANE.cpu, layer, j, FIXED.none)
-        reads(out, mine(s, MINE.qkv_pin, j))
-        reads(out, pair(s, PAIR.new_kv, passes + 1))
-        writes(out, mine(s, MINE.attended_pin, j))
-        writes(out, mine(s, MINE.kv, j))
+        take(s, log, layer, j, passes)
+        begin(s, log, OP.pre_attention, LANE.gpu, layer, j, FIXED.none)
+        reads_hidden(s, log, layer, j)
+        writes(log, mine(s, MINE.qkv, j))
+        begin(s, log, OP.offload_qkv, LANE.d2h, layer, j, FIXED.none)
+        reads(log, mine(s, MINE.qkv, j))
+        writes(log, mine(s, MINE.qkv_pin, j))
+        begin(s, log, OP.cpu_attention, LANE.cpu, layer, j, FIXED.none)
+        reads(log, mine(s, MINE.qkv_pin, j))
+        reads(log, pair(s, PAIR.new_kv, passes + 1))
+        writes(log, mine(s, MINE.attended_pin, j))
+        writes(log, mine(s, MINE.kv, j))
     elif j < s.cpu_attended + s.copied_up:
         turn = layer * s.copied_up + j
-        begin(s, out, OP.load_kv, LANE.h2d, layer, j, turn % 2)
-        reads(out, mine(s, MINE.kv, j))
-        reads(out, pair(s, PAIR.new_kv, passes + 1))
-        writes(out, pair(s, PAIR.kv_in, turn))
+        begin(s, log, OP.load_kv, LANE.h2d, layer, j, turn % 2)
+        reads(log, mine(s, MINE.kv, j))
+        reads(log, pair(s, PAIR.new_kv, passes + 1))
+        writes(log, pair(s, PAIR.kv_in, turn))
 
 
 @part
-def take(s, out, layer, j, passes):
+def take(s, log, layer, j, passes):
     """The hidden states that attention begins with: of new tokens, or of the layer before and all its
     experts."""
     if layer == 0:
-        begin(s, out, OP.embed, LANE.gpu, FIXED.first, j, FIXED.none)
-        reads(out, mine(s, MINE.token, j))
-        reads(out, pair(s, PAIR.new_token, passes + 1))
-        writes(out, mine(s, MINE.hidden, j))
+        begin(s, log, OP.embed, LANE.gpu, FIXED.first, j, FIXED.none)
+        reads(log, mine(s, MINE.token, j))
+        reads(log, pair(s, PAIR.new_token, passes + 1))
+        writes(log, mine(s, MINE.hidden, j))
     elif s.decode_cpu_experts:
-        load_partial(s, out, layer - 1, j)
+        load_partial(s, log, layer - 1, j)
 
 
 @part
-def finish_attention(s, out, layer, j, passes):
+def finish_attention(s, log, layer, j, passes):
     """Attention of micro-batch j to where the experts need it: its output from the CPU, or itself on the
     GPU."""
     if j < s.cpu_attended:
-        begin(s, out, OP.load_hidden, LANE.h2d, layer, j, FIXED.none)
-        reads(out, mine(s, MINE.attended_pin, j))
-        writes(out, mine(s, MINE.attended, j))
+        begin(s, log, OP.load_hidden, LANE.h2d, layer, j, FIXED.none)
+        reads(log, mine(s, MINE.attended_pin, j))
+        writes(log, mine(s, MINE.attended, j))
         return
-    take(s, out, layer, j, passes)
+    take(s, log, layer, j, passes)
     copied = j < s.cpu_attended + s.copied_up
     turn = layer * s.copied_up + j
-    begin(s, out, OP.gpu_attention, LANE.gpu, layer, j, turn % 2 if copied else -1)
-    reads_hidden(s, out, layer, j)
+    begin(s, log, OP.gpu_attention, LANE.gpu, layer, j, turn % 2 if copied else -1)
+    reads_hidden(s, log, layer, j)
     if copied:
-        reads(out, pair(s, PAIR.kv_in, turn))
-        writes(out, pair(s, PAIR.kv_out, turn))
-    writes(out, mine(s, MINE.attended, j))
+        reads(log, pair(s, PAIR.kv_in, turn))
+        writes(log, pair(s, PAIR.kv_out, turn))
+    writes(log, mine(s, MINE.attended, j))
     if copied:
-        begin(s, out, OP.store_kv, LANE.d2h, layer, j, turn % 2)
-        reads(out, pair(s, PAIR.kv_out, turn))
-        writes(out, mine(s, MINE.kv, j))
+        begin(s, log, OP.store_kv, LANE.d2h, layer, j, turn % 2)
+        reads(log, pair(s, PAIR.kv_out, turn))
+        writes(log, mine(s, MINE.kv, j))
 
 
 @part
-def reads_hidden(s, out, layer, j):
+def reads_hidden(s, log, layer, j):
     """The hidden states of micro-batch j, with what the CPU's experts of the layer before add."""
-    reads(out, mine(s, MINE.hidden, j))
+    reads(log, mine(s, MINE.hidden, j))
     if s.decode_cpu_experts and layer > 0:
-        reads(out, mine(s, MINE.partial, j))
-        writes(out, mine(s, MINE.hidden, j))
+        reads(log, mine(s, MINE.partial, j))
+        writes(log, mine(s, MINE.hidden, j))
 
 
 @part
-def load_partial(s, out, layer, j):
+def load_partial(s, log, layer, j):
     """What the CPU's experts add, to the GPU: as late as possible, because the link is in order."""
-    begin(s, out, OP.load_partial, LANE.h2d, layer, j, FIXED.none)
-    reads(out, mine(s, MINE.partial_pin, j))
-    writes(out, mine(s, MINE.partial, j))
+    begin(s, log, OP.load_partial, LANE.h2d, layer, j, FIXED.none)
+    reads(log, mine(s, MINE.partial_pin, j))
+    writes(log, mine(s, MINE.partial, j))
 
 
 @part
-def post_attention(s, out, layer, j, stream_layer):
+def post_attention(s, log, layer, j, stream_layer):
     """Output projection, router and experts of micro-batch j; the CPU's experts beside them."""
-    begin(s, out, OP.post_attention, LANE.gpu, layer, j, stream_layer % 2)
-    reads(out, mine(s, MINE.attended, j))
-    reads_weights(s, out, stream_layer)
-    writes(out, mine(s, MINE.hidden, j))
+    begin(s, log, OP.post_attention, LANE.gpu, layer, j, stream_layer % 2)
+    reads(log, mine(s, MINE.attended, j))
+    reads_weights(s, log, stream_layer)
+    writes(log, mine(s, MINE.hidden, j))
     if s.decode_cpu_experts:
-        writes(out, mine(s, MINE.routed, j))
-        begin(s, out, OP.offload_routed, LANE.d2h, layer, j, FIXED.none)
-        reads(out, mine(s, MINE.routed, j))
-        writes(out, mine(s, MINE.routed_pin, j))
-        begin(s, out, OP.cpu_experts, LANE.cpu, layer, j, FIXED.none)
-        reads(out, mine(s, MINE.routed_pin, j))
-        writes(out, mine(s, MINE.partial_pin, j))
+        writes(log, mine(s, MINE.routed, j))
+        begin(s, log, OP.offload_routed, LANE.d2h, layer, j, FIXED.none)
+        reads(log, mine(s, MINE.routed, j))
+        writes(log, mine(s, MINE.routed_pin, j))
+        begin(s, log, OP.cpu_experts, LANE.cpu, layer, j, FIXED.none)
+        reads(log, mine(s, MINE.routed_pin, j))
+        writes(log, mine(s, MINE.partial_pin, j))
 
 
 @part
-def head(s, out, j):
+def head(s, log, j):
     """LM head and sampling of micro-batch j."""
     if s.decode_cpu_experts:
-        load_partial(s, out, s.layers - 1, j)
-    begin(s, out, OP.head, LANE.gpu, s.layers - 1, j, FIXED.none)
-    reads_hidden(s, out, s.layers, j)
-    writes(out, mine(s, MINE.token, j))
+        load_partial(s, log, s.layers - 1, j)
+    begin(s, log, OP.head, LANE.gpu, s.layers - 1, j, FIXED.none)
+    reads_hidden(s, log, s.layers, j)
+    writes(log, mine(s, MINE.token, j))
 
 
 # Prefill: the prompts of new sequences, in pieces whose hidden states wait on the host.
 
 
 @part
-def prefill_piece(s, out, layer, q, stream_layer, pieces, passes):
+def prefill_piece(s, log, layer, q, stream_layer, pieces, passes):
     """One layer over piece q; its keys and values go to the host unless all stay on the GPU."""
     turn = layer * pieces + q
     if layer == 0:
-        begin(s, out, OP.embed, LANE.gpu, FIXED.first, s.micro_batches + q, turn % 2)
+        begin(s, log, OP.embed, LANE.gpu, FIXED.first, s.micro_batches + q, turn % 2)
     else:
-        begin(s, out, OP.load_piece, LANE.h2d, layer, q, turn % 2)
-        reads(out, piece(s, PIECE.parked, q))
-    writes(out, pair(s, PAIR.piece_in, turn))
+        begin(s, log, OP.load_piece, LANE.h2d, layer, q, turn % 2)
+        reads(log, piece(s, PIECE.parked, q))
+    writes(log, pair(s, PAIR.piece_in, turn))
     if s.prefill_cpu_experts and layer > 0:
-        piece_partial(s, out, layer - 1, q, turn)
-    begin(s, out, OP.prefill_layer, LANE.gpu, layer, q, turn % 2)
-    reads(out, pair(s, PAIR.piece_in, turn))
+        piece_partial(s, log, layer - 1, q, turn)
+    begin(s, log, OP.prefill_layer, LANE.gpu, layer, q, turn % 2)
+    reads(log, pair(s, PAIR.piece_in, turn))
     if s.prefill_cpu_experts and layer > 0:
-        reads(out, pair(s, PAIR.piece_added, turn))
-    reads_weights(s, out, stream_layer)
-    writes(out, pair(s, PAIR.piece_out, turn))
+        reads(log, pair(s, PAIR.piece_added, turn))
+    reads_weights(s, log, stream_layer)
+    writes(log, pair(s, PAIR.piece_out, turn))
     stored = s.cpu_attended + s.copied_up > 0
     if stored:
-        writes(out, pair(s, PAIR.kv_out, turn))
+        writes(log, pair(s, PAIR.kv_out, turn))
     if s.prefill_cpu_experts:
-        writes(out, pair(s, PAIR.piece_routed, turn))
-        begin(s, out, OP.offload_piece, LANE.d2h, layer, q, turn % 2)
-        reads(out, pair(s, PAIR.piece_routed, turn))
-        writes(out, piece(s, PIECE.routed_pin, q))
-        begin(s, out, OP.piece_experts, LANE.cpu, layer, q, FIXED.none)
-        reads(out, piece(s, PIECE.routed_pin, q))
-        writes(out, piece(s, PIECE.partial_pin, q))
-    begin(s, out, OP.store_piece, LANE.d2h, layer, q, turn % 2)
-    reads(out, pair(s, PAIR.piece_out, turn))
-    writes(out, piece(s, PIECE.parked, q))
+        writes(log, pair(s, PAIR.piece_routed, turn))
+        begin(s, log, OP.offload_piece, LANE.d2h, layer, q, turn % 2)
+        reads(log, pair(s, PAIR.piece_routed, turn))
+        writes(log, piece(s, PIECE.routed_pin, q))
+        begin(s, log, OP.piece_experts, LANE.cpu, layer, q, FIXED.none)
+        reads(log, piece(s, PIECE.routed_pin, q))
+        writes(log, piece(s, PIECE.partial_pin, q))
+    begin(s, log, OP.store_piece, LANE.d2h, layer, q, turn % 2)
+    reads(log, pair(s, PAIR.piece_out, turn))
+    writes(log, piece(s, PIECE.parked, q))
     if stored:
-        begin(s, out, OP.store_piece_kv, LANE.d2h, layer, q, turn % 2)
-        reads(out, pair(s, PAIR.kv_out, turn))
-        writes(out, pair(s, PAIR.new_kv, passes))
+        begin(s, log, OP.store_piece_kv, LANE.d2h, layer, q, turn % 2)
+        reads(log, pair(s, PAIR.kv_out, turn))
+        writes(log, pair(s, PAIR.new_kv, passes))
 
 
 @part
-def piece_partial(s, out, layer, q, turn):
-    begin(s, out, OP.piece_partial, LANE.h2d, layer, q, turn % 2)
-    reads(out, piece(s, PIECE.partial_pin, q))
-    writes(out, pair(s, PAIR.piece_added, turn))
+def piece_partial(s, log, layer, q, turn):
+    begin(s, log, OP.piece_partial, LANE.h2d, layer, q, turn % 2)
+    reads(log, piece(s, PIECE.partial_pin, q))
+    writes(log, pair(s, PAIR.piece_added, turn))
 
 
 @part
-def piece_head(s, out, q, pieces, passes):
+def piece_head(s, log, q, pieces, passes):
     """LM head and sampling of the sequences of piece q."""
     turn = s.layers * pieces + q
-    begin(s, out, OP.load_piece, LANE.h2d, s.layers, q, turn % 2)
-    reads(out, piece(s, PIECE.parked, q))
-    writes(out, pair(s, PAIR.piece_in, turn))
+    begin(s, log, OP.load_piece, LANE.h2d, s.layers, q, turn % 2)
+    reads(log, piece(s, PIECE.parked, q))
+    writes(log, pair(s, PAIR.piece_in, turn))
     if s.prefill_cpu_experts:
-        piece_partial(s, out, s.layers - 1, q, turn)
-    begin(s, out, OP.piece_head, LANE.gpu, s.layers - 1, q, turn % 2)
-    reads(out, pair(s, PAIR.piece_in, turn))
+        piece_partial(s, log, s.layers - 1, q, turn)
+    begin(s, log, OP.piece_head, LANE.gpu, s.layers - 1, q, turn % 2)
+    reads(log, pair(s, PAIR.piece_in, turn))
     if s.prefill_cpu_experts:
-        reads(out, pair(s, PAIR.piece_added, turn))
-    writes(out, pair(s, PAIR.new_token, passes))
+        reads(log, pair(s, PAIR.piece_added, turn))
+    writes(log, pair(s, PAIR.new_token, passes))
 
 
 # A pass.
 
 
 @entry
-def program(s, out, passes, decode, prefill, following):
+def program(s, log, passes, decode, prefill, following):
     """Issue one pass over `decode` micro-batches and `prefill` pieces, in every layer the former first.
 
     `following` micro-batches decode in the pass that comes next, 0 if that is not known to come. `passes`
@@ -360,47 +360,47 @@ def program(s, out, passes, decode, prefill, following):
     first = passes[0] * s.layers  # the pass's first layer in the endless stream
     last = first + s.layers - (0 if s.across >= ACROSS_PAGES else 1)
     if passes[0] == 0 or s.across < ACROSS_PAGES:
-        fill(s, out, first, last)
+        fill(s, log, first, last)
     ahead = s.lookahead if s.lookahead < decode else decode - 1
     for j in range(passes[1], ahead):
-        attend(s, out, FIXED.first, j, passes[0])
+        attend(s, log, FIXED.first, j, passes[0])
     started = passes[1]
     passes[1] = 0
     places = decode if decode > prefill else prefill
     for layer in range(s.layers):
         if layer > 0 and not s.wrap:
             for j in range(ahead):
-                attend(s, out, layer, j, passes[0])
+                attend(s, log, layer, j, passes[0])
         for j in range(places):
             if j < decode:
                 if ahead == 0 and (layer > 0 or j >= started):
-                    attend(s, out, layer, j, passes[0])
-                finish_attention(s, out, layer, j, passes[0])
-            advance(s, out, first + layer, last, j, places)
+                    attend(s, log, layer, j, passes[0])
+                finish_attention(s, log, layer, j, passes[0])
+            advance(s, log, first + layer, last, j, places)
             if j < decode:
-                post_attention(s, out, layer, j, first + layer)
+                post_attention(s, log, layer, j, first + layer)
                 if ahead > 0:
-                    attend_ahead(s, out, layer, j + ahead, decode, following, passes)
+                    attend_ahead(s, log, layer, j + ahead, decode, following, passes)
             if j < prefill:
-                prefill_piece(s, out, layer, j, first + layer, prefill, passes[0])
+                prefill_piece(s, log, layer, j, first + layer, prefill, passes[0])
             if s.barrier == BARRIER_BATCH:
-                fence(out)
+                fence(log)
     for j in range(passes[1], decode):
-        head(s, out, j)
+        head(s, log, j)
     for q in range(prefill):
-        piece_head(s, out, q, prefill, passes[0])
+        piece_head(s, log, q, prefill, passes[0])
     passes[0] += 1
 
 
 @part
-def attend_ahead(s, out, layer, j, decode, following, passes):
+def attend_ahead(s, log, layer, j, decode, following, passes):
     """Attention of micro-batch j; past the last micro-batch that of the next layer, or of the next pass."""
     if j < decode:
-        attend(s, out, layer, j, passes[0])
+        attend(s, log, layer, j, passes[0])
     elif layer + 1 < s.layers:
         if s.wrap:
-            attend(s, out, layer + 1, j - decode, passes[0])
+            attend(s, log, layer + 1, j - decode, passes[0])
     elif s.across >= ACROSS_ATTENTION and j - decode < s.lookahead and j - decode < following - 1:
-        head(s, out, j - decode)
-        attend(s, out, FIXED.first, j - decode, passes[0] + 1)
+        head(s, log, j - decode)
+        attend(s, log, FIXED.first, j - decode, passes[0] + 1)
         passes[1] += 1

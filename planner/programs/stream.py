@@ -5,7 +5,7 @@ The text below the mark is part of the emitted schedule.py, word for word.
 
 from __future__ import annotations
 
-from moeplan.planner.programs.order import FIXED, entry, fence, make_out, numbered, part, reads, task, writes
+from moeplan.planner.programs.order import FIXED, entry, fence, make_log, numbered, part, reads, task, writes
 
 # --- emitted from here ---
 
@@ -23,11 +23,11 @@ def buffers(s):
 def room(s, decode, prefill):
     """An empty pass with room for the largest."""
     rows = 4 + s.slots + s.layers * (decode + prefill + 2 * s.pages + 1)
-    return make_out(len(LANES), rows, 6 * rows)
+    return make_log(rows, 6 * rows)
 
 
 @entry
-def program(s, out, passes, decode, prefill, following):
+def program(s, log, passes, decode, prefill, following):
     """Issue one pass of `decode` + `prefill` micro-batches; `following` says whether another comes at once.
 
     `passes` counts the passes, and the pages of all passes whose reading has been issued.
@@ -38,48 +38,48 @@ def program(s, out, passes, decode, prefill, following):
     end = page + s.layers * moving
     if following > 0 and s.across:
         end += s.lead
-    compute(s, out, OP.embed, FIXED.first, FIXED.first, FIXED.none, tokens, hidden)
+    compute(s, log, OP.embed, FIXED.first, FIXED.first, FIXED.none, tokens, hidden)
     for layer in range(s.layers):
         for p in range(s.pages):
             slot = -1
             if p >= s.resident:
                 slot = page % s.slots
-                read_ahead(s, out, passes, page + s.lead + 1, end)
+                read_ahead(s, log, passes, page + s.lead + 1, end)
                 page += 1
             if p > 0:
-                compute(s, out, OP.experts, layer, p, slot, routing, hidden)
+                compute(s, log, OP.experts, layer, p, slot, routing, hidden)
             else:
                 for j in range(decode + prefill):
-                    compute(s, out, OP.attention, layer, j, slot, hidden, hidden)
-                compute(s, out, OP.route, layer, FIXED.first, FIXED.none, hidden, routing)
+                    compute(s, log, OP.attention, layer, j, slot, hidden, hidden)
+                compute(s, log, OP.route, layer, FIXED.first, FIXED.none, hidden, routing)
         if s.barrier == BARRIER_LAYER:
-            fence(out)
-    compute(s, out, OP.head, s.layers - 1, FIXED.first, FIXED.none, hidden, tokens)
+            fence(log)
+    compute(s, log, OP.head, s.layers - 1, FIXED.first, FIXED.none, hidden, tokens)
     if s.barrier == BARRIER_LAYER:
-        fence(out)
+        fence(log)
     passes[0] += 1
 
 
 @part
-def read_ahead(s, out, passes, wanted, end):
+def read_ahead(s, log, passes, wanted, end):
     """Issue the reading of all pages before `wanted`, and none from `end` on."""
     moving = s.pages - s.resident
     while passes[1] < wanted and passes[1] < end:
         layer, p = passes[1] // moving % s.layers, passes[1] % moving + s.resident
-        task(out, OP.read, LANE.disk, layer, p, passes[1] % s.slots)
-        writes(out, passes[1] % s.slots)
+        task(log, OP.read, LANE.disk, layer, p, passes[1] % s.slots)
+        writes(log, passes[1] % s.slots)
         passes[1] += 1
         if s.barrier == BARRIER_TASK:
-            fence(out)
+            fence(log)
 
 
 @part
-def compute(s, out, op, layer, item, slot, source, target):
+def compute(s, log, op, layer, item, slot, source, target):
     """A task of the cores; out of the page in `slot` if there is one."""
-    task(out, op, LANE.compute, layer, item, slot)
-    reads(out, source)
+    task(log, op, LANE.compute, layer, item, slot)
+    reads(log, source)
     if slot >= 0:
-        reads(out, slot)
-    writes(out, target)
+        reads(log, slot)
+    writes(log, target)
     if s.barrier == BARRIER_TASK:
-        fence(out)
+        fence(log)

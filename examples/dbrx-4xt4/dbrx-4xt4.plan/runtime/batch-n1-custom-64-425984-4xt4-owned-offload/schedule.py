@@ -13,17 +13,13 @@ import numpy as np
 try:
     from numba import njit
 
+    entry = njit(cache=True, nogil=True, error_model="numpy")
     part = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 except ImportError:  # the same loops in plain Python
 
-    def njit(**_options):
-        return lambda function: function
-
     def part(function):
         return function
-
-
-entry = part
+    entry = part
 
 
 FORMAT = 2
@@ -91,157 +87,163 @@ class Fixed(NamedTuple):
 FIXED = Fixed()
 
 
-class Clock(NamedTuple):
-    """What carries over from pass to pass: how far every lane has come, and as seen by whom.
-
-    A clock vector says, lane by lane, how many tasks are known to be complete.
-    """
-
-    issued: Any  # per lane, the tasks issued
-    passes: Any  # the passes issued, and how much of the next has been issued already
-    known: Any  # per lane, the vector of its newest task
-    fence: Any  # per lane, the vector of its newest task before the newest fence
-    best: Any  # per lane, the vector of its newest task that the task in hand must follow
-    touched: Any  # per buffer, reads and writes, per lane: the vector of the newest such task since a write
-
-
-class Out(NamedTuple):
-    """The pass being issued: its rows, who touches what (task, buffer, how), and how many of both there
-    are."""
-
-    rows: Any
-    touches: Any
-    count: Any
+# What carries over from pass to pass is a table of clock vectors: how many tasks of each lane are known to be
+# complete. It has groups of one row per lane: of the lane's newest task, of its newest before the last fence,
+# of its newest that the task in hand must follow; one that is no vector, but counts the passes issued and how
+# much of the next has been issued already; and then two per buffer, of the newest tasks that read it since it
+# was written, and of the newest that wrote it.
+GROUP = numbered("newest", "fenced", "followed", "passes", "buffers")
 
 
 def make_clock(lanes, buffers):
     """The state before the first pass."""
-    known, fence, best = np.zeros((3, lanes, lanes), np.int64)
-    touched = np.zeros((buffers, 2, lanes, lanes), np.int64)
-    return Clock(np.zeros(lanes, np.int64), np.zeros(2, np.int64), known, fence, best, touched)
+    return np.zeros(((GROUP.buffers + 2 * buffers) * lanes, lanes), np.int64)
 
 
-def make_out(lanes, rows, touches):
-    """An empty pass with room for so many rows and touches."""
-    table = np.zeros((rows, WAIT + lanes), np.int64)
-    return Out(table, np.zeros((touches, 3), np.int64), np.zeros(2, np.int64))
+def passes_of(clock):
+    """Passes issued, and how much of the next."""
+    return clock[GROUP.passes * clock.shape[1]]
 
 
-@part
-def task(out, op, lane, layer, item, slot):
-    """Append a task. Its touches follow."""
-    row = out.rows[out.count[0]]
-    row[0] = op
-    row[1] = lane
-    row[2] = layer
-    row[3] = item
-    row[4] = slot
-    out.count[0] += 1
+def make_log(tasks, touches):
+    """Room for the tasks of a pass and what they touch, one line each. The first line holds their number."""
+    return np.zeros((1 + tasks + touches, WAIT), np.int64)
+
+
+def as_record(constants):
+    """Constants in the form that compiled functions take: one argument."""
+    return np.rec.fromrecords([tuple(constants)], dtype=[(name, np.int64) for name in constants._fields])[0]
 
 
 @part
-def reads(out, buffer):
+def task(log, op, lane, layer, item, slot):
+    """Append a task. What it touches follows."""
+    log[0, 0] += 1
+    line = log[log[0, 0]]
+    line[0] = op
+    line[1] = lane
+    line[2] = layer
+    line[3] = item
+    line[4] = slot
+
+
+@part
+def reads(log, buffer):
     """The newest task reads `buffer`."""
-    touch(out, buffer, HOW.read)
+    touch(log, buffer, HOW.read)
 
 
 @part
-def writes(out, buffer):
+def writes(log, buffer):
     """The newest task writes `buffer`."""
-    touch(out, buffer, HOW.write)
+    touch(log, buffer, HOW.write)
 
 
 @part
-def fence(out):
+def fence(log):
     """All later tasks wait for all earlier ones."""
-    touch(out, FIXED.first, HOW.fence)
+    touch(log, FIXED.first, HOW.fence)
 
 
 @part
-def touch(out, buffer, how):
-    at = out.touches[out.count[1]]
-    at[0] = out.count[0] - 1
-    at[1] = buffer
-    at[2] = how
-    out.count[1] += 1
+def touch(log, buffer, how):
+    log[0, 0] += 1
+    line = log[log[0, 0]]
+    line[0] = FIXED.none
+    line[1] = buffer
+    line[2] = how
+
+
+def make_rows(log, lanes):
+    """Rows for the tasks of `log`, without waits as yet."""
+    lines = log[1 : 1 + log[0, 0]]
+    tasks = lines[lines[:, 0] >= 0]
+    return np.concatenate([tasks, np.zeros((len(tasks), lanes), np.int64)], axis=1)
 
 
 @entry
-def order(clock, out, lean):
+def order(clock, log, rows, lean):
     """Fill in the waits: a task follows the last write of what it reads, and the last write and all later
     reads of what it writes. Where `lean`, waits that follow from other waits and the lanes' own order are
     left out."""
-    lanes = len(clock.issued)
-    first, end = 0, 0
-    for n in range(out.count[0]):
-        while end < out.count[1] and out.touches[end, 0] == n:
+    lanes = clock.shape[1]
+    followed, fenced = GROUP.followed * lanes, GROUP.fenced * lanes
+    first = 1
+    for n in range(len(rows)):
+        end = first + 1  # the task's line, and then those of what it touches
+        while end <= log[0, 0] and log[end, 0] < 0:
             end += 1
-        lane = out.rows[n, 1]
-        best = clock.best
+        lane = rows[n, 1]
         for other in range(lanes):
-            assign(best[other], clock.fence[other])
-        for at in range(first, end):
-            follow(clock, best, out.touches[at, 1], out.touches[at, 2])
-        wait(clock.known[lane], best, lane, out.rows[n], lean)
-        vector = clock.known[lane]
+            copy_row(clock, followed + other, fenced + other)
+        for at in range(first + 1, end):
+            follow(clock, log[at, 1], log[at, 2])
+        wait(clock, lane, rows, n, lean)
         for other in range(lanes):
             for k in range(lanes):
-                if best[other, k] > vector[k]:
-                    vector[k] = best[other, k]
-        clock.issued[lane] += 1
-        vector[lane] = clock.issued[lane]
-        for at in range(first, end):
-            remember(clock, lane, out.touches[at, 1], out.touches[at, 2])
+                if clock[followed + other, k] > clock[lane, k]:
+                    clock[lane, k] = clock[followed + other, k]
+        clock[lane, lane] += 1
+        for at in range(first + 1, end):
+            remember(clock, lane, log[at, 1], log[at, 2])
         first = end
 
 
 @part
-def assign(target, source):
-    for k in range(len(source)):
-        target[k] = source[k]
+def copy_row(clock, target, source):
+    for k in range(clock.shape[1]):
+        clock[target, k] = clock[source, k]
 
 
 @part
-def follow(clock, best, buffer, how):
-    """Add to `best` the tasks that one touch of `buffer` must follow."""
+def follow(clock, buffer, how):
+    """The task in hand follows those that one touch of `buffer` asks for."""
     if how == HOW.fence:
         return
-    touched = clock.touched[buffer]
-    for lane in range(len(best)):
-        if touched[HOW.write, lane, lane] > best[lane, lane]:
-            assign(best[lane], touched[HOW.write, lane])
-        if how == HOW.write and touched[HOW.read, lane, lane] > best[lane, lane]:
-            assign(best[lane], touched[HOW.read, lane])
+    lanes = clock.shape[1]
+    best, readers = GROUP.followed * lanes, (GROUP.buffers + 2 * buffer) * lanes
+    writers = readers + lanes
+    for lane in range(lanes):
+        if clock[writers + lane, lane] > clock[best + lane, lane]:
+            copy_row(clock, best + lane, writers + lane)
+        if how == HOW.write and clock[readers + lane, lane] > clock[best + lane, lane]:
+            copy_row(clock, best + lane, readers + lane)
 
 
 @part
-def wait(known, best, lane, row, lean):
-    """Write the waits for `best` into `row`: none on the task's own lane, which is in order anyway."""
-    for other in range(len(best)):
-        count = best[other, other]
+def wait(clock, lane, rows, n, lean):
+    """Write what task n follows into its row: nothing of its own lane, which is in order anyway."""
+    lanes = clock.shape[1]
+    best = GROUP.followed * lanes
+    for other in range(lanes):
+        count = clock[best + other, other]
         needed = count > 0 and other != lane
         if needed and lean:
-            needed = known[other] < count
-            for third in range(len(best)):
-                if third != other and best[third, other] >= count:
+            needed = clock[lane, other] < count
+            for third in range(lanes):
+                if third != other and clock[best + third, other] >= count:
                     needed = False
         if needed:
-            row[WAIT + other] = count
+            rows[n, WAIT + other] = count
 
 
 @part
 def remember(clock, lane, buffer, how):
     """The newest task of `lane` has touched `buffer`."""
-    lanes = len(clock.issued)
-    if how == HOW.fence:
-        for other in range(lanes):
-            assign(clock.fence[other], clock.known[other])
+    lanes = clock.shape[1]
+    readers = (GROUP.buffers + 2 * buffer) * lanes
+    writers = readers + lanes
+    if how == HOW.read:
+        copy_row(clock, readers + lane, lane)
         return
+    for other in range(lanes):
+        if how == HOW.fence:
+            copy_row(clock, GROUP.fenced * lanes + other, other)
+        else:
+            clock[readers + other, other] = 0
+            clock[writers + other, other] = 0
     if how == HOW.write:
-        for other in range(lanes):
-            clock.touched[buffer, HOW.read, other, other] = 0
-            clock.touched[buffer, HOW.write, other, other] = 0
-    assign(clock.touched[buffer, how, lane], clock.known[lane])
+        copy_row(clock, writers + lane, lane)
 
 LANES = ("gpu", "h2d", "d2h", "cpu", "copier", "disk")
 OPS = (
@@ -328,65 +330,65 @@ def room(s, decode, prefill):
     """An empty pass with room for the largest."""
     rows = 2 * (s.pages + s.lead) + 14 * (decode + s.lookahead) + 2 * prefill
     rows += s.layers * (9 * decode + 8 * prefill + 2 * s.pages)
-    return make_out(len(LANES), rows, 6 * rows + s.layers * (decode + prefill) * (s.pages + 2))
+    return make_log(rows, 6 * rows + s.layers * (decode + prefill) * (s.pages + 2))
 
 
 @part
-def begin(s, out, op, lane, layer, item, slot):
+def begin(s, log, op, lane, layer, item, slot):
     """A task; where every task is a barrier, after all before it."""
-    if s.barrier == BARRIER_TASK and out.count[0] > 0:
-        fence(out)
-    task(out, op, lane, layer, item, slot)
+    if s.barrier == BARRIER_TASK and log[0, 0] > 0:
+        fence(log)
+    task(log, op, lane, layer, item, slot)
 
 
 # Weight pages form one endless stream through all layers of all passes.
 
 
 @part
-def stage(s, out, page):
+def stage(s, log, page):
     """From host memory or disk to a pinned slot."""
     if s.slots == 0:
         return
     p = page % s.pages
     if p >= s.pages - s.disk_pages:
-        begin(s, out, OP.read_page, LANE.disk, page // s.pages % s.layers, p, page % s.slots)
+        begin(s, log, OP.read_page, LANE.disk, page // s.pages % s.layers, p, page % s.slots)
     else:
-        begin(s, out, OP.stage_page, LANE.copier, page // s.pages % s.layers, p, page % s.slots)
-    writes(out, page % s.slots)
+        begin(s, log, OP.stage_page, LANE.copier, page // s.pages % s.layers, p, page % s.slots)
+    writes(log, page % s.slots)
 
 
 @part
-def copy(s, out, page):
+def copy(s, log, page):
     """From the pinned slot to the GPU's weight buffer of the page's layer."""
     half = page // s.pages % 2
-    begin(s, out, OP.copy_page, LANE.h2d, page // s.pages % s.layers, page % s.pages, half)
+    begin(s, log, OP.copy_page, LANE.h2d, page // s.pages % s.layers, page % s.pages, half)
     if s.slots > 0:
-        reads(out, page % s.slots)
-    writes(out, weights(s, half, page % s.pages))
+        reads(log, page % s.slots)
+    writes(log, weights(s, half, page % s.pages))
 
 
 @part
-def stage_ahead(s, out, page, last):
+def stage_ahead(s, log, page, last):
     """Stage a page that is copied later: none that only the next pass moves."""
     if s.across >= ACROSS_PAGES or page < (last + 1) * s.pages:
-        stage(s, out, page)
+        stage(s, log, page)
 
 
 @part
-def fill(s, out, layer, last):
+def fill(s, log, layer, last):
     """All pages of the stream's layer `layer`, and the staging lead of the next."""
     if s.pages == 0:
         return
     first = layer * s.pages
     for page in range(first, first + s.pages):
-        stage(s, out, page)
-        copy(s, out, page)
+        stage(s, log, page)
+        copy(s, log, page)
     for page in range(first + s.pages, first + s.pages + s.lead):
-        stage_ahead(s, out, page, last)
+        stage_ahead(s, log, page, last)
 
 
 @part
-def advance(s, out, layer, last, j, places):
+def advance(s, log, layer, last, j, places):
     """At place j of `places` of the stream's layer `layer`: the next layer's share of pages, spread or all at
     once. No page is moved for a layer after `last`."""
     first, end = (j * s.pages + places - 1) // places, ((j + 1) * s.pages + places - 1) // places
@@ -395,194 +397,194 @@ def advance(s, out, layer, last, j, places):
     for p in range(first, end):
         page = (layer + 1) * s.pages + p
         if layer < last:
-            copy(s, out, page)
-        stage_ahead(s, out, page + s.lead, last)
+            copy(s, log, page)
+        stage_ahead(s, log, page + s.lead, last)
 
 
 @part
-def reads_weights(s, out, layer):
+def reads_weights(s, log, layer):
     for p in range(s.pages):
-        reads(out, weights(s, layer % 2, p))
+        reads(log, weights(s, layer % 2, p))
 
 
 # Decode: one token of every sequence.
 
 
 @part
-def attend(s, out, layer, j, passes):
+def attend(s, log, layer, j, passes):
     """What of micro-batch j's attention may run ahead of the experts: on the CPU all of it, on the GPU the
     copy of a cache that is in host memory."""
     if j < s.cpu_attended:
-        take(s, out, layer, j, passes)
-        begin(s, out, OP.pre_attention, LANE.gpu, layer, j, FIXED.none)
-        reads_hidden(s, out, layer, j)
-        writes(out, mine(s, MINE.qkv, j))
-        begin(s, out, OP.offload_qkv, LANE.d2h, layer, j, FIXED.none)
-        reads(out, mine(s, MINE.qkv, j))
-        writes(out, mine(s, MINE.qkv_pin, j))
-        begin(s, out, OP.cpu_attention, LANE.cpu, layer, j, FIXED.none)
-        reads(out, mine(s, MINE.qkv_pin, j))
-        reads(out, pair(s, PAIR.new_kv, passes + 1))
-        writes(out, mine(s, MINE.attended_pin, j))
-        writes(out, mine(s, MINE.kv, j))
+        take(s, log, layer, j, passes)
+        begin(s, log, OP.pre_attention, LANE.gpu, layer, j, FIXED.none)
+        reads_hidden(s, log, layer, j)
+        writes(log, mine(s, MINE.qkv, j))
+        begin(s, log, OP.offload_qkv, LANE.d2h, layer, j, FIXED.none)
+        reads(log, mine(s, MINE.qkv, j))
+        writes(log, mine(s, MINE.qkv_pin, j))
+        begin(s, log, OP.cpu_attention, LANE.cpu, layer, j, FIXED.none)
+        reads(log, mine(s, MINE.qkv_pin, j))
+        reads(log, pair(s, PAIR.new_kv, passes + 1))
+        writes(log, mine(s, MINE.attended_pin, j))
+        writes(log, mine(s, MINE.kv, j))
     elif j < s.cpu_attended + s.copied_up:
         turn = layer * s.copied_up + j
-        begin(s, out, OP.load_kv, LANE.h2d, layer, j, turn % 2)
-        reads(out, mine(s, MINE.kv, j))
-        reads(out, pair(s, PAIR.new_kv, passes + 1))
-        writes(out, pair(s, PAIR.kv_in, turn))
+        begin(s, log, OP.load_kv, LANE.h2d, layer, j, turn % 2)
+        reads(log, mine(s, MINE.kv, j))
+        reads(log, pair(s, PAIR.new_kv, passes + 1))
+        writes(log, pair(s, PAIR.kv_in, turn))
 
 
 @part
-def take(s, out, layer, j, passes):
+def take(s, log, layer, j, passes):
     """The hidden states that attention begins with: of new tokens, or of the layer before and all its
     experts."""
     if layer == 0:
-        begin(s, out, OP.embed, LANE.gpu, FIXED.first, j, FIXED.none)
-        reads(out, mine(s, MINE.token, j))
-        reads(out, pair(s, PAIR.new_token, passes + 1))
-        writes(out, mine(s, MINE.hidden, j))
+        begin(s, log, OP.embed, LANE.gpu, FIXED.first, j, FIXED.none)
+        reads(log, mine(s, MINE.token, j))
+        reads(log, pair(s, PAIR.new_token, passes + 1))
+        writes(log, mine(s, MINE.hidden, j))
     elif s.decode_cpu_experts:
-        load_partial(s, out, layer - 1, j)
+        load_partial(s, log, layer - 1, j)
 
 
 @part
-def finish_attention(s, out, layer, j, passes):
+def finish_attention(s, log, layer, j, passes):
     """Attention of micro-batch j to where the experts need it: its output from the CPU, or itself on the
     GPU."""
     if j < s.cpu_attended:
-        begin(s, out, OP.load_hidden, LANE.h2d, layer, j, FIXED.none)
-        reads(out, mine(s, MINE.attended_pin, j))
-        writes(out, mine(s, MINE.attended, j))
+        begin(s, log, OP.load_hidden, LANE.h2d, layer, j, FIXED.none)
+        reads(log, mine(s, MINE.attended_pin, j))
+        writes(log, mine(s, MINE.attended, j))
         return
-    take(s, out, layer, j, passes)
+    take(s, log, layer, j, passes)
     copied = j < s.cpu_attended + s.copied_up
     turn = layer * s.copied_up + j
-    begin(s, out, OP.gpu_attention, LANE.gpu, layer, j, turn % 2 if copied else -1)
-    reads_hidden(s, out, layer, j)
+    begin(s, log, OP.gpu_attention, LANE.gpu, layer, j, turn % 2 if copied else -1)
+    reads_hidden(s, log, layer, j)
     if copied:
-        reads(out, pair(s, PAIR.kv_in, turn))
-        writes(out, pair(s, PAIR.kv_out, turn))
-    writes(out, mine(s, MINE.attended, j))
+        reads(log, pair(s, PAIR.kv_in, turn))
+        writes(log, pair(s, PAIR.kv_out, turn))
+    writes(log, mine(s, MINE.attended, j))
     if copied:
-        begin(s, out, OP.store_kv, LANE.d2h, layer, j, turn % 2)
-        reads(out, pair(s, PAIR.kv_out, turn))
-        writes(out, mine(s, MINE.kv, j))
+        begin(s, log, OP.store_kv, LANE.d2h, layer, j, turn % 2)
+        reads(log, pair(s, PAIR.kv_out, turn))
+        writes(log, mine(s, MINE.kv, j))
 
 
 @part
-def reads_hidden(s, out, layer, j):
+def reads_hidden(s, log, layer, j):
     """The hidden states of micro-batch j, with what the CPU's experts of the layer before add."""
-    reads(out, mine(s, MINE.hidden, j))
+    reads(log, mine(s, MINE.hidden, j))
     if s.decode_cpu_experts and layer > 0:
-        reads(out, mine(s, MINE.partial, j))
-        writes(out, mine(s, MINE.hidden, j))
+        reads(log, mine(s, MINE.partial, j))
+        writes(log, mine(s, MINE.hidden, j))
 
 
 @part
-def load_partial(s, out, layer, j):
+def load_partial(s, log, layer, j):
     """What the CPU's experts add, to the GPU: as late as possible, because the link is in order."""
-    begin(s, out, OP.load_partial, LANE.h2d, layer, j, FIXED.none)
-    reads(out, mine(s, MINE.partial_pin, j))
-    writes(out, mine(s, MINE.partial, j))
+    begin(s, log, OP.load_partial, LANE.h2d, layer, j, FIXED.none)
+    reads(log, mine(s, MINE.partial_pin, j))
+    writes(log, mine(s, MINE.partial, j))
 
 
 @part
-def post_attention(s, out, layer, j, stream_layer):
+def post_attention(s, log, layer, j, stream_layer):
     """Output projection, router and experts of micro-batch j; the CPU's experts beside them."""
-    begin(s, out, OP.post_attention, LANE.gpu, layer, j, stream_layer % 2)
-    reads(out, mine(s, MINE.attended, j))
-    reads_weights(s, out, stream_layer)
-    writes(out, mine(s, MINE.hidden, j))
+    begin(s, log, OP.post_attention, LANE.gpu, layer, j, stream_layer % 2)
+    reads(log, mine(s, MINE.attended, j))
+    reads_weights(s, log, stream_layer)
+    writes(log, mine(s, MINE.hidden, j))
     if s.decode_cpu_experts:
-        writes(out, mine(s, MINE.routed, j))
-        begin(s, out, OP.offload_routed, LANE.d2h, layer, j, FIXED.none)
-        reads(out, mine(s, MINE.routed, j))
-        writes(out, mine(s, MINE.routed_pin, j))
-        begin(s, out, OP.cpu_experts, LANE.cpu, layer, j, FIXED.none)
-        reads(out, mine(s, MINE.routed_pin, j))
-        writes(out, mine(s, MINE.partial_pin, j))
+        writes(log, mine(s, MINE.routed, j))
+        begin(s, log, OP.offload_routed, LANE.d2h, layer, j, FIXED.none)
+        reads(log, mine(s, MINE.routed, j))
+        writes(log, mine(s, MINE.routed_pin, j))
+        begin(s, log, OP.cpu_experts, LANE.cpu, layer, j, FIXED.none)
+        reads(log, mine(s, MINE.routed_pin, j))
+        writes(log, mine(s, MINE.partial_pin, j))
 
 
 @part
-def head(s, out, j):
+def head(s, log, j):
     """LM head and sampling of micro-batch j."""
     if s.decode_cpu_experts:
-        load_partial(s, out, s.layers - 1, j)
-    begin(s, out, OP.head, LANE.gpu, s.layers - 1, j, FIXED.none)
-    reads_hidden(s, out, s.layers, j)
-    writes(out, mine(s, MINE.token, j))
+        load_partial(s, log, s.layers - 1, j)
+    begin(s, log, OP.head, LANE.gpu, s.layers - 1, j, FIXED.none)
+    reads_hidden(s, log, s.layers, j)
+    writes(log, mine(s, MINE.token, j))
 
 
 # Prefill: the prompts of new sequences, in pieces whose hidden states wait on the host.
 
 
 @part
-def prefill_piece(s, out, layer, q, stream_layer, pieces, passes):
+def prefill_piece(s, log, layer, q, stream_layer, pieces, passes):
     """One layer over piece q; its keys and values go to the host unless all stay on the GPU."""
     turn = layer * pieces + q
     if layer == 0:
-        begin(s, out, OP.embed, LANE.gpu, FIXED.first, s.micro_batches + q, turn % 2)
+        begin(s, log, OP.embed, LANE.gpu, FIXED.first, s.micro_batches + q, turn % 2)
     else:
-        begin(s, out, OP.load_piece, LANE.h2d, layer, q, turn % 2)
-        reads(out, piece(s, PIECE.parked, q))
-    writes(out, pair(s, PAIR.piece_in, turn))
+        begin(s, log, OP.load_piece, LANE.h2d, layer, q, turn % 2)
+        reads(log, piece(s, PIECE.parked, q))
+    writes(log, pair(s, PAIR.piece_in, turn))
     if s.prefill_cpu_experts and layer > 0:
-        piece_partial(s, out, layer - 1, q, turn)
-    begin(s, out, OP.prefill_layer, LANE.gpu, layer, q, turn % 2)
-    reads(out, pair(s, PAIR.piece_in, turn))
+        piece_partial(s, log, layer - 1, q, turn)
+    begin(s, log, OP.prefill_layer, LANE.gpu, layer, q, turn % 2)
+    reads(log, pair(s, PAIR.piece_in, turn))
     if s.prefill_cpu_experts and layer > 0:
-        reads(out, pair(s, PAIR.piece_added, turn))
-    reads_weights(s, out, stream_layer)
-    writes(out, pair(s, PAIR.piece_out, turn))
+        reads(log, pair(s, PAIR.piece_added, turn))
+    reads_weights(s, log, stream_layer)
+    writes(log, pair(s, PAIR.piece_out, turn))
     stored = s.cpu_attended + s.copied_up > 0
     if stored:
-        writes(out, pair(s, PAIR.kv_out, turn))
+        writes(log, pair(s, PAIR.kv_out, turn))
     if s.prefill_cpu_experts:
-        writes(out, pair(s, PAIR.piece_routed, turn))
-        begin(s, out, OP.offload_piece, LANE.d2h, layer, q, turn % 2)
-        reads(out, pair(s, PAIR.piece_routed, turn))
-        writes(out, piece(s, PIECE.routed_pin, q))
-        begin(s, out, OP.piece_experts, LANE.cpu, layer, q, FIXED.none)
-        reads(out, piece(s, PIECE.routed_pin, q))
-        writes(out, piece(s, PIECE.partial_pin, q))
-    begin(s, out, OP.store_piece, LANE.d2h, layer, q, turn % 2)
-    reads(out, pair(s, PAIR.piece_out, turn))
-    writes(out, piece(s, PIECE.parked, q))
+        writes(log, pair(s, PAIR.piece_routed, turn))
+        begin(s, log, OP.offload_piece, LANE.d2h, layer, q, turn % 2)
+        reads(log, pair(s, PAIR.piece_routed, turn))
+        writes(log, piece(s, PIECE.routed_pin, q))
+        begin(s, log, OP.piece_experts, LANE.cpu, layer, q, FIXED.none)
+        reads(log, piece(s, PIECE.routed_pin, q))
+        writes(log, piece(s, PIECE.partial_pin, q))
+    begin(s, log, OP.store_piece, LANE.d2h, layer, q, turn % 2)
+    reads(log, pair(s, PAIR.piece_out, turn))
+    writes(log, piece(s, PIECE.parked, q))
     if stored:
-        begin(s, out, OP.store_piece_kv, LANE.d2h, layer, q, turn % 2)
-        reads(out, pair(s, PAIR.kv_out, turn))
-        writes(out, pair(s, PAIR.new_kv, passes))
+        begin(s, log, OP.store_piece_kv, LANE.d2h, layer, q, turn % 2)
+        reads(log, pair(s, PAIR.kv_out, turn))
+        writes(log, pair(s, PAIR.new_kv, passes))
 
 
 @part
-def piece_partial(s, out, layer, q, turn):
-    begin(s, out, OP.piece_partial, LANE.h2d, layer, q, turn % 2)
-    reads(out, piece(s, PIECE.partial_pin, q))
-    writes(out, pair(s, PAIR.piece_added, turn))
+def piece_partial(s, log, layer, q, turn):
+    begin(s, log, OP.piece_partial, LANE.h2d, layer, q, turn % 2)
+    reads(log, piece(s, PIECE.partial_pin, q))
+    writes(log, pair(s, PAIR.piece_added, turn))
 
 
 @part
-def piece_head(s, out, q, pieces, passes):
+def piece_head(s, log, q, pieces, passes):
     """LM head and sampling of the sequences of piece q."""
     turn = s.layers * pieces + q
-    begin(s, out, OP.load_piece, LANE.h2d, s.layers, q, turn % 2)
-    reads(out, piece(s, PIECE.parked, q))
-    writes(out, pair(s, PAIR.piece_in, turn))
+    begin(s, log, OP.load_piece, LANE.h2d, s.layers, q, turn % 2)
+    reads(log, piece(s, PIECE.parked, q))
+    writes(log, pair(s, PAIR.piece_in, turn))
     if s.prefill_cpu_experts:
-        piece_partial(s, out, s.layers - 1, q, turn)
-    begin(s, out, OP.piece_head, LANE.gpu, s.layers - 1, q, turn % 2)
-    reads(out, pair(s, PAIR.piece_in, turn))
+        piece_partial(s, log, s.layers - 1, q, turn)
+    begin(s, log, OP.piece_head, LANE.gpu, s.layers - 1, q, turn % 2)
+    reads(log, pair(s, PAIR.piece_in, turn))
     if s.prefill_cpu_experts:
-        reads(out, pair(s, PAIR.piece_added, turn))
-    writes(out, pair(s, PAIR.new_token, passes))
+        reads(log, pair(s, PAIR.piece_added, turn))
+    writes(log, pair(s, PAIR.new_token, passes))
 
 
 # A pass.
 
 
 @entry
-def program(s, out, passes, decode, prefill, following):
+def program(s, log, passes, decode, prefill, following):
     """Issue one pass over `decode` micro-batches and `prefill` pieces, in every layer the former first.
 
     `following` micro-batches decode in the pass that comes next, 0 if that is not known to come. `passes`
@@ -591,50 +593,53 @@ def program(s, out, passes, decode, prefill, following):
     first = passes[0] * s.layers  # the pass's first layer in the endless stream
     last = first + s.layers - (0 if s.across >= ACROSS_PAGES else 1)
     if passes[0] == 0 or s.across < ACROSS_PAGES:
-        fill(s, out, first, last)
+        fill(s, log, first, last)
     ahead = s.lookahead if s.lookahead < decode else decode - 1
     for j in range(passes[1], ahead):
-        attend(s, out, FIXED.first, j, passes[0])
+        attend(s, log, FIXED.first, j, passes[0])
     started = passes[1]
     passes[1] = 0
     places = decode if decode > prefill else prefill
     for layer in range(s.layers):
         if layer > 0 and not s.wrap:
             for j in range(ahead):
-                attend(s, out, layer, j, passes[0])
+                attend(s, log, layer, j, passes[0])
         for j in range(places):
             if j < decode:
                 if ahead == 0 and (layer > 0 or j >= started):
-                    attend(s, out, layer, j, passes[0])
-                finish_attention(s, out, layer, j, passes[0])
-            advance(s, out, first + layer, last, j, places)
+                    attend(s, log, layer, j, passes[0])
+                finish_attention(s, log, layer, j, passes[0])
+            advance(s, log, first + layer, last, j, places)
             if j < decode:
-                post_attention(s, out, layer, j, first + layer)
+                post_attention(s, log, layer, j, first + layer)
                 if ahead > 0:
-                    attend_ahead(s, out, layer, j + ahead, decode, following, passes)
+                    attend_ahead(s, log, layer, j + ahead, decode, following, passes)
             if j < prefill:
-                prefill_piece(s, out, layer, j, first + layer, prefill, passes[0])
+                prefill_piece(s, log, layer, j, first + layer, prefill, passes[0])
             if s.barrier == BARRIER_BATCH:
-                fence(out)
+                fence(log)
     for j in range(passes[1], decode):
-        head(s, out, j)
+        head(s, log, j)
     for q in range(prefill):
-        piece_head(s, out, q, prefill, passes[0])
+        piece_head(s, log, q, prefill, passes[0])
     passes[0] += 1
 
 
 @part
-def attend_ahead(s, out, layer, j, decode, following, passes):
+def attend_ahead(s, log, layer, j, decode, following, passes):
     """Attention of micro-batch j; past the last micro-batch that of the next layer, or of the next pass."""
     if j < decode:
-        attend(s, out, layer, j, passes[0])
+        attend(s, log, layer, j, passes[0])
     elif layer + 1 < s.layers:
         if s.wrap:
-            attend(s, out, layer + 1, j - decode, passes[0])
+            attend(s, log, layer + 1, j - decode, passes[0])
     elif s.across >= ACROSS_ATTENTION and j - decode < s.lookahead and j - decode < following - 1:
-        head(s, out, j - decode)
-        attend(s, out, FIXED.first, j - decode, passes[0] + 1)
+        head(s, log, j - decode)
+        attend(s, log, FIXED.first, j - decode, passes[0] + 1)
         passes[1] += 1
+
+
+RECORD = as_record(SCHEDULE)
 
 
 def new_clock():
@@ -645,12 +650,8 @@ def new_clock():
 def issue(clock, decode, prefill, following):
     """The rows of one pass of `decode` micro-batches and `prefill` pieces; `following` micro-batches decode
     in the next, 0 if none is known to come."""
-    out = room(SCHEDULE, decode, prefill)
-    fill_in(clock, out, decode, prefill, following)
-    return out.rows[: out.count[0]]
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def fill_in(clock, out, decode, prefill, following):
-    program(SCHEDULE, out, clock.passes, decode, prefill, following)
-    order(clock, out, SCHEDULE.lean)
+    log = room(SCHEDULE, decode, prefill)
+    program(RECORD, log, passes_of(clock), decode, prefill, following)
+    rows = make_rows(log, len(LANES))
+    order(clock, log, rows, SCHEDULE.lean)
+    return rows

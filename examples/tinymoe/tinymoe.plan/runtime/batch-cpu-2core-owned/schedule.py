@@ -13,17 +13,13 @@ import numpy as np
 try:
     from numba import njit
 
+    entry = njit(cache=True, nogil=True, error_model="numpy")
     part = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 except ImportError:  # the same loops in plain Python
 
-    def njit(**_options):
-        return lambda function: function
-
     def part(function):
         return function
-
-
-entry = part
+    entry = part
 
 
 FORMAT = 2
@@ -73,157 +69,163 @@ class Fixed(NamedTuple):
 FIXED = Fixed()
 
 
-class Clock(NamedTuple):
-    """What carries over from pass to pass: how far every lane has come, and as seen by whom.
-
-    A clock vector says, lane by lane, how many tasks are known to be complete.
-    """
-
-    issued: Any  # per lane, the tasks issued
-    passes: Any  # the passes issued, and how much of the next has been issued already
-    known: Any  # per lane, the vector of its newest task
-    fence: Any  # per lane, the vector of its newest task before the newest fence
-    best: Any  # per lane, the vector of its newest task that the task in hand must follow
-    touched: Any  # per buffer, reads and writes, per lane: the vector of the newest such task since a write
-
-
-class Out(NamedTuple):
-    """The pass being issued: its rows, who touches what (task, buffer, how), and how many of both there
-    are."""
-
-    rows: Any
-    touches: Any
-    count: Any
+# What carries over from pass to pass is a table of clock vectors: how many tasks of each lane are known to be
+# complete. It has groups of one row per lane: of the lane's newest task, of its newest before the last fence,
+# of its newest that the task in hand must follow; one that is no vector, but counts the passes issued and how
+# much of the next has been issued already; and then two per buffer, of the newest tasks that read it since it
+# was written, and of the newest that wrote it.
+GROUP = numbered("newest", "fenced", "followed", "passes", "buffers")
 
 
 def make_clock(lanes, buffers):
     """The state before the first pass."""
-    known, fence, best = np.zeros((3, lanes, lanes), np.int64)
-    touched = np.zeros((buffers, 2, lanes, lanes), np.int64)
-    return Clock(np.zeros(lanes, np.int64), np.zeros(2, np.int64), known, fence, best, touched)
+    return np.zeros(((GROUP.buffers + 2 * buffers) * lanes, lanes), np.int64)
 
 
-def make_out(lanes, rows, touches):
-    """An empty pass with room for so many rows and touches."""
-    table = np.zeros((rows, WAIT + lanes), np.int64)
-    return Out(table, np.zeros((touches, 3), np.int64), np.zeros(2, np.int64))
+def passes_of(clock):
+    """Passes issued, and how much of the next."""
+    return clock[GROUP.passes * clock.shape[1]]
 
 
-@part
-def task(out, op, lane, layer, item, slot):
-    """Append a task. Its touches follow."""
-    row = out.rows[out.count[0]]
-    row[0] = op
-    row[1] = lane
-    row[2] = layer
-    row[3] = item
-    row[4] = slot
-    out.count[0] += 1
+def make_log(tasks, touches):
+    """Room for the tasks of a pass and what they touch, one line each. The first line holds their number."""
+    return np.zeros((1 + tasks + touches, WAIT), np.int64)
+
+
+def as_record(constants):
+    """Constants in the form that compiled functions take: one argument."""
+    return np.rec.fromrecords([tuple(constants)], dtype=[(name, np.int64) for name in constants._fields])[0]
 
 
 @part
-def reads(out, buffer):
+def task(log, op, lane, layer, item, slot):
+    """Append a task. What it touches follows."""
+    log[0, 0] += 1
+    line = log[log[0, 0]]
+    line[0] = op
+    line[1] = lane
+    line[2] = layer
+    line[3] = item
+    line[4] = slot
+
+
+@part
+def reads(log, buffer):
     """The newest task reads `buffer`."""
-    touch(out, buffer, HOW.read)
+    touch(log, buffer, HOW.read)
 
 
 @part
-def writes(out, buffer):
+def writes(log, buffer):
     """The newest task writes `buffer`."""
-    touch(out, buffer, HOW.write)
+    touch(log, buffer, HOW.write)
 
 
 @part
-def fence(out):
+def fence(log):
     """All later tasks wait for all earlier ones."""
-    touch(out, FIXED.first, HOW.fence)
+    touch(log, FIXED.first, HOW.fence)
 
 
 @part
-def touch(out, buffer, how):
-    at = out.touches[out.count[1]]
-    at[0] = out.count[0] - 1
-    at[1] = buffer
-    at[2] = how
-    out.count[1] += 1
+def touch(log, buffer, how):
+    log[0, 0] += 1
+    line = log[log[0, 0]]
+    line[0] = FIXED.none
+    line[1] = buffer
+    line[2] = how
+
+
+def make_rows(log, lanes):
+    """Rows for the tasks of `log`, without waits as yet."""
+    lines = log[1 : 1 + log[0, 0]]
+    tasks = lines[lines[:, 0] >= 0]
+    return np.concatenate([tasks, np.zeros((len(tasks), lanes), np.int64)], axis=1)
 
 
 @entry
-def order(clock, out, lean):
+def order(clock, log, rows, lean):
     """Fill in the waits: a task follows the last write of what it reads, and the last write and all later
     reads of what it writes. Where `lean`, waits that follow from other waits and the lanes' own order are
     left out."""
-    lanes = len(clock.issued)
-    first, end = 0, 0
-    for n in range(out.count[0]):
-        while end < out.count[1] and out.touches[end, 0] == n:
+    lanes = clock.shape[1]
+    followed, fenced = GROUP.followed * lanes, GROUP.fenced * lanes
+    first = 1
+    for n in range(len(rows)):
+        end = first + 1  # the task's line, and then those of what it touches
+        while end <= log[0, 0] and log[end, 0] < 0:
             end += 1
-        lane = out.rows[n, 1]
-        best = clock.best
+        lane = rows[n, 1]
         for other in range(lanes):
-            assign(best[other], clock.fence[other])
-        for at in range(first, end):
-            follow(clock, best, out.touches[at, 1], out.touches[at, 2])
-        wait(clock.known[lane], best, lane, out.rows[n], lean)
-        vector = clock.known[lane]
+            copy_row(clock, followed + other, fenced + other)
+        for at in range(first + 1, end):
+            follow(clock, log[at, 1], log[at, 2])
+        wait(clock, lane, rows, n, lean)
         for other in range(lanes):
             for k in range(lanes):
-                if best[other, k] > vector[k]:
-                    vector[k] = best[other, k]
-        clock.issued[lane] += 1
-        vector[lane] = clock.issued[lane]
-        for at in range(first, end):
-            remember(clock, lane, out.touches[at, 1], out.touches[at, 2])
+                if clock[followed + other, k] > clock[lane, k]:
+                    clock[lane, k] = clock[followed + other, k]
+        clock[lane, lane] += 1
+        for at in range(first + 1, end):
+            remember(clock, lane, log[at, 1], log[at, 2])
         first = end
 
 
 @part
-def assign(target, source):
-    for k in range(len(source)):
-        target[k] = source[k]
+def copy_row(clock, target, source):
+    for k in range(clock.shape[1]):
+        clock[target, k] = clock[source, k]
 
 
 @part
-def follow(clock, best, buffer, how):
-    """Add to `best` the tasks that one touch of `buffer` must follow."""
+def follow(clock, buffer, how):
+    """The task in hand follows those that one touch of `buffer` asks for."""
     if how == HOW.fence:
         return
-    touched = clock.touched[buffer]
-    for lane in range(len(best)):
-        if touched[HOW.write, lane, lane] > best[lane, lane]:
-            assign(best[lane], touched[HOW.write, lane])
-        if how == HOW.write and touched[HOW.read, lane, lane] > best[lane, lane]:
-            assign(best[lane], touched[HOW.read, lane])
+    lanes = clock.shape[1]
+    best, readers = GROUP.followed * lanes, (GROUP.buffers + 2 * buffer) * lanes
+    writers = readers + lanes
+    for lane in range(lanes):
+        if clock[writers + lane, lane] > clock[best + lane, lane]:
+            copy_row(clock, best + lane, writers + lane)
+        if how == HOW.write and clock[readers + lane, lane] > clock[best + lane, lane]:
+            copy_row(clock, best + lane, readers + lane)
 
 
 @part
-def wait(known, best, lane, row, lean):
-    """Write the waits for `best` into `row`: none on the task's own lane, which is in order anyway."""
-    for other in range(len(best)):
-        count = best[other, other]
+def wait(clock, lane, rows, n, lean):
+    """Write what task n follows into its row: nothing of its own lane, which is in order anyway."""
+    lanes = clock.shape[1]
+    best = GROUP.followed * lanes
+    for other in range(lanes):
+        count = clock[best + other, other]
         needed = count > 0 and other != lane
         if needed and lean:
-            needed = known[other] < count
-            for third in range(len(best)):
-                if third != other and best[third, other] >= count:
+            needed = clock[lane, other] < count
+            for third in range(lanes):
+                if third != other and clock[best + third, other] >= count:
                     needed = False
         if needed:
-            row[WAIT + other] = count
+            rows[n, WAIT + other] = count
 
 
 @part
 def remember(clock, lane, buffer, how):
     """The newest task of `lane` has touched `buffer`."""
-    lanes = len(clock.issued)
-    if how == HOW.fence:
-        for other in range(lanes):
-            assign(clock.fence[other], clock.known[other])
+    lanes = clock.shape[1]
+    readers = (GROUP.buffers + 2 * buffer) * lanes
+    writers = readers + lanes
+    if how == HOW.read:
+        copy_row(clock, readers + lane, lane)
         return
+    for other in range(lanes):
+        if how == HOW.fence:
+            copy_row(clock, GROUP.fenced * lanes + other, other)
+        else:
+            clock[readers + other, other] = 0
+            clock[writers + other, other] = 0
     if how == HOW.write:
-        for other in range(lanes):
-            clock.touched[buffer, HOW.read, other, other] = 0
-            clock.touched[buffer, HOW.write, other, other] = 0
-    assign(clock.touched[buffer, how, lane], clock.known[lane])
+        copy_row(clock, writers + lane, lane)
 
 LANES = ("compute", "disk")
 OPS = ("embed", "read", "attention", "route", "experts", "head")
@@ -239,11 +241,11 @@ def buffers(s):
 def room(s, decode, prefill):
     """An empty pass with room for the largest."""
     rows = 4 + s.slots + s.layers * (decode + prefill + 2 * s.pages + 1)
-    return make_out(len(LANES), rows, 6 * rows)
+    return make_log(rows, 6 * rows)
 
 
 @entry
-def program(s, out, passes, decode, prefill, following):
+def program(s, log, passes, decode, prefill, following):
     """Issue one pass of `decode` + `prefill` micro-batches; `following` says whether another comes at once.
 
     `passes` counts the passes, and the pages of all passes whose reading has been issued.
@@ -254,51 +256,54 @@ def program(s, out, passes, decode, prefill, following):
     end = page + s.layers * moving
     if following > 0 and s.across:
         end += s.lead
-    compute(s, out, OP.embed, FIXED.first, FIXED.first, FIXED.none, tokens, hidden)
+    compute(s, log, OP.embed, FIXED.first, FIXED.first, FIXED.none, tokens, hidden)
     for layer in range(s.layers):
         for p in range(s.pages):
             slot = -1
             if p >= s.resident:
                 slot = page % s.slots
-                read_ahead(s, out, passes, page + s.lead + 1, end)
+                read_ahead(s, log, passes, page + s.lead + 1, end)
                 page += 1
             if p > 0:
-                compute(s, out, OP.experts, layer, p, slot, routing, hidden)
+                compute(s, log, OP.experts, layer, p, slot, routing, hidden)
             else:
                 for j in range(decode + prefill):
-                    compute(s, out, OP.attention, layer, j, slot, hidden, hidden)
-                compute(s, out, OP.route, layer, FIXED.first, FIXED.none, hidden, routing)
+                    compute(s, log, OP.attention, layer, j, slot, hidden, hidden)
+                compute(s, log, OP.route, layer, FIXED.first, FIXED.none, hidden, routing)
         if s.barrier == BARRIER_LAYER:
-            fence(out)
-    compute(s, out, OP.head, s.layers - 1, FIXED.first, FIXED.none, hidden, tokens)
+            fence(log)
+    compute(s, log, OP.head, s.layers - 1, FIXED.first, FIXED.none, hidden, tokens)
     if s.barrier == BARRIER_LAYER:
-        fence(out)
+        fence(log)
     passes[0] += 1
 
 
 @part
-def read_ahead(s, out, passes, wanted, end):
+def read_ahead(s, log, passes, wanted, end):
     """Issue the reading of all pages before `wanted`, and none from `end` on."""
     moving = s.pages - s.resident
     while passes[1] < wanted and passes[1] < end:
         layer, p = passes[1] // moving % s.layers, passes[1] % moving + s.resident
-        task(out, OP.read, LANE.disk, layer, p, passes[1] % s.slots)
-        writes(out, passes[1] % s.slots)
+        task(log, OP.read, LANE.disk, layer, p, passes[1] % s.slots)
+        writes(log, passes[1] % s.slots)
         passes[1] += 1
         if s.barrier == BARRIER_TASK:
-            fence(out)
+            fence(log)
 
 
 @part
-def compute(s, out, op, layer, item, slot, source, target):
+def compute(s, log, op, layer, item, slot, source, target):
     """A task of the cores; out of the page in `slot` if there is one."""
-    task(out, op, LANE.compute, layer, item, slot)
-    reads(out, source)
+    task(log, op, LANE.compute, layer, item, slot)
+    reads(log, source)
     if slot >= 0:
-        reads(out, slot)
-    writes(out, target)
+        reads(log, slot)
+    writes(log, target)
     if s.barrier == BARRIER_TASK:
-        fence(out)
+        fence(log)
+
+
+RECORD = as_record(SCHEDULE)
 
 
 def new_clock():
@@ -309,12 +314,8 @@ def new_clock():
 def issue(clock, decode, prefill, following):
     """The rows of one pass of `decode` micro-batches and `prefill` pieces; `following` micro-batches decode
     in the next, 0 if none is known to come."""
-    out = room(SCHEDULE, decode, prefill)
-    fill_in(clock, out, decode, prefill, following)
-    return out.rows[: out.count[0]]
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def fill_in(clock, out, decode, prefill, following):
-    program(SCHEDULE, out, clock.passes, decode, prefill, following)
-    order(clock, out, SCHEDULE.lean)
+    log = room(SCHEDULE, decode, prefill)
+    program(RECORD, log, passes_of(clock), decode, prefill, following)
+    rows = make_rows(log, len(LANES))
+    order(clock, log, rows, SCHEDULE.lean)
+    return rows
