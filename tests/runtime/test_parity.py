@@ -156,8 +156,8 @@ def test_plain_python_schedule_gives_the_same_tokens(checkpoints, engine_for, mo
     with monkeypatch.context() as context:
         context.setitem(sys.modules, "numba", None)
         plain = engine_for(folder, make_plan(SHAPES["plain"]))
-    assert isinstance(plain.lanes._schedule.fill_in, FunctionType)
-    assert not isinstance(jitted.lanes._schedule.fill_in, FunctionType)
+    assert isinstance(plain.lanes._schedule.program, FunctionType)
+    assert not isinstance(jitted.lanes._schedule.program, FunctionType)
     assert [tokens for tokens, _ in generate(jitted, texts)] == [
         tokens for tokens, _ in generate(plain, texts)
     ]
