@@ -46,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, bench):
         command.add_argument("runtime_dir", type=Path, metavar="RUNTIME_DIR")
         command.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the one the plan names")
+        rehearsal = "let the CPU take the place of the accelerator that the plan is for"
+        command.add_argument("--rehearse", action="store_true", help=rehearsal)
     run.add_argument("--input", type=Path, required=True, metavar="IN.jsonl")
     run.add_argument("--output", type=Path, required=True, metavar="OUT.jsonl")
     run.add_argument("--show", type=int, default=0, metavar="N", help="print the first N prompts and answers")
@@ -61,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> Report:
     progress = progress_bar if sys.stderr.isatty() else _silent
-    report = run_plan(options.runtime_dir, options.checkpoint, options.input, options.output, progress)
+    report = run_plan(
+        options.runtime_dir, options.checkpoint, options.input, options.output, progress, options.rehearse
+    )
     if sys.stderr.isatty():
         print(file=sys.stderr)
     if options.show > 0:
@@ -71,9 +75,8 @@ def _run(options: argparse.Namespace) -> Report:
 
 
 def _bench(options: argparse.Namespace) -> Report:
-    report = bench_plan(
-        options.runtime_dir, options.checkpoint, options.prompt_tokens, options.tokens, options.batches
-    )
+    sizes = options.prompt_tokens, options.tokens, options.batches
+    report = bench_plan(options.runtime_dir, options.checkpoint, *sizes, options.rehearse)
     print(summary(load(options.runtime_dir), report))
     return report
 

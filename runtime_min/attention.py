@@ -7,7 +7,7 @@ Q query heads, V key and value heads, G = Q / V query heads to each of these
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,27 +41,36 @@ class MicroBatch:
     spans: tuple[Span, ...]
     prefill: bool
 
+    def on(self, device: torch.device) -> MicroBatch:
+        """The same with its tensors on `device`."""
+        spans = tuple(replace(s, mask=None if s.mask is None else s.mask.to(device)) for s in self.spans)
+        return replace(self, places=self.places.to(device), positions=self.positions.to(device), spans=spans)
+
+    def part(self, tokens: slice, first_place: int) -> MicroBatch:
+        """Where some of its tokens go in a cache that begins at `first_place`."""
+        places = self.places[tokens] - first_place
+        return replace(self, places=places, positions=self.positions[tokens], spans=())
+
 
 class KvCache:
-    """Keys and values of all sequences, allocated once."""
+    """Keys and values of all sequences: a tensor [layers, 2, places, V, context, D].
 
-    def __init__(
-        self, layers: int, places: int, heads: int, context: int, dim: int, dtype: torch.dtype
-    ) -> None:
-        # Zeros, not empty: masked values still take part in a product with zero. Written, so that the first
-        # pass does not wait for the system to find the memory.
-        self._cache = torch.empty(layers, 2, places, heads, context, dim, dtype=dtype).zero_()
+    Of zeros at first: masked values still take part in a product with zero.
+    """
+
+    def __init__(self, cache: Tensor) -> None:
+        self.tensor = cache
 
     def store(self, layer: int, batch: MicroBatch, k: Tensor, v: Tensor) -> None:
         """Keep k and v [T, V, D] at the places and positions of their tokens."""
-        self._cache[layer, 0][batch.places, :, batch.positions] = k
-        self._cache[layer, 1][batch.places, :, batch.positions] = v
+        self.tensor[layer, 0][batch.places, :, batch.positions] = k
+        self.tensor[layer, 1][batch.places, :, batch.positions] = v
 
     def load(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
         """The keys and values [B, V, length, D] of a span, as views."""
         return (
-            self._cache[layer, 0, span.places, :, : span.length],
-            self._cache[layer, 1, span.places, :, : span.length],
+            self.tensor[layer, 0, span.places, :, : span.length],
+            self.tensor[layer, 1, span.places, :, : span.length],
         )
 
 
@@ -69,9 +78,16 @@ def attend(layer: int, batch: MicroBatch, cache: KvCache, q: Tensor, k: Tensor, 
     """Store k and v [T, V, D]; return the attention of q [T, Q, D] over each sequence: [T, Q * D]."""
     cache.store(layer, batch, k, v)
     if batch.prefill:
-        parts = [_prefill(q[s.tokens], k[s.tokens], v[s.tokens], s.new) for s in batch.spans]
-    else:
-        parts = [_decode(q[s.tokens], *cache.load(layer, s), s.mask) for s in batch.spans]
+        return attend_prompts(batch, q, k, v)
+    return _joined([_decode(q[s.tokens], *cache.load(layer, s), s.mask) for s in batch.spans])
+
+
+def attend_prompts(batch: MicroBatch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The attention of q [T, Q, D] of whole prompts over k and v [T, V, D]: [T, Q * D]."""
+    return _joined([_prefill(q[s.tokens], k[s.tokens], v[s.tokens], s.new) for s in batch.spans])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

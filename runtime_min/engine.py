@@ -6,9 +6,10 @@ import heapq
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -16,9 +17,21 @@ from torch import Tensor
 from moeplan.runtime_min.attention import MicroBatch, decode_batch, prefill_batch
 from moeplan.runtime_min.checkpoint import find_tensors
 from moeplan.runtime_min.cpu import keep_freed_memory
-from moeplan.runtime_min.lanes import DECODE, PREFILL, DiskLane, Lanes, load_schedule
+from moeplan.runtime_min.lanes import (
+    LANES,
+    OPS,
+    READ,
+    Block,
+    Blocks,
+    Lane,
+    Lanes,
+    Row,
+    check_schedule,
+    load_schedule,
+    single,
+)
 from moeplan.runtime_min.limits import check_memory, check_numbers
-from moeplan.runtime_min.model_config import read_config
+from moeplan.runtime_min.model_config import ModelConfig, read_config
 from moeplan.runtime_min.models.mixtral import DTYPES, Mixtral, Pass, page_names, tensor_shapes
 from moeplan.runtime_min.pages import PageStore
 from moeplan.runtime_min.plan_file import RuntimePlan
@@ -73,15 +86,39 @@ class Stats:
         return Stats(*(getattr(self, f.name) + getattr(more, f.name) for f in fields(self)))
 
 
-class Batches:
-    """Runs batches of sequences through a loaded model, pass by pass."""
+Read = Callable[[int, int, int], Sequence[Block]]  # layer, page, slot
 
-    def __init__(self, plan: RuntimePlan, model: Mixtral, lanes: Lanes) -> None:
+
+class Batches:
+    """Runs batches of sequences, pass by pass. A subclass knows how a pass is executed.
+
+    Use as a context manager: the lanes' threads end with it.
+    """
+
+    config: ModelConfig  # where a checkpoint is loaded
+
+    def __init__(self, plan: RuntimePlan, lanes: Lanes) -> None:
         self.plan = plan
-        self.model = model
+        self.lanes = lanes
         self.stats = Stats()
-        self._lanes = lanes
         self.batches: list[tuple[int, Stats]] = []  # sequences and sums of each batch
+        self._sources: dict[int, torch.Generator] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.lanes.close()
+
+    @property
+    def disk(self) -> Lane:
+        """The lane that reads weights."""
+        return self.lanes.lanes["disk"]
 
     @torch.inference_mode()
     def run(
@@ -98,29 +135,69 @@ class Batches:
         before = replace(self.stats)
         order = pack([len(g.prompt) for g in generations], self.plan.batch.micro_batch)
         active = [(place, generations[at]) for place, at in enumerate(order)]
-        sources = {id(g): generator(g.sampling) for g in generations}
-        phase = PREFILL
+        self._sources = {id(g): generator(g.sampling) for g in generations}
+        prefill = True
         while active:
             start = time.perf_counter()
-            step = self._prefill(active) if phase == PREFILL else self._decode(active)
-            goes_on = more or any(len(g.tokens) + 1 < g.max_tokens for _, g in active)
-            scores = self._forward(phase, step, goes_on)
-            for (_, generation), token in zip(active, choose(scores, active, sources), strict=True):
-                generation.accept(token)
-            self._count(phase, len(step.tokens), len(active), time.perf_counter() - start)
+            self._pass(active, prefill, more)
+            self._count(active, prefill, time.perf_counter() - start)
             for _, generation in active:
                 if generation.finish:
                     finished(generation)
             active = [(place, g) for place, g in active if not g.finish]
-            phase = DECODE
+            prefill = False
             after_pass()
         self.batches.append((len(generations), self.stats.since(before)))
 
-    def _forward(self, phase: int, step: Pass, more: bool) -> Tensor:
-        """The next-token scores of each sequence: float32 [N, vocab]."""
+    def _pass(self, active: Active, prefill: bool, more: bool) -> None:
+        """One pass over the prompts or the newest tokens of `active`; each accepts its next token."""
+        raise NotImplementedError
+
+    def _accept(self, scores: Tensor, active: Active) -> None:
+        """Let `active` accept a token each from `scores` [N, vocab]."""
+        for (_, generation), token in zip(active, choose(scores, active, self._sources), strict=True):
+            generation.accept(token)
+
+    def _count(self, active: Active, prefill: bool, seconds: float) -> None:
+        self.stats.generated_tokens += len(active)
+        if prefill:
+            self.stats.prompt_tokens += sum(len(g.prompt) for _, g in active)
+            self.stats.prefill_s += seconds
+        else:
+            self.stats.decode_tokens += len(active)
+            self.stats.decode_passes += 1
+            self.stats.decode_s += seconds
+
+
+def goes_on(generation: Generation) -> bool:
+    """Whether a pass will follow the one that gives the next token, unless that token is an end."""
+    return len(generation.tokens) + 1 < generation.max_tokens
+
+
+class Stream(Batches):
+    """All tokens of a pass through page after page of the weights."""
+
+    def __init__(self, plan: RuntimePlan, model: Mixtral, lanes: Lanes, read: Read) -> None:
+        super().__init__(plan, lanes)
+        self.model = model
+        self._read = read
+
+    def _pass(self, active: Active, prefill: bool, more: bool) -> None:
+        step = self._prefill(active) if prefill else self._decode(active)
+        following = more or any(goes_on(g) for _, g in active)
+        self.execute(step, prefill, following)
+        self._accept(self.model.logits, active)
+
+    def execute(self, step: Pass, prefill: bool, following: bool) -> None:
+        """One pass of the schedule; the model has its scores. `following`: another comes."""
+        count = len(step.micro_batches)
         self.model.begin(step)
-        self._lanes.run(phase, len(step.micro_batches), self.model.execute, more)
-        return self.model.logits
+        rows = self.lanes.issue(0 if prefill else count, count if prefill else 0, int(following))
+        self.lanes.run(rows, [self._work(row) for row in rows])
+
+    def _work(self, row: Row) -> Blocks:
+        op, _, layer, item, slot = row[:5]
+        return partial(self._read, layer, item, slot) if op == READ else single(self.model.execute, row)
 
     def _prefill(self, active: Active) -> Pass:
         """All prompts, in micro-batches of about `prefill_tokens` tokens of whole prompts."""
@@ -143,16 +220,6 @@ class Batches:
         tokens = torch.tensor([g.tokens[-1] for _, g in active])
         return Pass(tokens, tuple(batches), torch.arange(len(active)))
 
-    def _count(self, phase: int, tokens: int, sequences: int, seconds: float) -> None:
-        self.stats.generated_tokens += sequences
-        if phase == PREFILL:
-            self.stats.prompt_tokens += tokens
-            self.stats.prefill_s += seconds
-        else:
-            self.stats.decode_tokens += sequences
-            self.stats.decode_passes += 1
-            self.stats.decode_s += seconds
-
 
 def pack(lengths: Sequence[int], micro_batch: int) -> list[int]:
     """The order of sequences in the batch: micro-batch after micro-batch, their tokens balanced.
@@ -170,13 +237,14 @@ def pack(lengths: Sequence[int], micro_batch: int) -> list[int]:
     return [at for members in sorted(bins, key=len, reverse=True) for at in members]
 
 
-class Engine(Batches):
-    """A plan with its checkpoint loaded. Use as a context manager: the reader threads end with it."""
+class Engine(Stream):
+    """A stream plan with its checkpoint loaded."""
 
     def __init__(self, folder: Path, plan: RuntimePlan, checkpoint: Path) -> None:
         m, pages = plan.model, plan.pages
         check_numbers(folder / "runtime.json", plan)
         schedule = load_schedule(folder, plan)
+        check_schedule(schedule, "stream", stream_constants(plan))
         self.config = read_config(checkpoint, m, plan.batch.context_tokens)
         shapes = tensor_shapes(m, self.config.tied)
         refs = find_tensors(checkpoint, shapes)
@@ -191,17 +259,24 @@ class Engine(Batches):
         keep_freed_memory()
         dtype = DTYPES[m.compute_dtype]
         self._pages = PageStore(refs, m.layers, pages, lambda *at: page_names(m, pages, *at), dtype)
-        self.disk = DiskLane(self._pages.blocks, pages.readers)
-        super().__init__(plan, Mixtral(plan, self.config, self._pages), Lanes(schedule, self.disk))
+        lanes = Lanes(schedule, pages.readers)
+        super().__init__(plan, Mixtral(plan, self.config, self._pages), lanes, self._pages.blocks)
 
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.disk.close()
+    def close(self) -> None:
+        super().close()
         self._pages.close()
+
+
+def stream_constants(plan: RuntimePlan) -> dict[str, object]:
+    """What schedule.py has to say for a stream plan."""
+    return {
+        "LANES": LANES,
+        "OPS": OPS,
+        "layers": plan.model.layers,
+        "pages": plan.pages.pages_per_layer,
+        "resident": plan.pages.resident_pages,
+        "slots": plan.pages.slots,
+    }
 
 
 def groups(lengths: Sequence[int], most: int) -> list[slice]:

@@ -320,7 +320,8 @@ class _Bench:
     def _decode_s(self, context: int) -> float:
         """Of decode attention alone, one layer's cache after the other."""
         shape, sequences, layers = self._sizes.large, max(self._sizes.sequences), 4
-        cache = attention.KvCache(layers, sequences, shape.kv_heads, context, shape.head_dim, self._dtype)
+        sizes = (layers, 2, sequences, shape.kv_heads, context, shape.head_dim)
+        cache = attention.KvCache(torch.empty(sizes, dtype=self._dtype).zero_())
         q = self._random(sequences, shape.heads, shape.head_dim)
         span = attention.decode_batch(0, range(sequences), [context] * sequences).spans[0]
 

@@ -1,8 +1,13 @@
-"""The plan's schedule.py, executed: a compute lane on the calling thread and a disk lane on its readers.
+"""The plan's schedule.py, executed: every lane works off its own rows in order.
 
-Each lane takes its rows in order and counts what it has completed; a row starts once the other lane's count
-has reached what the row waits for. Counts go on from pass to pass, and so the disk lane may read for the next
-pass while this one still computes.
+Each lane counts the rows it has completed; a row starts once the other lanes' counts have reached what the
+row waits for. Counts go on from pass to pass, so a lane may work for the next pass while others still finish
+this one. The first lane is the calling thread, each other one a thread; a row of the disk is cut into blocks
+that several threads read.
+
+With an accelerator (never run on one yet) its lanes have a stream each. They count what is enqueued, and
+record an event behind it: a lane with a stream lets its stream wait for the event of another, the others wait
+themselves.
 """
 
 from __future__ import annotations
@@ -15,24 +20,25 @@ import time
 import types
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from moeplan.runtime_min.plan_file import SCHEDULE_FORMAT, PlanFileError, RuntimePlan
 
-LANES = ("compute", "disk")
+LANES = ("compute", "disk")  # of a stream plan
 OPS = ("embed", "read", "attention", "route", "experts", "head")
 EMBED, READ, ATTENTION, ROUTE, EXPERTS, HEAD = range(len(OPS))
 COMPUTE, DISK = range(len(LANES))
-PREFILL, DECODE = range(2)
 WAIT = 5  # a row is op, lane, layer, item, slot, then per lane how many of its tasks must be complete
+ON_DEVICE = ("gpu", "h2d", "d2h")  # lanes that have a stream of an accelerator
 
 Row = Sequence[int]
-Block = Callable[[], int]  # reads one block; returns its bytes
+Block = Callable[[], int | None]  # a part of a row's work; returns the bytes it read, if any
+Blocks = Callable[[], Sequence[Block]]  # the parts of a row's work, which may run at once
 
 
 def load_schedule(folder: Path, plan: RuntimePlan) -> types.ModuleType:
@@ -45,9 +51,6 @@ def load_schedule(folder: Path, plan: RuntimePlan) -> types.ModuleType:
     sys.modules[name] = module  # Numba looks the functions' module up by name
     try:
         loader.exec_module(module)
-        _check_constants(path, module, plan)
-    except PlanFileError:
-        raise
     except Exception as error:
         raise PlanFileError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
     return module
@@ -61,172 +64,191 @@ class _SourceLoader(importlib.machinery.SourceFileLoader):
         return self.source_to_code(self.get_data(path), path)
 
 
-def _check_constants(path: Path, module: types.ModuleType, plan: RuntimePlan) -> None:
-    expected = {
-        "FORMAT": SCHEDULE_FORMAT,
-        "KIND": "stream",
-        "LANES": LANES,
-        "OPS": OPS,
-        "WAIT": WAIT,
-        "LAYERS": plan.model.layers,
-        "PAGES": plan.pages.pages_per_layer,
-        "RESIDENT": plan.pages.resident_pages,
-        "SLOTS": plan.pages.slots,
-    }
-    for name, value in expected.items():
-        if getattr(module, name, None) != value:
-            found = getattr(module, name, None)
+def check_schedule(module: Any, kind: str, expected: dict[str, Any]) -> None:
+    """Raise PlanFileError where the schedule is not of `kind`, or a constant is not the one `expected`."""
+    constants = getattr(module, "SCHEDULE", None)
+    named = {"FORMAT": SCHEDULE_FORMAT, "KIND": kind, "WAIT": WAIT}
+    found = {name: getattr(module, name, None) for name in named}
+    found |= {name: getattr(module, name, getattr(constants, name, None)) for name in expected}
+    for name, value in (named | expected).items():
+        if found[name] != value:
             raise PlanFileError(
-                f"{path}: {name} is {found!r}, runtime.json has {value!r}: compile the spec again"
+                f"{module.__file__}: {name} is {found[name]!r}, runtime.json has {value!r}: "
+                "compile the spec again"
             )
+
+
+def single(work: Callable[..., None], *arguments: Any) -> Blocks:
+    """Work in one part."""
+    return lambda: (lambda: work(*arguments),)
 
 
 @dataclass(slots=True)
 class _Begun:
-    """A disk row whose blocks are being read."""
+    """A row under way: the parts that are left, and the events that must have come first."""
 
     blocks_left: int
+    events: list[torch.Event]
 
 
-class DiskLane:
-    """The reader threads and the two completed counters that the lanes wait on.
+@dataclass(slots=True, eq=False)
+class Lane:
+    """A lane's rows, and what it has done so far. `stall_s`: seconds in which its next row had to wait."""
 
-    Readers take the next block of the oldest row begun, and begin the next row when its wait is met, so
-    blocks of consecutive rows overlap. A row is complete when its last block and all rows before it are.
-    """
+    number: int
+    threads: int = 1
+    stream: torch.Stream | None = None
+    done: int = 0
+    bytes_read: int = 0
+    stall_s: float = 0.0
+    rows: deque[tuple[Row, Blocks]] = field(default_factory=deque)
+    jobs: deque[tuple[_Begun, Block]] = field(default_factory=deque)
+    begun: deque[_Begun] = field(default_factory=deque)
+    events: dict[int, torch.Event] = field(default_factory=dict)  # by count, of rows that may not be complete
 
-    def __init__(self, blocks: Callable[[int, int, int], Sequence[Block]], readers: int) -> None:
-        self._blocks = blocks
-        self._readers = readers
-        self._threads: list[threading.Thread] = []
-        self._changed = threading.Condition()
-        self._rows: deque[Row] = deque()
-        self._jobs: deque[tuple[_Begun, Block]] = deque()
-        self._begun: deque[_Begun] = deque()
-        self._done = [0, 0]
-        self._error: BaseException | None = None
-        self._stop = False
-        self.bytes_read = 0
-        self.stall_s = 0.0
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Queue rows behind those queued before."""
-        if not rows:
-            return
-        with self._changed:
-            self._rows.extend(rows)
-            self._changed.notify_all()
-        if not self._threads:
-            self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._readers)]
-            for thread in self._threads:
-                thread.start()
-
-    def wait(self, count: int) -> None:
-        """Return once `count` rows are complete; raises what a reader raised. Waiting counts as stall."""
-        with self._changed:
-            if self._done[DISK] >= count and self._error is None:
-                return
-            start = time.perf_counter()
-            while self._done[DISK] < count and self._error is None:
-                self._changed.wait()
-            self.stall_s += time.perf_counter() - start
-            if self._error is not None:
-                raise self._error
-
-    def computed(self) -> None:
-        """One more compute row is complete."""
-        with self._changed:
-            self._done[COMPUTE] += 1
-            if self._rows and self._rows[0][WAIT + COMPUTE] == self._done[COMPUTE]:
-                self._changed.notify_all()
-
-    def close(self) -> None:
-        """End the threads; reads under way finish first."""
-        with self._changed:
-            self._stop = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-
-    def _work(self) -> None:
-        while (job := self._next()) is not None:
-            begun, read = job
-            try:
-                nbytes = read()
-            except BaseException as error:  # handed to the compute lane, which raises it
-                self._fail(error)
-                return
-            self._finish(begun, nbytes)
-
-    def _next(self) -> tuple[_Begun, Block] | None:
-        """The next block, when there is one; None at the end."""
-        with self._changed:
-            while not self._stop and self._error is None:
-                if not self._jobs and self._rows and self._rows[0][WAIT + COMPUTE] <= self._done[COMPUTE]:
-                    self._begin(self._rows.popleft())
-                if self._jobs:
-                    return self._jobs.popleft()
-                self._changed.wait()
-            return None
-
-    def _begin(self, row: Row) -> None:
-        _, _, layer, page, slot = row[:WAIT]
-        blocks = self._blocks(layer, page, slot)
-        begun = _Begun(len(blocks))
-        self._begun.append(begun)
-        self._jobs.extend((begun, block) for block in blocks)
-        self._changed.notify_all()
-
-    def _finish(self, begun: _Begun, nbytes: int) -> None:
-        with self._changed:
-            self.bytes_read += nbytes
-            begun.blocks_left -= 1
-            while self._begun and self._begun[0].blocks_left == 0:
-                self._begun.popleft()
-                self._done[DISK] += 1
-                self._changed.notify_all()
-
-    def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
+    def on_stream(self) -> AbstractContextManager[Any]:
+        return self.stream or nullcontext()
 
 
 class Lanes:
-    """Runs passes of a schedule module."""
+    """Runs passes of a schedule module; `readers` threads work on the disk's rows."""
 
-    def __init__(self, schedule: Any, disk: DiskLane) -> None:
+    def __init__(self, schedule: Any, readers: int = 1, device: torch.device | None = None) -> None:
         self._schedule = schedule
         self._clock = schedule.new_clock()
-        self._disk = disk
-        self._ahead: list[Row] = []  # disk rows of the next pass that are queued already
+        self.lanes = {name: Lane(number) for number, name in enumerate(schedule.LANES)}
+        self._numbered = list(self.lanes.values())
+        self._caller = self._numbered[0]
+        if "disk" in self.lanes:
+            self.lanes["disk"].threads = readers
+        if device is not None and device.type != "cpu":
+            for name in ON_DEVICE:
+                self.lanes[name].stream = torch.Stream(device=device)
+        self._threads: dict[int, list[threading.Thread]] = {}  # by lane, once it has rows
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._stop = False
 
-    def run(self, phase: int, micro_batches: int, execute: Callable[[Row], None], more: bool) -> None:
-        """Execute one pass; `execute` computes a row. `more` says that another pass follows."""
-        rows = self._issue(self._clock, phase, micro_batches)
-        reads = [row for row in rows if row[1] == DISK]
-        if reads[: len(self._ahead)] != self._ahead:
-            raise PlanFileError(
-                f"{self._schedule.__file__}: the first reads of a pass depend on its micro-batches"
-            )
-        self._disk.add(reads[len(self._ahead) :])
-        self._ahead = self._next_reads() if more else []
-        self._disk.add(self._ahead)
-        for row in rows:
-            if row[1] == COMPUTE:
-                self._disk.wait(row[WAIT + DISK])
-                execute(row)
-                self._disk.computed()
+    @property
+    def stalls_s(self) -> dict[str, float]:
+        """Seconds that each lane waited for others; the first lane is the calling thread's."""
+        return {name: lane.stall_s for name, lane in self.lanes.items()}
 
-    def _issue(self, clock: Any, phase: int, micro_batches: int) -> list[Row]:
-        table = np.zeros((self._schedule.max_rows(micro_batches), self._schedule.COLUMNS), dtype=np.int64)
-        count = self._schedule.issue(clock, table, phase, micro_batches, 0)
-        rows: list[Row] = table[:count].tolist()
+    def issue(self, decode: int, prefill: int, following: int) -> list[Row]:
+        """The rows of the next pass: see schedule.py."""
+        rows: list[Row] = self._schedule.issue(self._clock, decode, prefill, following).tolist()
         return rows
 
-    def _next_reads(self) -> list[Row]:
-        """The reads of the next pass that wait only for this one: the same however that pass turns out."""
-        clock = self._clock.copy()
-        issued = int(clock[0, COMPUTE])
-        reads = (row for row in self._issue(clock, DECODE, 1) if row[1] == DISK)
-        return list(takewhile(lambda row: row[WAIT + COMPUTE] <= issued, reads))
+    def run(self, rows: Sequence[Row], work: Sequence[Blocks]) -> None:
+        """Queue `rows`, each with its work, and execute those of the calling thread's lane.
+
+        The others go on when this returns. Raises what any lane raised.
+        """
+        self._add(rows, work)
+        with self._caller.on_stream():
+            while (job := self._next(self._caller)) is not None:
+                self._do(self._caller, *job)
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """End the threads; work under way is finished first, what is only queued is not."""
+        with self._changed:
+            self._stop = True
+            self._changed.notify_all()
+        for threads in self._threads.values():
+            for thread in threads:
+                thread.join()
+        for lane in self._numbered:
+            if lane.stream is not None:
+                lane.stream.synchronize()
+
+    def _add(self, rows: Sequence[Row], work: Sequence[Blocks]) -> None:
+        with self._changed:
+            for row, blocks in zip(rows, work, strict=True):
+                self._numbered[row[1]].rows.append((row, blocks))
+            self._changed.notify_all()
+        for lane in self._numbered:
+            if lane.rows and lane is not self._caller and lane.number not in self._threads:
+                self._threads[lane.number] = [self._start(lane) for _ in range(lane.threads)]
+
+    def _start(self, lane: Lane) -> threading.Thread:
+        thread = threading.Thread(target=self._work, args=(lane,), daemon=True)
+        thread.start()
+        return thread
+
+    def _work(self, lane: Lane) -> None:
+        try:
+            with torch.inference_mode(), lane.on_stream():
+                while (job := self._next(lane)) is not None:
+                    self._do(lane, *job)
+        except BaseException as error:  # handed to the calling thread, which raises it
+            with self._changed:
+                self._error, self._stop = self._error or error, True
+                self._changed.notify_all()
+
+    def _do(self, lane: Lane, begun: _Begun, block: Block) -> None:
+        for event in begun.events:
+            event.synchronize()
+        nbytes = block() or 0
+        with self._changed:
+            lane.bytes_read += nbytes
+            begun.blocks_left -= 1
+            self._retire(lane)
+
+    def _next(self, lane: Lane) -> tuple[_Begun, Block] | None:
+        """The next block, when it may start; None at the end, which for the caller is the end of its rows."""
+        with self._changed:
+            while not self._stop:
+                if lane.jobs:
+                    return lane.jobs.popleft()
+                if lane.rows and self._ready(lane.rows[0][0]):
+                    self._begin(lane, *lane.rows.popleft())
+                elif lane is self._caller and not lane.rows:
+                    return None
+                else:
+                    self._wait(lane)
+            return None
+
+    def _ready(self, row: Row) -> bool:
+        return all(lane.done >= count for lane, count in zip(self._numbered, row[WAIT:], strict=True))
+
+    def _wait(self, lane: Lane) -> None:
+        waits, start = bool(lane.rows), time.perf_counter()
+        self._changed.wait()
+        if waits:
+            lane.stall_s += (time.perf_counter() - start) / lane.threads
+
+    def _begin(self, lane: Lane, row: Row, blocks: Blocks) -> None:
+        """Cut the row into jobs. Blocks of consecutive rows overlap: the first need not be complete."""
+        needed = (other.events.get(n) for other, n in zip(self._numbered, row[WAIT:], strict=True) if n)
+        events = [event for event in needed if event is not None]
+        if lane.stream is not None:
+            for event in events:
+                lane.stream.wait_event(event)
+            events = []
+        parts = blocks()
+        begun = _Begun(len(parts), events)
+        lane.begun.append(begun)
+        lane.jobs.extend((begun, block) for block in parts)
+        if lane.threads > 1:
+            self._changed.notify_all()
+        self._retire(lane)
+
+    def _retire(self, lane: Lane) -> None:
+        """Count rows that are complete: all their blocks, and all rows before them."""
+        number = WAIT + lane.number
+        while lane.begun and lane.begun[0].blocks_left == 0:
+            lane.begun.popleft()
+            lane.done += 1
+            if lane.stream is not None:
+                self._record(lane, lane.stream)
+            if any(other.rows and other.rows[0][0][number] == lane.done for other in self._numbered):
+                self._changed.notify_all()
+
+    @staticmethod
+    def _record(lane: Lane, stream: torch.Stream) -> None:
+        """Mark the end of a row on its stream, and forget the marks that the stream has passed."""
+        lane.events[lane.done] = stream.record_event()
+        while lane.events and next(iter(lane.events.values())).query():
+            del lane.events[next(iter(lane.events))]

@@ -19,10 +19,14 @@ from moeplan.runtime_min.plan_file import (
 
 def check_supported(path: Path, plan: RuntimePlan) -> None:
     """Raise PlanFileError where this version of the runtime has no way to execute the plan."""
-    if plan.device != "cpu" or plan.schedule.kind != "stream":
+    kind, device, offload = plan.schedule.kind, plan.device, plan.offload
+    if (kind, device) not in (("stream", "cpu"), ("offload", "accelerator")):
+        raise PlanFileError(f"{path}: this version executes no {kind!r} plan for device {device!r}")
+    if offload.gpus > 1 or offload.copies > 1:
         raise PlanFileError(
-            f"{path}: is a {plan.schedule.kind!r} plan for device {plan.device!r}; "
-            "this version executes stream plans on the CPU only"
+            f"{path}: spans {offload.gpus} GPUs in {offload.copies} copies of the model (tensor and data "
+            "parallelism); this version executes one copy on one GPU",
+            "compile the spec for a machine with one GPU",
         )
     if plan.model.architecture not in ARCHITECTURES:
         raise PlanFileError(
@@ -32,8 +36,43 @@ def check_supported(path: Path, plan: RuntimePlan) -> None:
 
 
 def check_numbers(path: Path, plan: RuntimePlan) -> None:
-    """Raise PlanFileError where a figure of the plan cannot be executed."""
-    m, b, p = plan.model, plan.batch, plan.pages
+    """Raise PlanFileError where a figure of the stream plan cannot be executed."""
+    m, p = plan.model, plan.pages
+    positive = {
+        "experts_per_page": p.experts_per_page,
+        "readers": p.readers,
+        "block_bytes": p.block_bytes,
+    }
+    rules = {
+        "pages_per_layer does not hold the experts": p.pages_per_layer
+        == 1 + -(-m.experts // max(1, p.experts_per_page)),
+        "resident_pages is not within pages_per_layer": 0 <= p.resident_pages <= p.pages_per_layer,
+        "no slots for pages that move": p.slots > 0 or p.resident_pages == p.pages_per_layer,
+        "block_bytes is not a multiple of 4096": p.block_bytes % ALIGNMENT_BYTES == 0,
+    }
+    _check_model(path, plan, positive, rules)
+
+
+def check_offload(path: Path, plan: RuntimePlan) -> None:
+    """Raise PlanFileError where a figure of the offload plan cannot be executed."""
+    o, experts, pages = plan.offload, plan.model.experts, plan.pages.pages_per_layer
+    streamed = experts - o.resident_experts - o.cpu_experts
+    whole = list(range(experts))
+    ranked = len(o.ranking) == plan.model.layers and all(sorted(row) == whole for row in o.ranking)
+    rules = {
+        "experts are not all somewhere, once": min(o.resident_experts, o.cpu_experts, streamed) >= 0,
+        "no pages for experts that are streamed": pages > 0 or streamed == 0,
+        "disk_experts are not among those streamed": 0 <= o.disk_experts <= streamed,
+        "no slots for pages from disk": plan.pages.slots > 0 or o.disk_experts == 0,
+        "ranking does not rank the experts of each layer": ranked or not o.ranking,
+    }
+    _check_model(path, plan, {}, rules)
+
+
+def _check_model(
+    path: Path, plan: RuntimePlan, more_positive: Mapping[str, int], more_rules: Mapping[str, bool]
+) -> None:
+    m, b = plan.model, plan.batch
     positive = {
         "threads": plan.threads,
         "layers": m.layers,
@@ -43,9 +82,7 @@ def check_numbers(path: Path, plan: RuntimePlan) -> None:
         "micro_batch": b.micro_batch,
         "prefill_tokens": b.prefill_tokens,
         "prompt_tokens": b.prompt_tokens,
-        "experts_per_page": p.experts_per_page,
-        "readers": p.readers,
-        "block_bytes": p.block_bytes,
+        **more_positive,
     }
     for name, value in positive.items():
         if value < 1:
@@ -55,11 +92,7 @@ def check_numbers(path: Path, plan: RuntimePlan) -> None:
         "heads are not a multiple of kv_heads": m.heads % m.kv_heads == 0,
         "head_dim is odd": m.head_dim % 2 == 0,
         "experts_per_token is not within experts": 1 <= m.experts_per_token <= m.experts,
-        "pages_per_layer does not hold the experts": p.pages_per_layer
-        == 1 + -(-m.experts // p.experts_per_page),
-        "resident_pages is not within pages_per_layer": 0 <= p.resident_pages <= p.pages_per_layer,
-        "no slots for pages that move": p.slots > 0 or p.resident_pages == p.pages_per_layer,
-        "block_bytes is not a multiple of 4096": p.block_bytes % ALIGNMENT_BYTES == 0,
+        **more_rules,
     }
     for problem, holds in rules.items():
         if not holds:
@@ -79,9 +112,12 @@ def check_memory(
         "workspace": (workspace_bytes(plan.model, plan.batch, pages), memory.workspace_bytes),
     }
     total = sum(need for need, _ in items.values()) + memory.process_bytes
-    problems = [f"{name} {need:,} of {item:,} bytes" for name, (need, item) in items.items() if need > item]
-    if total > memory.budget_bytes:
-        problems.append(f"all {total:,} of {memory.budget_bytes:,} bytes")
+    check_items(path, {**items, "all": (total, memory.budget_bytes)})
+
+
+def check_items(path: Path, items: Mapping[str, tuple[int, int]]) -> None:
+    """Raise PlanFileError where an item needs more bytes than the plan has for it."""
+    problems = [f"{name} {need:,} of {has:,} bytes" for name, (need, has) in items.items() if need > has]
     if problems:
         raise PlanFileError(
             f"{path}: the run needs more memory than the plan allows: {', '.join(problems)}",

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
@@ -167,7 +168,9 @@ class PageStore:
         self._memory = [_allocate(plan.slot_bytes) for _ in range(plan.slots if self._layouts else 0)]
         self._slots = [torch.frombuffer(memory, dtype=torch.uint8) for memory in self._memory]
         moving = {name for layout in self._layouts.values() for name in layout.places}
-        self.resident = self._load([ref for name, ref in refs.items() if name not in moving])
+        stay = [ref for name, ref in refs.items() if name not in moving]
+        self.resident = {ref.name: torch.empty(ref.shape, dtype=dtype) for ref in stay}
+        Reader(self._shards, plan.readers, plan.block_bytes).load(stay, self.resident)
 
     def view(self, layer: int, page: int, slot: int) -> Mapping[str, Tensor]:
         """The tensors of a page: in `slot`, or resident where `slot` is -1."""
@@ -210,42 +213,47 @@ class PageStore:
                     "compile the spec again with this checkpoint",
                 )
 
-    def _load(self, refs: Sequence[TensorRef]) -> dict[str, Tensor]:
-        """Read `refs` into memory of their own, converted to the compute dtype."""
-        tensors = {ref.name: torch.empty(ref.shape, dtype=self._dtype) for ref in refs}
-        buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
-        for _ in range(self._plan.readers):
-            buffers.put(mmap.mmap(-1, self._plan.block_bytes + 2 * ALIGNMENT_BYTES))
 
-        def load(piece: tuple[TensorRef, int, int]) -> None:
-            buffer = buffers.get()
-            ref, first, last = piece
-            tensors[ref.name].view(-1)[first:last] = self._read_piece(buffer, ref, first, last)
-            buffers.put(buffer)
+class Reader:
+    """Reads parts of tensors past the page cache, converted to the dtype of where they go.
 
-        pieces = [(ref, *ends) for ref in refs for ends in _pieces(ref, self._plan.block_bytes)]
-        with ThreadPoolExecutor(self._plan.readers) as readers:
-            for _ in readers.map(load, pieces):
+    `readers` parts at once, each of at most `block_bytes` as stored.
+    """
+
+    def __init__(self, shards: Mapping[Path, Shard], readers: int, block_bytes: int) -> None:
+        self._shards, self._readers, self._block_bytes = shards, readers, block_bytes
+        self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
+        for _ in range(readers):
+            self._buffers.put(mmap.mmap(-1, block_bytes + 2 * ALIGNMENT_BYTES))
+
+    def load(self, refs: Sequence[TensorRef], into: Mapping[str, Tensor]) -> None:
+        """Fill the tensors `into`, by name; raises ReadError."""
+        blocks = [block for ref in refs for block in self.blocks(ref, into[ref.name].view(-1))]
+        with ThreadPoolExecutor(self._readers) as readers:
+            for _ in readers.map(lambda block: block(), blocks):
                 pass
-        return tensors
 
-    def _read_piece(self, buffer: mmap.mmap, ref: TensorRef, first: int, last: int) -> Tensor:
-        """The elements [first, last) of one tensor, in `buffer`."""
-        item = DTYPES[ref.dtype].itemsize
-        low, high = ref.offset + first * item, ref.offset + last * item
+    def blocks(self, ref: TensorRef, into: Tensor, first: int = 0) -> list[Block]:
+        """The reads that fill the flat `into` with a tensor's elements from `first` on, in any order."""
+        step = max(1, self._block_bytes // DTYPES[ref.dtype].itemsize)
+        return [
+            partial(self._read, ref, first + start, into[start : start + step])
+            for start in range(0, len(into), step)
+        ]
+
+    def _read(self, ref: TensorRef, first: int, into: Tensor) -> int:
+        item, buffer = DTYPES[ref.dtype].itemsize, self._buffers.get()
+        low, high = ref.offset + first * item, ref.offset + (first + len(into)) * item
         start = _down(low)
         try:
             self._shards[ref.path].read(start, memoryview(buffer)[: _up(high) - start])
+            data = torch.frombuffer(buffer, dtype=torch.uint8)[low - start : high - start]
+            into.copy_(_typed(data, ref))
         except (OSError, EOFError) as error:
             raise ReadError(f"{ref.path}: {ref.name}: cannot be read: {error}") from None
-        return _typed(torch.frombuffer(buffer, dtype=torch.uint8)[low - start : high - start], ref)
-
-
-def _pieces(ref: TensorRef, block_bytes: int) -> list[tuple[int, int]]:
-    """Cut a tensor into ranges of elements of at most `block_bytes`."""
-    item = DTYPES[ref.dtype].itemsize
-    total, step = ref.nbytes // item, max(1, block_bytes // item)
-    return [(first, min(total, first + step)) for first in range(0, total, step)]
+        finally:
+            self._buffers.put(buffer)
+        return high - low
 
 
 def _typed(data: Tensor, ref: TensorRef) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from moeplan.runtime_min.errors import RunError
 
-FORMAT = 1
+FORMAT = 2
 SCHEDULE_FORMAT = 2
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
 ARCHITECTURES = ("mixtral",)  # model types that this version of the runtime executes, on CPU
@@ -76,7 +76,8 @@ class PagePlan:
     Each layer has `pages_per_layer` pages: page 0 is the attention projections, page p > 0 holds the
     experts [(p-1)·experts_per_page, p·experts_per_page). The first `resident_pages` pages of every layer
     stay in memory; the others are read into `slots` slots of `slot_bytes` each by `readers` threads in
-    blocks of `block_bytes`.
+    blocks of `block_bytes`. In an offload plan pages are equal parts of a layer's bytes, as `OffloadPlan`
+    says; only their number and that of the pinned slots they pass through (0: none) is given.
     """
 
     pages_per_layer: int
@@ -86,6 +87,32 @@ class PagePlan:
     slot_bytes: int
     readers: int
     block_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadPlan:
+    """What lies where beside an accelerator; all zero and empty in a stream plan.
+
+    One copy of the model spans `gpus` of them, the machine runs `copies`. Each layer's experts are ranked:
+    `ranking` has a row per layer, most popular first; empty, they rank by number. The first
+    `resident_experts` stay on the device. The last `cpu_experts` are computed by the CPU in decode, and in
+    prefill where no page moves. Those between are streamed, the last `disk_experts` of them from disk.
+    Pages are equal parts of the bytes of all that are not resident: those of the CPU first, the disk's last.
+    `budget_bytes` is what the run may hold in the device's memory.
+    """
+
+    gpus: int
+    copies: int
+    resident_experts: int
+    cpu_experts: int
+    disk_experts: int
+    ranking: tuple[tuple[int, ...], ...]
+    budget_bytes: int
+
+
+NO_OFFLOAD = OffloadPlan(
+    gpus=0, copies=0, resident_experts=0, cpu_experts=0, disk_experts=0, ranking=(), budget_bytes=0
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +148,7 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulePlan:
-    """Which schedule.py belongs to this plan. `kind` names the program, "stream" or "cgopipe"."""
+    """Which schedule.py belongs to this plan. `kind` names the program, "stream" or "offload"."""
 
     kind: str
     format: int
@@ -139,6 +166,7 @@ class RuntimePlan:
     model: ModelPlan
     batch: BatchPlan
     pages: PagePlan
+    offload: OffloadPlan
     memory: MemoryPlan
     schedule: SchedulePlan
     predicted: Predicted
@@ -204,17 +232,25 @@ def workspace_bytes(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
     weights   the largest page in float32: converted from the stored dtype, or packed by the kernels
     loading   a block per reader, and 32 MiB for what the kernels and the allocator hold
     """
-    tokens = batch.sequences * batch.prompt_tokens
+    page = 4 * max(page_parameters(model, pages, p) for p in range(pages.pages_per_layer))
+    loading = pages.readers * (pages.block_bytes + 2 * ALIGNMENT_BYTES) + (32 << 20)
+    logits = 4 * batch.sequences * model.vocab
+    return scratch_bytes(model, batch, batch.sequences * batch.prompt_tokens, 4) + logits + page + loading
+
+
+def scratch_bytes(model: ModelPlan, batch: BatchPlan, tokens: int, value_bytes: int) -> int:
+    """Pass, call, mask and rope of `workspace_bytes`, and a micro-batch's logits, for `tokens` tokens.
+
+    Products are of values of `value_bytes`.
+    """
     per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token
     attention = 3 * model.hidden + 8 * (model.heads + model.kv_heads) * model.head_dim
     expert = 3 * model.hidden + 3 * model.expert_intermediate
-    call = 4 * call_tokens(batch) * max(attention, expert, 4 * model.experts)
+    call = value_bytes * call_tokens(batch) * max(attention, expert, 4 * model.experts)
     mask = 8 * batch.micro_batch * batch.context_tokens
-    logits = 4 * (batch.sequences + batch.micro_batch) * model.vocab
+    logits = 4 * batch.micro_batch * model.vocab
     rope = 4 * 4 * batch.context_tokens * model.head_dim
-    page = 4 * max(page_parameters(model, pages, p) for p in range(pages.pages_per_layer))
-    loading = pages.readers * (pages.block_bytes + 2 * ALIGNMENT_BYTES) + (32 << 20)
-    return tokens * per_token + call + mask + logits + rope + page + loading
+    return tokens * per_token + call + mask + logits + rope
 
 
 def _align(size: int) -> int:
@@ -275,6 +311,10 @@ def _record(cls: type[_T], data: object, where: str) -> _T:
 
 
 def _value(hint: Any, value: object, where: str) -> Any:
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise PlanFileError(f"{where} is {value!r}, expected a list")
+        return tuple(_value(typing.get_args(hint)[0], item, where) for item in value)
     if isinstance(hint, type) and hint not in (int, float, str):
         return _record(hint, value, where)
     if typing.get_origin(hint) in (Literal, types.UnionType):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,18 +15,17 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min.attention import decode_batch, prefill_batch
-from moeplan.runtime_min.engine import Batches, Generation
+from moeplan.runtime_min.engine import Generation, Stream
 from moeplan.runtime_min.lanes import (
     ATTENTION,
     COMPUTE,
-    DECODE,
     EMBED,
     EXPERTS,
     HEAD,
     LANES,
     ROUTE,
-    WAIT,
-    DiskLane,
+    Block,
+    Blocks,
     Lanes,
     Row,
 )
@@ -33,6 +33,7 @@ from moeplan.runtime_min.layers import Routing, sort_by_expert
 from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.models.mixtral import DTYPES, Mixtral, Pass, tensor_shapes
 from moeplan.runtime_min.plan_file import (
+    NO_OFFLOAD,
     BatchPlan,
     MemoryPlan,
     ModelPlan,
@@ -136,7 +137,7 @@ class Probe:
     def generate(self, sequences: int, passes: int) -> tuple[float, float]:
         """Of decode passes: mean seconds outside the rows of their schedule, and between two rows."""
         lanes = _TimedLanes(self._schedule())
-        batches = Batches(self._plan, self._model, lanes)
+        batches = Stream(self._plan, self._model, lanes, lambda *_: ())
         batches.run([Generation([1], 1 + passes, GREEDY) for _ in range(sequences)])
         stats = batches.stats
         outside = stats.decode_s - lanes.inside_s - lanes.between_s
@@ -164,39 +165,38 @@ class Probe:
     def _schedule(self) -> Any:
         """What `Lanes` asks of a schedule module."""
         rows = np.array(self._order, dtype=np.int64)
-
-        def issue(clock: Any, table: Any, phase: int, micro_batches: int, start: int) -> int:
-            table[:] = rows
-            return len(rows)
-
-        return SimpleNamespace(
-            __file__="probe",
-            COLUMNS=WAIT + len(LANES),
-            new_clock=lambda: np.zeros((1, len(LANES)), dtype=np.int64),
-            max_rows=lambda micro_batches: len(rows),
-            issue=issue,
-        )
+        return SimpleNamespace(LANES=LANES, new_clock=lambda: None, issue=lambda *_: rows)
 
 
 class _TimedLanes(Lanes):
     """Lanes without a disk that add up what the rows of decode passes take, and what lies between them."""
 
-    def __init__(self, schedule: Any) -> None:
-        super().__init__(schedule, DiskLane(lambda *_: (), 0))
-        self.inside_s = self.between_s = 0.0
-        self._last = 0.0
+    inside_s = between_s = 0.0
+    _decode = 0
+    _last = 0.0
 
-    def run(self, phase: int, micro_batches: int, execute: Callable[[Row], None], more: bool) -> None:
-        def timed(row: Row) -> None:
+    def issue(self, decode: int, prefill: int, following: int) -> list[Row]:
+        self._decode = decode
+        return super().issue(decode, prefill, following)
+
+    def run(self, rows: Sequence[Row], work: Sequence[Blocks]) -> None:
+        if self._decode:
+            work = [partial(self._timed, row, blocks) for row, blocks in zip(rows, work, strict=True)]
+        super().run(rows, work)
+
+    def _timed(self, row: Row, blocks: Blocks) -> Sequence[Block]:
+        (block,) = blocks()
+
+        def timed() -> None:
             start = time.perf_counter()
-            execute(row)
+            block()
             end = time.perf_counter()
             if row[0] != EMBED:
                 self.between_s += start - self._last
             self.inside_s += end - start
             self._last = end
 
-        super().run(phase, micro_batches, timed if phase == DECODE else execute, more)
+        return (timed,)
 
 
 def _weight(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -244,6 +244,7 @@ def _plan(shape: Shape, dtype: Any, sequences: int, prompt: int, context: int) -
             readers=0,
             block_bytes=0,
         ),
+        offload=NO_OFFLOAD,
         memory=MemoryPlan(
             budget_bytes=0, weights_bytes=0, slots_bytes=0, kv_bytes=0, workspace_bytes=0, process_bytes=0
         ),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 from moeplan.codegen.data import rounded
 from moeplan.codegen.emit.schedule_py import schedule_text
 from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.plan import Plan, Replica
-from moeplan.planner.ir.policy import Policy
-from moeplan.planner.ir.schedule import Schedule
+from moeplan.planner.ir.policy import NO_PAGES, Policy
+from moeplan.planner.ir.schedule import Constants, OffloadConstants, Schedule
 from moeplan.planner.ir.workload import RequestClass
 from moeplan.runtime_min import plan_file
 
@@ -39,7 +40,8 @@ def _runtime_plan(plan: Plan, replica: Replica, schedule: Schedule, text: str) -
         threads=policy.threads,
         model=_model_plan(plan, policy),
         batch=_batch_plan(policy, requests),
-        pages=_page_plan(policy),
+        pages=_page_plan(policy, schedule.constants),
+        offload=_offload_plan(plan, policy) if policy.gpus else plan_file.NO_OFFLOAD,
         memory=_memory_plan(policy),
         schedule=plan_file.SchedulePlan(
             kind=schedule.kind,
@@ -83,8 +85,11 @@ def _batch_plan(policy: Policy, requests: RequestClass) -> plan_file.BatchPlan:
     )
 
 
-def _page_plan(policy: Policy) -> plan_file.PagePlan:
+def _page_plan(policy: Policy, constants: Constants) -> plan_file.PagePlan:
+    """A schedule may merge the pages of an offload plan, so it has their number."""
     pages = policy.pages
+    if isinstance(constants, OffloadConstants):
+        pages = replace(NO_PAGES, pages_per_layer=constants.pages, slots=constants.slots)
     return plan_file.PagePlan(
         pages_per_layer=pages.pages_per_layer,
         experts_per_page=pages.experts_per_page,
@@ -93,6 +98,25 @@ def _page_plan(policy: Policy) -> plan_file.PagePlan:
         slot_bytes=pages.slot_bytes,
         readers=pages.readers,
         block_bytes=pages.block_bytes,
+    )
+
+
+def _offload_plan(plan: Plan, policy: Policy) -> plan_file.OffloadPlan:
+    model = plan.workload.model
+
+    def experts(share: float) -> int:
+        return round(share * model.experts)
+
+    first = {layer.layer: layer.experts for layer in policy.resident_experts}
+    rows = (first.get(layer, ()) for layer in range(model.layers if first else 0))
+    return plan_file.OffloadPlan(
+        gpus=policy.gpus,
+        copies=policy.data_parallel,
+        resident_experts=experts(policy.resident_share),
+        cpu_experts=experts(policy.experts_cpu_share),
+        disk_experts=experts(policy.experts_disk_share),
+        ranking=tuple((*row, *(e for e in range(model.experts) if e not in row)) for row in rows),
+        budget_bytes=next(limit.bytes for limit in policy.limits if limit.level == "gpu"),
     )
 
 

@@ -5,7 +5,7 @@ N sequences, T tokens, H hidden, Q query heads, V key and value heads, D head di
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,91 @@ def expert_names(layer: int, e: int) -> tuple[str, str, str]:
     return p + "w1.weight", p + "w2.weight", p + "w3.weight"
 
 
+Matrices = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # expert -> w1, w2, w3
+
+
+class Operations:
+    """Mixtral's operations on the tensors they are given, in pieces of at most `call_tokens` tokens.
+
+    `resident` are the weights that do not move.
+    """
+
+    def __init__(self, plan: RuntimePlan, config: ModelConfig, resident: Mapping[str, Tensor]) -> None:
+        m, batch, dtype = plan.model, plan.batch, DTYPES[plan.model.compute_dtype]
+        self._model, self._config, self._weights = m, config, resident
+        self._call = call_tokens(batch)
+        self._head_rows = batch.micro_batch
+        self._rope = Rope(m.head_dim, config.rope_theta, batch.context_tokens, dtype)
+
+    def embed(self, tokens: Tensor, out: Tensor) -> None:
+        """The embeddings of `tokens` [T], to `out` [T, H]."""
+        weight = self._weight("model.embed_tokens")
+        for rows in pieces(len(tokens), self._call):
+            out[rows] = F.embedding(tokens[rows], weight)
+
+    def queries(
+        self, layer: int, hidden: Tensor, positions: Tensor, weights: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of `hidden` [T, H], rotated: [T, Q, D], [T, V, D], [T, V, D]."""
+        x = rms_norm(hidden, self._layer(layer, "input_layernorm"), self._config.norm_eps)
+        q, k, v = (
+            linear(x, weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"]).view(
+                len(x), -1, self._model.head_dim
+            )
+            for name in "qkv"
+        )
+        return self._rope(q, positions), self._rope(k, positions), v
+
+    def add_attended(self, layer: int, hidden: Tensor, out: Tensor, weights: Mapping[str, Tensor]) -> None:
+        """Add the output projection of `out` [T, Q * D] to `hidden`."""
+        hidden += linear(out, weights[f"model.layers.{layer}.self_attn.o_proj.weight"])
+
+    def choose(self, layer: int, hidden: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of each token and their weights: [T, K] float32, [T, K]; `normed` gets their input."""
+        norm = self._layer(layer, "post_attention_layernorm")
+        gate = self._layer(layer, "block_sparse_moe.gate")
+        choices = []
+        for rows in pieces(len(hidden), self._call):
+            normed[rows] = rms_norm(hidden[rows], norm, self._config.norm_eps)
+            choices.append(choose_experts(normed[rows], gate, self._model.experts_per_token))
+        weights, experts = (torch.cat(parts) for parts in zip(*choices, strict=True))
+        return weights, experts
+
+    def add_experts(
+        self, experts: Iterable[int], routing: Routing, normed: Tensor, out: Tensor, matrices: Matrices
+    ) -> None:
+        """Add what `experts` say of `normed` [T, H] to `out` [T, H], float32."""
+        for e in experts:
+            first, end = routing.starts[e : e + 2]
+            if first == end:
+                continue
+            w1, w2, w3 = matrices(e)
+            for rows in pieces(end - first, self._call, first):
+                tokens = routing.tokens[rows]
+                x = normed.index_select(0, tokens)  # faster than indexing
+                out.index_add_(0, tokens, expert(x, w1, w2, w3).float().mul_(routing.weights[rows, None]))
+
+    def scores(self, hidden: Tensor, rows: Tensor, out: Tensor) -> None:
+        """The next-token scores of `rows` [N] of `hidden`, to `out` [N, vocab], float32."""
+        weight = self._weight("model.embed_tokens" if self._config.tied else "lm_head")
+        norm = self._weight("model.norm")
+        for some in pieces(len(rows), self._head_rows):
+            x = rms_norm(hidden[rows[some]], norm, self._config.norm_eps)
+            out[some] = linear(x, weight)
+
+    def _weight(self, name: str) -> Tensor:
+        return self._weights[name + ".weight"]
+
+    def _layer(self, layer: int, name: str) -> Tensor:
+        return self._weight(f"model.layers.{layer}.{name}")
+
+
+def pieces(count: int, most: int, first: int = 0) -> Sequence[slice]:
+    """Slices of at most `most` rows that cover `count` rows from `first`."""
+    end = first + count
+    return [slice(start, min(end, start + most)) for start in range(first, end, most)]
+
+
 @dataclass(frozen=True, slots=True)
 class Pass:
     """The tokens [T] of one pass, cut into micro-batches, and the row of each sequence's last token [N]."""
@@ -76,24 +161,23 @@ class Pass:
     last: Tensor
 
 
-class Mixtral:
-    """Holds the state of the pass under way; `execute` computes one row of its schedule.
+class Mixtral(Operations):
+    """Holds the state of the stream pass under way; `execute` computes one row of its schedule.
 
     After the head row `logits` has the next-token scores of each sequence, float32 [N, vocab].
     """
 
     def __init__(self, plan: RuntimePlan, config: ModelConfig, pages: Weights) -> None:
+        super().__init__(plan, config, pages.resident)
         m, batch, dtype = plan.model, plan.batch, DTYPES[plan.model.compute_dtype]
-        self._model, self._page_plan, self._config, self._pages = m, plan.pages, config, pages
-        self._call = call_tokens(batch)
-        self._head_rows = batch.micro_batch
+        self._page_plan, self._pages = plan.pages, pages
         tokens = batch.sequences * batch.prompt_tokens
         # Written once now: the first pass would wait for the system to find the memory.
         self._hidden = torch.empty(tokens, m.hidden).zero_()  # the residual stream, always float32
         self._normed = torch.empty(tokens, m.hidden, dtype=dtype).zero_()
         self._logits = torch.empty(batch.sequences, m.vocab).zero_()
-        self._rope = Rope(m.head_dim, config.rope_theta, batch.context_tokens, dtype)
-        self._cache = KvCache(m.layers, batch.sequences, m.kv_heads, batch.context_tokens, m.head_dim, dtype)
+        cache = (m.layers, 2, batch.sequences, m.kv_heads, batch.context_tokens, m.head_dim)
+        self._cache = KvCache(torch.empty(cache, dtype=dtype).zero_())
         self._routing = Routing(torch.empty(0), torch.empty(0), [])
 
     def begin(self, step: Pass) -> None:
@@ -110,75 +194,28 @@ class Mixtral:
     def execute(self, row: Row) -> None:
         op, _, layer, item, slot = row[:5]
         if op == EMBED:
-            self._embed()
+            self.embed(self._step.tokens, self.hidden)
         elif op == ATTENTION:
             self._attention(layer, self._step.micro_batches[item], self._pages.view(layer, 0, slot))
         elif op == ROUTE:
-            self._route(layer)
+            choice = self.choose(layer, self.hidden, self.normed)
+            self._routing = sort_by_expert(*choice, self._model.experts)
         elif op == EXPERTS:
             self._experts(layer, item, self._pages.view(layer, item, slot))
         elif op == HEAD:
-            self._head()
-
-    def _embed(self) -> None:
-        weight = self._resident("model.embed_tokens")
-        for rows in self._pieces(len(self.hidden), self._call):
-            self.hidden[rows] = F.embedding(self._step.tokens[rows], weight)
+            self.scores(self.hidden, self._step.last, self.logits)
 
     def _attention(self, layer: int, batch: MicroBatch, weights: Mapping[str, Tensor]) -> None:
         residual = self.hidden[batch.rows]
-        x = rms_norm(residual, self._layer(layer, "input_layernorm"), self._config.norm_eps)
-        q, k, v = (
-            linear(x, weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"]).view(
-                len(x), -1, self._model.head_dim
-            )
-            for name in "qkv"
-        )  # [T, Q, D], [T, V, D], [T, V, D]
-        q, k = self._rope(q, batch.positions), self._rope(k, batch.positions)
-        out = attend(layer, batch, self._cache, q, k, v)
-        residual += linear(out, weights[f"model.layers.{layer}.self_attn.o_proj.weight"])
-
-    def _route(self, layer: int) -> None:
-        norm, gate = (
-            self._layer(layer, "post_attention_layernorm"),
-            self._layer(layer, "block_sparse_moe.gate"),
-        )
-        choices = []
-        for rows in self._pieces(len(self.hidden), self._call):
-            self.normed[rows] = rms_norm(self.hidden[rows], norm, self._config.norm_eps)
-            choices.append(choose_experts(self.normed[rows], gate, self._model.experts_per_token))
-        weights, experts = (torch.cat(parts) for parts in zip(*choices, strict=True))
-        self._routing = sort_by_expert(weights, experts, self._model.experts)
+        q, k, v = self.queries(layer, residual, batch.positions, weights)
+        self.add_attended(layer, residual, attend(layer, batch, self._cache, q, k, v), weights)
 
     def _experts(self, layer: int, page: int, weights: Mapping[str, Tensor]) -> None:
         """Add what the page's experts say to the residual stream."""
-        routing = self._routing
-        for e in page_experts(self._model, self._page_plan, page):
-            first, end = routing.starts[e : e + 2]
-            if first == end:
-                continue
-            w1, w2, w3 = (weights[name] for name in expert_names(layer, e))
-            for rows in self._pieces(end - first, self._call, first):
-                tokens = routing.tokens[rows]
-                x = self.normed.index_select(0, tokens)  # faster than indexing
-                out = expert(x, w1, w2, w3).float().mul_(routing.weights[rows, None])
-                self.hidden.index_add_(0, tokens, out)
 
-    def _head(self) -> None:
-        weight = self._resident("model.embed_tokens" if self._config.tied else "lm_head")
-        norm = self._resident("model.norm")
-        for rows in self._pieces(len(self.logits), self._head_rows):
-            x = rms_norm(self.hidden[self._step.last[rows]], norm, self._config.norm_eps)
-            self.logits[rows] = linear(x, weight)
+        def matrices(e: int) -> tuple[Tensor, Tensor, Tensor]:
+            w1, w2, w3 = expert_names(layer, e)
+            return weights[w1], weights[w2], weights[w3]
 
-    def _resident(self, name: str) -> Tensor:
-        return self._pages.resident[name + ".weight"]
-
-    def _layer(self, layer: int, name: str) -> Tensor:
-        return self._resident(f"model.layers.{layer}.{name}")
-
-    @staticmethod
-    def _pieces(count: int, most: int, first: int = 0) -> Sequence[slice]:
-        """Slices of at most `most` rows that cover `count` rows from `first`."""
-        end = first + count
-        return [slice(start, min(end, start + most)) for start in range(first, end, most)]
+        experts = page_experts(self._model, self._page_plan, page)
+        self.add_experts(experts, self._routing, self.normed, self.hidden, matrices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,10 @@ from conftest import batch_spec
 from moeplan.codegen.emit import runtime
 from moeplan.planner.ir.plan import Plan
 from moeplan.runtime_min import plan_file
+from moeplan.runtime_min.lanes import load_schedule
+from moeplan.runtime_min.limits import check_offload
+from moeplan.runtime_min.models.mixtral import tensor_shapes
+from moeplan.runtime_min.offload_memory import Buffers, Experts, check_device_and_host
 
 Compile = Callable[[str], Plan]
 
@@ -82,7 +87,7 @@ def test_a_changed_schedule_is_refused(tmp_path: Path, compile_text: Compile) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "has format 2"),
+        ({"format": 1}, "has format 1"),
         ({"schedule": {"kind": "stream", "format": 9, "sha256": "0"}}, "has format 9"),
         ({"threads": "two"}, "threads is 'two'"),
         ({"threads": True}, "threads is True"),
@@ -104,7 +109,25 @@ def test_a_broken_plan_file_is_named(
 def test_gpu_plans_say_accelerator(compile_text: Compile) -> None:
     files = runtime.emit(compile_text(batch_spec(machine="g4dn.16xlarge")))
     data = json.loads(next(text for path, text in files.items() if path.endswith("runtime.json")))
-    assert (data["device"], data["schedule"]["kind"]) == ("accelerator", "cgopipe")
+    assert (data["device"], data["schedule"]["kind"]) == ("accelerator", "offload")
+
+
+@pytest.mark.parametrize("machine", ["g4dn.16xlarge", "gr6.8xlarge"])
+def test_the_runtime_counts_no_more_than_an_offload_plan_has(
+    tmp_path: Path, compile_text: Compile, machine: str
+) -> None:
+    """Weights and cache to the byte; with all else that the runtime allocates, within the budgets."""
+    for path, content in runtime.emit(compile_text(batch_spec(machine=machine))).items():
+        (tmp_path / Path(path).name).write_text(content)
+    plan = plan_file.load(tmp_path)
+    constants = load_schedule(tmp_path, plan).SCHEDULE
+    experts, buffers = Experts(plan, constants.pages), Buffers(plan, constants)
+    shapes = tensor_shapes(plan.model, tied=False)
+    check_offload(tmp_path, plan)
+    check_device_and_host(tmp_path, plan, experts, buffers, shapes)
+    assert plan.model.layers * experts.host_bytes == plan.memory.weights_bytes
+    cache = math.prod(buffers.cache(plan.model.layers, buffers.host_places))
+    assert plan_file.ITEM_BYTES[plan.model.compute_dtype] * cache == plan.memory.kv_bytes
 
 
 @pytest.mark.parametrize(("inner", "requests", "threads"), [(136, 1, 1), (14336, 300, 2)])

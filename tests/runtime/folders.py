@@ -10,10 +10,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moeplan.codegen.render import render
-from moeplan.planner.ir.schedule import LANES, OPS, Schedule
+from moeplan.codegen.emit.schedule_py import schedule_text
+from moeplan.planner.ir.schedule import OffloadConstants, Schedule, StreamConstants
 from moeplan.runtime_min.limits import check_numbers
 from moeplan.runtime_min.plan_file import (
+    FORMAT,
+    NO_OFFLOAD,
     SCHEDULE_FORMAT,
     BatchPlan,
     MemoryPlan,
@@ -145,15 +147,16 @@ def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
         process_bytes=500 << 20,
     )
     plan = RuntimePlan(
-        format=1,
+        format=FORMAT,
         name="small",
         device="cpu",
         threads=1,
         model=model,
         batch=batch,
         pages=pages,
+        offload=NO_OFFLOAD,
         memory=memory,
-        schedule=SchedulePlan(kind="stream", format=1, sha256=""),
+        schedule=SchedulePlan(kind="stream", format=SCHEDULE_FORMAT, sha256=""),
         predicted=Predicted(
             prefill_tokens_per_s=ANY_SPEED, decode_tokens_per_s=ANY_SPEED, generated_tokens_per_s=ANY_SPEED
         ),
@@ -167,34 +170,76 @@ def in_memory(shape: Shape) -> dict[str, int]:
     return {"resident_pages": 1 + shape.experts, "slots": 0}
 
 
-def write_plan(folder: Path, plan: RuntimePlan) -> Path:
-    """Write the runtime folder `folder`/small.plan/runtime/replica; return it."""
-    pages = plan.pages
-    schedule = Schedule(
-        kind="stream",
+def stream_schedule(plan: RuntimePlan, **changes: int) -> Schedule:
+    """The schedule of a stream plan: all slots but one ahead, and on into the next pass."""
+    constants = StreamConstants(
         layers=plan.model.layers,
-        micro_batches=-(-plan.batch.sequences // plan.batch.micro_batch),
-        pages_per_layer=pages.pages_per_layer,
-        resident_pages=pages.resident_pages,
-        slots=pages.slots,
-        lookahead=0,
-        staged=False,
-        gpu_attended=0,
-        cache_up=0,
-        decode_cpu_experts=False,
-        prefill_cpu_experts=False,
-        disk_pages=0,
-        tasks_per_decode_pass=0,
-        lane_tasks=(),
-        waits_per_decode_pass=0,
+        pages=plan.pages.pages_per_layer,
+        resident=plan.pages.resident_pages,
+        slots=plan.pages.slots,
+        lead=max(0, plan.pages.slots - 1),
+        across=1,
+        barrier=0,
+        lean=1,
     )
-    names = {"lanes": LANES["stream"], "ops": OPS["stream"]}
-    text = render("schedule/stream.py.j2", schedule=schedule, schedule_format=SCHEDULE_FORMAT, **names)
+    return Schedule(kind="stream", name="paged", constants=constants._replace(**changes))
+
+
+def offload_schedule(
+    plan: RuntimePlan, attend: tuple[int, int] = (0, 0), pages_from_disk: int = 0, **changes: int
+) -> Schedule:
+    """The schedule of an offload plan, CGOPipe's if no `changes` say otherwise. Of `attend` micro-batches the
+    first attend on the CPU, the next with a cache copied up."""
+    count = -(-plan.batch.sequences // plan.batch.micro_batch)
+    pages, slots = plan.pages.pages_per_layer, plan.pages.slots
+    cpu_experts = int(plan.offload.cpu_experts > 0)
+    constants = OffloadConstants(
+        layers=plan.model.layers,
+        micro_batches=count,
+        pieces=2,
+        pages=pages,
+        slots=slots,
+        lead=min(slots, 2),
+        disk_pages=pages_from_disk,
+        cpu_attended=attend[0],
+        copied_up=attend[1],
+        decode_cpu_experts=cpu_experts,
+        prefill_cpu_experts=int(cpu_experts and not pages),
+        lookahead=min(2, count - 1),
+        wrap=1,
+        interleave=1,
+        across=1,
+        barrier=0,
+        lean=1,
+    )
+    return Schedule(kind="offload", name="test", constants=constants._replace(**changes))
+
+
+def make_offload_plan(shape: Shape, **changes: Any) -> RuntimePlan:
+    """An offload plan for `shape`: 7 sequences in micro-batches of 2, all experts streamed in four pages out
+    of pinned memory; `changes` are fields of the batch, the pages, the offload part or the plan itself."""
+    batch = {"sequences": 7, "micro_batch": 2, "prefill_tokens": 48, **changes}
+    plan = make_plan(shape, **{k: v for k, v in batch.items() if k not in ("pages_per_layer", "slots")})
+    pages = replace(
+        plan.pages,
+        pages_per_layer=changes.get("pages_per_layer", 4),
+        slots=changes.get("slots", 0),
+        experts_per_page=0,
+    )
+    offload = _fields(replace(NO_OFFLOAD, gpus=1, copies=1, budget_bytes=1 << 30), changes)
+    held = replace(plan.memory, weights_bytes=1 << 30, slots_bytes=1 << 20, kv_bytes=1 << 30)
+    return replace(plan, device="accelerator", pages=pages, offload=offload, memory=held)
+
+
+def write_plan(folder: Path, plan: RuntimePlan, schedule: Schedule | None = None) -> Path:
+    """Write the runtime folder `folder`/small.plan/runtime/replica; return it."""
+    schedule = schedule or stream_schedule(plan)
+    text = schedule_text(schedule)
     runtime_dir = folder / "small.plan" / "runtime" / "replica"
     runtime_dir.mkdir(parents=True)
     (runtime_dir / "schedule.py").write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    plan = replace(plan, schedule=replace(plan.schedule, sha256=digest))
+    plan = replace(plan, schedule=replace(plan.schedule, kind=schedule.kind, sha256=digest))
     (runtime_dir / "runtime.json").write_text(to_json(plan))
     return runtime_dir
 

@@ -10,7 +10,14 @@ import pytest
 from moeplan.runtime_min import __main__ as command
 from moeplan.runtime_min import run
 
-from .folders import Shape, make_plan, save_checkpoint, write_plan
+from .folders import (
+    Shape,
+    make_offload_plan,
+    make_plan,
+    offload_schedule,
+    save_checkpoint,
+    write_plan,
+)
 
 SHAPE = Shape(layers=1)
 
@@ -40,6 +47,34 @@ def test_run(folders, capsys):
     assert "decode" in out
     assert err == ""
     assert len(output.read_text().splitlines()) == 2
+
+
+@pytest.fixture(scope="module")
+def for_an_accelerator(folders):
+    plan = make_offload_plan(SHAPE, sequences=4)
+    folder = folders[0] / "accelerator"
+    folder.mkdir()
+    return write_plan(folder, plan, offload_schedule(plan, attend=(1, 1)))
+
+
+def test_an_accelerator_plan_needs_one(folders, for_an_accelerator, capsys, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    runtime_dir, options = for_an_accelerator, arguments(folders, "--output", "out.jsonl")[2:]
+    assert command.main(["run", str(runtime_dir), *options]) == 2
+    err = capsys.readouterr().err
+    assert "the plan is for an accelerator, and torch finds none here" in err
+    assert "--rehearse" in err
+
+
+def test_rehearsal(folders, for_an_accelerator, capsys, tmp_path):
+    """The same answers as the plan for the CPU, and no word of a speed that was planned for."""
+    options = ["--checkpoint", str(folders[0] / "checkpoint"), "--rehearse"]
+    runtime_dir, output = str(for_an_accelerator), tmp_path / "out.jsonl"
+    assert command.main(["run", runtime_dir, *arguments(folders, "--output", str(output))[2:], *options]) == 0
+    assert "the CPU took the accelerator's place" in capsys.readouterr().out
+    assert command.main(arguments(folders, "--output", str(tmp_path / "plain.jsonl"))) == 0
+    assert output.read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+    assert command.main(["bench", runtime_dir, "--prompt-tokens", "4", "--tokens", "3", *options]) == 0
 
 
 def test_bench(folders, capsys):

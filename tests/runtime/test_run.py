@@ -162,7 +162,7 @@ def test_an_interrupted_run_goes_on(answered, runtime_dir, tmp_path, monkeypatch
 def test_nothing_is_left_to_do(answered, runtime_dir, tmp_path):
     """Interrupted between the last record and the renaming."""
     source, expected, _ = answered
-    identity = run._identity(runtime_dir, run._open(runtime_dir, None)[1], source)
+    identity = run._identity(runtime_dir, run._open(runtime_dir, None, False)[1], source)
     left = results.Results(tmp_path / "out.jsonl", identity)
     for record in read_output(expected):
         left.add(record)
@@ -288,7 +288,7 @@ def test_measured_allocations_stay_within_the_plan(checkpoint, tmp_path):
         model, pages = engine.model, engine._pages
         assert sum(t.nbytes for t in pages.resident.values()) == plan.memory.weights_bytes
         assert sum(t.nbytes for t in pages._slots) == plan.memory.slots_bytes
-        assert model._cache._cache.nbytes == plan.memory.kv_bytes
+        assert model._cache.tensor.nbytes == plan.memory.kv_bytes
         held = sum(
             t.nbytes for t in (model._hidden, model._normed, model._logits, *vars(model._rope).values())
         )

@@ -12,7 +12,6 @@ from transformers import MixtralForCausalLM
 
 from moeplan.runtime_min.attention import prefill_batch
 from moeplan.runtime_min.engine import Engine, Generation
-from moeplan.runtime_min.lanes import PREFILL
 from moeplan.runtime_min.models.mixtral import Pass
 from moeplan.runtime_min.plan_file import load
 
@@ -68,8 +67,8 @@ def perplexity(engine: Engine, tokens: list[int], start: int) -> float:
     for first in range(0, len(tokens), WINDOW - 1):
         window = torch.tensor([start, *tokens[first : first + WINDOW - 1]])
         inputs = window[:-1]
-        engine.model.begin(Pass(inputs, (prefill_batch(0, [0], [len(inputs)]),), torch.arange(len(inputs))))
-        engine._lanes.run(PREFILL, 1, engine.model.execute, more=True)
+        step = Pass(inputs, (prefill_batch(0, [0], [len(inputs)]),), torch.arange(len(inputs)))
+        engine.execute(step, prefill=True, following=True)
         nats += F.cross_entropy(engine.model.logits.double(), window[1:], reduction="sum").item()
     return math.exp(nats / len(tokens))
 

@@ -1,0 +1,470 @@
+"""An offload plan executed: GPU, link, CPU and disk share the work of every pass, lane by lane.
+
+Sequences keep their places for a whole batch, and so their micro-batch: it decides where they attend. One
+whose sequences are all done goes on empty. Each operation of schedule.py is a method here; the buffers it
+reads and writes are those that schedule.py says it touches, and all order between lanes follows from that.
+
+With an accelerator this has never run: tests and rehearsals put the CPU in its place.
+
+B sequences of a micro-batch, T tokens of a piece of prefill, H hidden, K experts per token,
+Q query heads, V key and value heads, D head dimension
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeplan.runtime_min.attention import MicroBatch, attend, attend_prompts, decode_batch, prefill_batch
+from moeplan.runtime_min.checkpoint import find_tensors
+from moeplan.runtime_min.cpu import keep_freed_memory
+from moeplan.runtime_min.engine import Active, Batches, goes_on, groups
+from moeplan.runtime_min.lanes import Blocks, Lanes, Row, check_schedule, load_schedule, single
+from moeplan.runtime_min.layers import sort_by_expert
+from moeplan.runtime_min.limits import check_offload
+from moeplan.runtime_min.model_config import read_config
+from moeplan.runtime_min.models.mixtral import DTYPES, Operations, tensor_shapes
+from moeplan.runtime_min.offload_memory import (
+    READERS,
+    Buffers,
+    Experts,
+    Memory,
+    check_device_and_host,
+    check_pages,
+)
+from moeplan.runtime_min.plan_file import RuntimePlan
+
+LANES = ("gpu", "h2d", "d2h", "cpu", "copier", "disk")
+DECODE_OPS = (
+    "embed",
+    "pre_attention",
+    "offload_qkv",
+    "cpu_attention",
+    "load_hidden",
+    "load_kv",
+    "gpu_attention",
+    "store_kv",
+    "post_attention",
+    "offload_routed",
+    "cpu_experts",
+    "load_partial",
+    "head",
+)
+PREFILL_OPS = (
+    "load_piece",
+    "prefill_layer",
+    "store_piece",
+    "store_piece_kv",
+    "offload_piece",
+    "piece_experts",
+    "piece_partial",
+    "piece_head",
+)
+PAGE_OPS = ("stage_page", "read_page", "copy_page")
+_TO_CPU = ("normed", "weights", "chosen")  # what the CPU's experts need
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A micro-batch: its sequences, their newest tokens, and where these are in the cache they attend over:
+    `host` as the host counts places, `device` as the device does."""
+
+    active: Active
+    tokens: Tensor
+    host: MicroBatch | None
+    device: MicroBatch | None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some whole prompts: their rows of the parked hidden states, each sequence's last token, and which keys
+    and values go to the host's cache and which to the device's."""
+
+    active: Active
+    tokens: Tensor
+    batch: MicroBatch
+    last: Tensor
+    parked: slice
+    host: tuple[slice, MicroBatch]
+    device: tuple[slice, MicroBatch]
+
+
+@dataclass(slots=True)
+class Step:
+    """A pass: the sequences of each micro-batch at its start, and as its first operation has found them."""
+
+    number: int
+    active: list[Active]
+    groups: dict[int, Group] = field(default_factory=dict)
+    pieces: Sequence[Piece] = ()
+
+
+class Offload(Batches):
+    """An offload plan with its checkpoint loaded; `device` is the accelerator, or the CPU in its place."""
+
+    def __init__(self, folder: Path, plan: RuntimePlan, checkpoint: Path, device: torch.device) -> None:
+        path, m = folder / "runtime.json", plan.model
+        check_offload(path, plan)
+        schedule = load_schedule(folder, plan)
+        check_schedule(schedule, "offload", offload_constants(plan, schedule))
+        self.config = read_config(checkpoint, m, plan.batch.context_tokens)
+        shapes = tensor_shapes(m, self.config.tied)
+        refs = find_tensors(checkpoint, shapes)
+        self._s, self._ops = schedule.SCHEDULE, schedule.OPS
+        experts, self._buffers = Experts(plan, self._s.pages), Buffers(plan, self._s)
+        check_pages(path, experts, self._s)
+        check_device_and_host(path, plan, experts, self._buffers, shapes)
+        torch.set_num_threads(plan.threads)
+        keep_freed_memory()
+        self._memory = Memory(experts, self._buffers, refs, device)
+        self._model = m
+        self._on, self._dtype, self._device = self._memory.device, DTYPES[m.compute_dtype], device
+        self._pinned = self._memory.pinned
+        resident = self._memory.resident
+        with device:
+            self._device_ops = Operations(plan, self.config, resident)
+        self._passes = self._pages_staged = self._pages_copied = 0
+        self._next: Step | None = None
+        super().__init__(plan, Lanes(schedule, READERS, device))
+
+    def close(self) -> None:
+        super().close()
+        self._memory.close()
+
+    # Passes
+
+    def _pass(self, active: Active, prefill: bool, more: bool) -> None:
+        step = self._step(active, prefill)
+        decode = 0 if prefill else len(step.active)
+        coming = [place for place, g in active if goes_on(g)]
+        following = max(coming) // self.plan.batch.micro_batch + 1 if coming else 0
+        rows = self.lanes.issue(decode, len(step.pieces), following)
+        self._next = Step(self._passes, step.active)
+        self.lanes.run(rows, list(self._work(rows, step, self._next)))
+
+    def _step(self, active: Active, prefill: bool) -> Step:
+        """The pass that comes now. Of a decode pass the one before may have begun the first micro-batches."""
+        begun = self._next.groups if self._next and not prefill else {}
+        micro = self.plan.batch.micro_batch
+        count = max(place for place, _ in active) // micro + 1
+        members: list[Active] = [
+            [(place, g) for place, g in active if place // micro == j] for j in range(count)
+        ]
+        pieces = list(self._pieces(active)) if prefill else []
+        self._passes += 1
+        return Step(self._passes - 1, members, begun, pieces)
+
+    def _work(self, rows: Iterable[Row], step: Step, following: Step) -> Iterable[Blocks]:
+        """The work of each row. What a micro-batch does after its head is of the next pass."""
+        headed = set()
+        for row in rows:
+            op, _, layer, item, slot = row[:5]
+            name = self._ops[op]
+            if name in PAGE_OPS:
+                yield self._page_work(name, step, layer, item, slot)
+                continue
+            ahead = name in DECODE_OPS and item in headed
+            if name == "head":
+                headed.add(item)
+            do = getattr(self, f"_{name}")
+            if name == "load_kv":
+                do = partial(do, self._cached(step, item, ahead))
+            yield single(do, following if ahead else step, layer, item, slot)
+
+    def _page_work(self, name: str, step: Step, layer: int, page: int, slot: int) -> Blocks:
+        """A page's move. In decode the CPU computes some experts, and these stay where they are; of a page
+        for the next pass, which may be another prefill, all is moved."""
+        copies = name == "copy_page"
+        number = self._pages_copied if copies else self._pages_staged
+        self._pages_copied += copies
+        self._pages_staged += not copies
+        to_come = number // (self._s.pages * self._s.layers) > step.number
+        whole = (to_come or bool(step.pieces)) and not self._s.prefill_cpu_experts
+        memory = self._memory
+        if name == "read_page":
+            return partial(memory.read_page, layer, page, slot, whole)
+        if name == "stage_page":
+            return single(memory.stage_page, layer, page, slot, whole)
+        pinned = number % self._s.slots if self._s.slots else -1
+        return single(memory.copy_page, layer, page, slot, pinned, whole)
+
+    def _pieces(self, active: Active) -> Iterable[Piece]:
+        """All prompts, in pieces of about `prefill_tokens` tokens of whole prompts."""
+        lengths = [len(g.prompt) for _, g in active]
+        row = 0
+        for group in groups(lengths, self.plan.batch.prefill_tokens):
+            some, ends = active[group], list(accumulate(lengths[group]))
+            places = [place for place, _ in some]
+            batch = prefill_batch(0, places, lengths[group])
+            split = sum(len(g.prompt) for place, g in some if place < self._buffers.host_places)
+            to_host, to_device = slice(0, split), slice(split, ends[-1])
+            on_device = batch.part(to_device, self._buffers.host_places).on(self._device)
+            yield Piece(
+                active=some,
+                tokens=torch.tensor([token for _, g in some for token in g.prompt], device=self._device),
+                batch=batch.on(self._device),
+                last=torch.tensor([end - 1 for end in ends], device=self._device),
+                parked=slice(row, row + ends[-1]),
+                host=(to_host, batch.part(to_host, 0)),
+                device=(to_device, on_device),
+            )
+            row += ends[-1]
+
+    def _group(self, j: int, active: Active) -> Group:
+        """Micro-batch j of those that are not done."""
+        active = [(place, g) for place, g in active if not g.finish]
+        lengths = [g.length for _, g in active]
+        first = self._buffers.host_places
+        if j < self._s.cpu_attended + self._s.copied_up:
+            first = j * self.plan.batch.micro_batch  # the cache that is copied up is of this one alone
+
+        def batch(first_place: int) -> MicroBatch | None:
+            places = [place - first_place for place, _ in active]
+            return decode_batch(0, places, lengths) if active else None
+
+        device = batch(first)
+        tokens = torch.tensor([g.tokens[-1] for _, g in active], dtype=torch.int64, device=self._device)
+        return Group(active, tokens, batch(0), device.on(self._device) if device else None)
+
+    def _cached(self, step: Step, j: int, ahead: bool) -> list[tuple[int, int]]:
+        """(place, tokens in the cache) of micro-batch j; `ahead`: in the next pass."""
+        if j >= len(step.active):
+            return []
+        return [(place, g.length - 1 + ahead) for place, g in step.active[j]]
+
+    # Decode: one token of every sequence of a micro-batch
+
+    def _embed(self, step: Step, _: int, item: int, slot: int) -> None:
+        if item >= self._s.micro_batches:
+            piece = step.pieces[item - self._s.micro_batches]
+            self._device_ops.embed(piece.tokens, self._on["piece_in"][slot][: len(piece.tokens)])
+            return
+        active = step.active[item] if item < len(step.active) else []
+        step.groups[item] = self._group(item, active)
+        self._device_ops.embed(step.groups[item].tokens, self._hidden(step, item))
+
+    def _hidden(self, step: Step, j: int) -> Tensor:
+        """The residual stream of micro-batch j: [B, H], float32."""
+        return self._on["hidden"][j, : len(step.groups[j].active)]
+
+    def _queries(self, step: Step, layer: int, j: int, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self._hidden(step, j)
+        if layer > 0:
+            self._add_partial(hidden, j)
+        return self._device_ops.queries(layer, hidden, batch.positions, self._memory.resident)
+
+    def _add_partial(self, hidden: Tensor, j: int) -> None:
+        """Add what the CPU's experts of the layer before have said."""
+        if self._s.decode_cpu_experts:
+            hidden += self._on["partial"][j, : len(hidden)]
+
+    def _pre_attention(self, step: Step, layer: int, j: int, _: int) -> None:
+        group = step.groups[j]
+        if group.device is not None:
+            qkv = torch.cat(self._queries(step, layer, j, group.device), 1)
+            self._on["qkv"][j, : len(qkv)] = qkv
+
+    def _offload_qkv(self, step: Step, _: int, j: int, __: int) -> None:
+        self._down(["qkv"], j, j, len(step.groups[j].active))
+
+    def _cpu_attention(self, step: Step, layer: int, j: int, _: int) -> None:
+        group, m = step.groups[j], self._model
+        if group.host is not None:
+            qkv = self._pinned["qkv"][j, : len(group.active)]
+            q, k, v = qkv.tensor_split((m.heads, m.heads + m.kv_heads), 1)
+            out = attend(layer, group.host, self._memory.host_cache, q, k, v)
+            self._pinned["attended"][j, : len(out)] = out
+
+    def _load_hidden(self, step: Step, _: int, j: int, __: int) -> None:
+        self._up("attended", step, j)
+
+    def _load_kv(self, cached: list[tuple[int, int]], _: Step, layer: int, j: int, slot: int) -> None:
+        host, there = self._memory.host_cache.tensor[layer], self._memory.kv_in.tensor[slot]
+        first = j * self.plan.batch.micro_batch
+        for place, tokens in cached:
+            for kv in range(2):
+                source = host[kv, place, :, :tokens]
+                there[kv, place - first, :, :tokens].copy_(source, non_blocking=True)
+
+    def _gpu_attention(self, step: Step, layer: int, j: int, slot: int) -> None:
+        group = step.groups[j]
+        if group.device is None:
+            return
+        q, k, v = self._queries(step, layer, j, group.device)
+        if slot < 0:
+            out = attend(layer, group.device, self._memory.device_cache, q, k, v)
+        else:
+            out = attend(slot, group.device, self._memory.kv_in, q, k, v)
+            self._keep(slot, k, v)
+        self._on["attended"][j, : len(out)] = out
+
+    def _keep(self, slot: int, k: Tensor, v: Tensor) -> None:
+        """New keys and values [T, V, D], for the host."""
+        self._on["kv_out"][slot, 0, : len(k)] = k
+        self._on["kv_out"][slot, 1, : len(v)] = v
+
+    def _store_kv(self, step: Step, layer: int, j: int, slot: int) -> None:
+        group = step.groups[j]
+        if group.host is not None:
+            self._store(layer, group.host, slot, slice(0, len(group.active)))
+
+    def _store(self, layer: int, batch: MicroBatch, slot: int, tokens: slice) -> None:
+        """Spread `tokens` of kv_out over the host's cache."""
+        pinned = self._pinned["kv_out"][slot, :, tokens]
+        for kv in range(2):
+            pinned[kv].copy_(self._on["kv_out"][slot, kv, tokens], non_blocking=True)
+        if self._device.type != "cpu":
+            torch.accelerator.current_stream().synchronize()  # now they are here, to be spread
+        self._memory.host_cache.store(layer, batch, pinned[0], pinned[1])
+
+    def _post_attention(self, step: Step, layer: int, j: int, half: int) -> None:
+        hidden = self._hidden(step, j)
+        if not len(hidden):
+            return
+        attended = self._on["attended"][j, : len(hidden)]
+        self._device_ops.add_attended(layer, hidden, attended, self._memory.resident)
+        normed, choice = self._choose(layer, hidden)
+        if self._s.decode_cpu_experts:
+            self._tell("", j, normed, choice)
+        self._add_experts(layer, half, normed, choice, hidden, bool(self._s.decode_cpu_experts))
+
+    def _choose(self, layer: int, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        normed = torch.empty_like(hidden, dtype=self._dtype)
+        return normed, self._device_ops.choose(layer, hidden, normed)
+
+    def _tell(self, kind: str, at: int, normed: Tensor, choice: tuple[Tensor, Tensor]) -> None:
+        """Leave for the CPU's experts what they need."""
+        for name, value in zip(_TO_CPU, (normed, *choice), strict=True):
+            self._on[kind + name][at, : len(value)] = value
+
+    def _add_experts(
+        self, layer: int, half: int, normed: Tensor, choice: tuple[Tensor, Tensor], out: Tensor, shared: bool
+    ) -> None:
+        """Add what the device's experts say; `shared`: the CPU computes its own."""
+        outside = self._memory.outside[layer][self.plan.offload.cpu_experts if shared else 0 :]
+        experts = [*self._memory.experts.resident(layer), *outside]
+        routing = sort_by_expert(*choice, self._model.experts)
+        self._device_ops.add_experts(experts, routing, normed, out, self._memory.on_device(layer, half))
+
+    def _offload_routed(self, step: Step, _: int, j: int, __: int) -> None:
+        self._down(_TO_CPU, j, j, len(step.groups[j].active))
+
+    def _cpu_experts(self, step: Step, layer: int, j: int, _: int) -> None:
+        self._answer("", layer, j, self._pinned["partial"][j, : len(step.groups[j].active)])
+
+    def _answer(self, kind: str, layer: int, at: int, answer: Tensor) -> None:
+        """What the CPU's experts say, to `answer` in pinned memory."""
+        if not len(answer):
+            return
+        normed, weights, chosen = (self._pinned[kind + name][at, : len(answer)] for name in _TO_CPU)
+        out = torch.zeros(len(answer), self._model.hidden)
+        routing = sort_by_expert(weights, chosen, self._model.experts)
+        experts = self._memory.outside[layer][: self.plan.offload.cpu_experts]
+        self._device_ops.add_experts(experts, routing, normed, out, self._memory.on_host(layer))
+        answer.copy_(out)
+
+    def _load_partial(self, step: Step, _: int, j: int, __: int) -> None:
+        self._up("partial", step, j)
+
+    def _head(self, step: Step, _: int, j: int, __: int) -> None:
+        hidden = self._hidden(step, j)
+        self._add_partial(hidden, j)
+        self._score(hidden, torch.arange(len(hidden), device=self._device), step.groups[j].active)
+
+    def _score(self, hidden: Tensor, rows: Tensor, active: Active) -> None:
+        if active:
+            scores = torch.empty(len(rows), self._model.vocab, device=self._device)
+            self._device_ops.scores(hidden, rows, scores)
+            self._accept(scores, active)
+
+    # Prefill: the prompts of a piece
+
+    def _load_piece(self, step: Step, _: int, q: int, slot: int) -> None:
+        parked = self._pinned["parked"][step.pieces[q].parked]
+        self._on["piece_in"][slot][: len(parked)].copy_(parked, non_blocking=True)
+
+    def _prefill_layer(self, step: Step, layer: int, q: int, slot: int) -> None:
+        piece = step.pieces[q]
+        hidden = self._piece(piece, layer, slot)
+        weights, ops = self._memory.resident, self._device_ops
+        queries, k, v = ops.queries(layer, hidden, piece.batch.positions, weights)
+        ops.add_attended(layer, hidden, attend_prompts(piece.batch, queries, k, v), weights)
+        tokens, batch = piece.device
+        if tokens.stop > tokens.start:
+            self._memory.device_cache.store(layer, batch, k[tokens], v[tokens])
+        if self._buffers.host_places:
+            self._keep(slot, k, v)
+        normed, choice = self._choose(layer, hidden)
+        if self._s.prefill_cpu_experts:
+            self._tell("piece_", slot, normed, choice)
+        half = (step.number * self._s.layers + layer) % 2
+        self._add_experts(layer, half, normed, choice, hidden, bool(self._s.prefill_cpu_experts))
+        self._on["piece_out"][slot][: len(hidden)] = hidden
+
+    def _piece(self, piece: Piece, layer: int, slot: int) -> Tensor:
+        """The residual stream of a piece before `layer`: [T, H], float32."""
+        count = len(piece.tokens)
+        hidden = self._on["piece_in"][slot][:count].to(torch.float32, copy=True)
+        if self._s.prefill_cpu_experts and layer > 0:
+            hidden += self._on["piece_partial"][slot][:count]
+        return hidden
+
+    def _store_piece(self, step: Step, _: int, q: int, slot: int) -> None:
+        parked = self._pinned["parked"][step.pieces[q].parked]
+        parked.copy_(self._on["piece_out"][slot][: len(parked)], non_blocking=True)
+
+    def _store_piece_kv(self, step: Step, layer: int, q: int, slot: int) -> None:
+        tokens, batch = step.pieces[q].host
+        if tokens.stop:
+            self._store(layer, batch, slot, tokens)
+
+    def _offload_piece(self, step: Step, _: int, q: int, slot: int) -> None:
+        names = ["piece_" + name for name in _TO_CPU]
+        self._down(names, slot, q % self._s.pieces, len(step.pieces[q].tokens))
+
+    def _piece_experts(self, step: Step, layer: int, q: int, _: int) -> None:
+        self._answer(
+            "piece_", layer, q % self._s.pieces, self._pinned["parked_partial"][step.pieces[q].parked]
+        )
+
+    def _piece_partial(self, step: Step, _: int, q: int, slot: int) -> None:
+        partial_sums = self._pinned["parked_partial"][step.pieces[q].parked]
+        self._on["piece_partial"][slot, : len(partial_sums)].copy_(partial_sums, non_blocking=True)
+
+    def _piece_head(self, step: Step, layer: int, q: int, slot: int) -> None:
+        piece = step.pieces[q]
+        self._score(self._piece(piece, layer + 1, slot), piece.last, piece.active)
+
+    # The link
+
+    def _down(self, names: Iterable[str], at: int, to: int, count: int) -> None:
+        """Rows of the device's buffer `at` to the host's `to`."""
+        for name in names:
+            self._pinned[name][to, :count].copy_(self._on[name][at, :count], non_blocking=True)
+
+    def _up(self, name: str, step: Step, j: int) -> None:
+        """Rows of micro-batch j from the host's buffer to the device's."""
+        count = len(step.groups[j].active)
+        self._on[name][j, :count].copy_(self._pinned[name][j, :count], non_blocking=True)
+
+
+def offload_constants(plan: RuntimePlan, schedule: Any) -> dict[str, object]:
+    """What schedule.py has to say for this offload plan."""
+    offload, ops = plan.offload, getattr(schedule, "OPS", ())
+    return {
+        "LANES": LANES,
+        "OPS": tuple(op for op in ops if op in (*DECODE_OPS, *PREFILL_OPS, *PAGE_OPS)),
+        "layers": plan.model.layers,
+        "micro_batches": -(-plan.batch.sequences // plan.batch.micro_batch),
+        "pages": plan.pages.pages_per_layer,
+        "slots": plan.pages.slots,
+        "decode_cpu_experts": int(offload.cpu_experts > 0),
+        "prefill_cpu_experts": int(offload.cpu_experts > 0 and not plan.pages.pages_per_layer),
+    }
