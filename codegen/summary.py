@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeplan.codegen.emit.report import interval, latency, why_unrun
+from moeplan.codegen.emit.report import caution, interval, latency, why_unrun
 from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan, Replica
@@ -80,4 +80,5 @@ def _next_line(plan: Plan, replica: Replica, folder: str, checkpoint_option: str
         return f"sky serve up {file}" if policy.serves == "online" else batch
     if unrun := why_unrun(plan, policy):
         return f"{unrun}: the figures are predictions"
-    return f"moeplan run {folder}{checkpoint_option} --input REQUESTS.jsonl --output ANSWERS.jsonl"
+    warning = f"  ({caution(policy)})" if caution(policy) else ""
+    return f"moeplan run {folder}{checkpoint_option} --input REQUESTS.jsonl --output ANSWERS.jsonl{warning}"

@@ -154,10 +154,13 @@ def run(
     profile: Annotated[
         Path | None, typer.Option("--profile", help="add what was measured to this CSV, for `profile:`")
     ] = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="a plan for a GPU, with the CPU in the GPU's place")
+    ] = False,
 ) -> None:
     """Run a plan on this machine.
 
-    The bundled runtime executes the plan's batch replica on CPU; an interrupted run resumes when repeated.
+    The bundled runtime executes the plan's batch replica; an interrupted run resumes when repeated.
     """
     from moeplan.runtime_min.__main__ import main as runtime_main
 
@@ -175,6 +178,7 @@ def run(
         raise typer.Exit(2)
     arguments = ["run", str(folders[0]), "--input", str(input), "--output", str(output), "--show", str(show)]
     arguments += ["--checkpoint", str(checkpoint)] if checkpoint else []
+    arguments += ["--rehearse"] if rehearse else []
     raise typer.Exit(runtime_main(arguments, _recorder(plan, folders[0].name, profile) if profile else None))
 
 

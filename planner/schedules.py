@@ -82,9 +82,9 @@ def merge_pages(s: Schedule) -> Schedule:
     at = _offload(s)
     if at.pages < 2 or at.slots == 1:
         return s
-    slots = at.slots // 2
-    lead = max(1, min(at.lead, slots - 1))
-    return _with(s, pages=-(-at.pages // 2), disk_pages=-(-at.disk_pages // 2), slots=slots, lead=lead)
+    pages, slots = -(-at.pages // 2), at.slots // 2
+    disk_pages = -(-at.disk_pages * pages // at.pages)  # at least the same share
+    return _with(s, pages=pages, disk_pages=disk_pages, slots=slots, lead=max(1, min(at.lead, slots - 1)))
 
 
 def stage_further(s: Schedule) -> Schedule:

@@ -77,6 +77,11 @@ def test_merged_pages_fit_the_ring() -> None:
     after = schedules.merge_pages(schedules.named(SIZES, "CGOPipe")).constants
     assert isinstance(after, OffloadConstants)
     assert (after.pages, after.slots) == (2, 2)
+    from_disk = schedules.merge_pages(
+        schedules.named(SIZES._replace(pages=5, disk_pages=2), "CGOPipe")
+    ).constants
+    assert isinstance(from_disk, OffloadConstants)
+    assert (from_disk.pages, from_disk.disk_pages) == (3, 2)  # two thirds hold two fifths
     assert schedules.merge_pages(schedules.named(SIZES._replace(pages=1), "CGOPipe")).constants.pages == 1
 
 

@@ -82,10 +82,17 @@ def latency(policy: Policy) -> str:
 
 def why_unrun(plan: Plan, policy: Policy) -> str:
     """Why the bundled runtime cannot execute a policy that is planned for it; empty where it can."""
-    if policy.simulated_only:
-        return "this version of runtime_min does not execute plans for a GPU"
     if policy.engine == "runtime_min" and plan.workload.model.model_type not in ARCHITECTURES:
         return f"this version of runtime_min runs {', '.join(ARCHITECTURES)} models only"
+    if policy.rehearsed_only and policy.gpus * policy.data_parallel > 1:
+        return "this version of runtime_min runs on one GPU only"
+    return ""
+
+
+def caution(policy: Policy) -> str:
+    """What to know before running a policy that the bundled runtime can execute; empty where nothing."""
+    if policy.rehearsed_only:
+        return "runtime_min has never run on a GPU, only with the CPU in its place (--rehearse)"
     return ""
 
 
@@ -162,7 +169,7 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
         ],
         "pipeline": _pipeline(replica.name, replica.pipeline, policy) if replica.pipeline else None,
         "bound": _bound_line(replica.bound, policy) if replica.bound else "",
-        "unrun": why_unrun(plan, policy),
+        "unrun": why_unrun(plan, policy) or caution(policy),
         "command": _vllm_command(plan, policy) if policy.engine == "vllm" else "",
         "latency": latency(policy) if policy.serves == "online" else "",
     }

@@ -189,8 +189,9 @@ class Policy:
     resident_experts: tuple[ResidentExperts, ...] = ()
 
     @property
-    def simulated_only(self) -> bool:
-        """Whether no engine executes it yet: the bundled runtime has no accelerator path."""
+    def rehearsed_only(self) -> bool:
+        """Whether it has never run where it would: the runtime's GPU path was only tried with a CPU in its
+        place."""
         return self.engine == "runtime_min" and self.gpus > 0
 
     def used_bytes(self, level: LevelName) -> int:

@@ -139,7 +139,7 @@ def _batch_alternatives(batch: Batch, columns: Sequence[Column]) -> tuple[Altern
         if replicas is None:
             continue
         hours = batch.work_hours(column) + batch.start_hours(column) * replicas
-        simulated = column.policy.simulated_only
+        simulated = column.policy.rehearsed_only
         found.append(
             Alternative(
                 column=column.name,

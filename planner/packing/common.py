@@ -14,14 +14,14 @@ from moeplan.planner.ir.workload import ClassName
 
 TIE_BREAK = 1e-6
 MOST_ALTERNATIVES = 8
-PREDICTED_ONLY = "; predicted only, runtime_min does not execute GPU plans yet"
+PREDICTED_ONLY = "; predicted only, runtime_min has never run on a GPU"
 _LEAST_SHARE = 1e-6  # less is the solver's noise
 _MOST_NODES = 20_000
 
 
 def executable(columns: Sequence[Column]) -> list[Column]:
-    """The columns that some engine executes, or all where none does."""
-    return [column for column in columns if not column.policy.simulated_only] or list(columns)
+    """The columns that an engine has executed, or all where none has."""
+    return [column for column in columns if not column.policy.rehearsed_only] or list(columns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,7 +169,7 @@ def _online_alternatives(
                 serves="online",
                 replicas=replicas,
                 cost_usd=replicas * column.usd_per_hour,
-                note="USD per hour" + PREDICTED_ONLY * column.policy.simulated_only,
+                note="USD per hour" + PREDICTED_ONLY * column.policy.rehearsed_only,
             )
         )
     return tuple(sorted(found, key=lambda a: (a.cost_usd, a.column))[:MOST_ALTERNATIVES])
