@@ -4,7 +4,6 @@ import os
 import queue
 import random
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -68,9 +67,7 @@ class Rehearsal(Offload):
     def __init__(self, folder: Path, checkpoint: Path, plan: RuntimePlan, **schedule: Any) -> None:
         runtime_dir = write_plan(folder, plan, offload_schedule(plan, **schedule))
         self.scores: dict[int, list[torch.Tensor]] = {}
-        with pytest.MonkeyPatch.context() as patch:  # it would take seconds to compile, for the same rows
-            patch.setitem(sys.modules, "numba", None)
-            super().__init__(runtime_dir, load(runtime_dir), checkpoint, torch.device("cpu"))
+        super().__init__(runtime_dir, load(runtime_dir), checkpoint, torch.device("cpu"))
 
     def _accept(self, scores, active):
         for row, (_, generation) in zip(scores, active, strict=True):
