@@ -51,6 +51,7 @@ def load_schedule(folder: Path, plan: RuntimePlan) -> types.ModuleType:
     sys.modules[name] = module  # Numba looks the functions' module up by name
     try:
         loader.exec_module(module)
+        module.issue(module.new_clock(), 1, 1, 1)  # compiled now, not in the first pass
     except Exception as error:
         raise PlanFileError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
     return module

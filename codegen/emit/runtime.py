@@ -130,7 +130,7 @@ def _memory_plan(policy: Policy) -> plan_file.MemoryPlan:
         ),
         slots_bytes=held.get("page slots", 0) + held.get("pinned pages", 0),
         kv_bytes=held.get("KV cache", 0),
-        workspace_bytes=held.get("workspace", 0) + held.get("parked hidden states", 0),
+        workspace_bytes=held.get("workspace", 0) + held.get("pinned buffers", 0),
         process_bytes=held["process"],
     )
 

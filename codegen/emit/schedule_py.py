@@ -29,7 +29,7 @@ def schedule_text(schedule: Schedule) -> str:
 
 
 def _source(folder: str, module: str) -> str:
-    return resources.files(f"moeplan.planner.{folder}").joinpath(f"{module}.py").read_text(encoding="utf-8")
+    return resources.files("moeplan.planner").joinpath(folder, f"{module}.py").read_text(encoding="utf-8")
 
 
 def _emitted(folder: str, module: str) -> str:

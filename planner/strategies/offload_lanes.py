@@ -43,11 +43,10 @@ STAGED_TOUCHES = 3
 # (benchmarks/published_runs.py).
 _OVERLAP = 2.0
 _DISK_TOUCHES = 2  # direct reads land in the ring: write, DMA read
-_WORKSPACE_MARGIN = 1.2  # MoE-Lightning's released optimiser
 _CALLS_PER_MICRO_BATCH = 30  # operator launches per layer and micro-batch
 _HOST_PROCESS_BYTES = 4 << 30  # interpreter, CUDA context's host part, file cache the kernel insists on
 _PREFILL_TOKENS = 4096
-_LOGIT_BYTES = 4
+_LOADING_BYTES = 64 << 20  # blocks of the readers, and what the allocator holds
 SPARE_SLOTS = 2  # pinned pages beside those of one layer, for what is staged ahead
 _CORES: tuple[OperatorName, ...] = ("attention_core", "windowed_attention_core")
 
@@ -307,13 +306,9 @@ class Costs:
 
     def gpu_items(self, point: Layout) -> Items:
         """What the GPUs of one copy hold beside experts."""
-        model, size, p = self.workload.model, self.workload.value_bytes, self.workload.model.parameters
-        units = point.units
+        model, p, units = self.workload.model, self.workload.model.parameters, point.units
         held = costs.held_bytes_per_parameter(model.stored_bytes_per_other_parameter, self.workload)
-        tokens = np.maximum(units.micro_batch, self.prefill_tokens)
-        inner = model.experts_per_token * (units.gpus * model.hidden + 3 * model.expert_intermediate)
         one = self.gpu_cache_bytes(units)
-        in_pass = np.maximum(units.micro_batch * units.micro_batches, self.prefill_tokens)
         zero = np.zeros_like(units.gpus)
         return [
             ("embedding", p.embedding * held + zero),
@@ -324,10 +319,61 @@ class Costs:
             ),
             ("KV cache", point.on_gpu * one),
             ("KV pages", np.where(point.cache_up > 0, 2.0 * one / model.layers, 0.0)),
-            ("hidden states", 2.0 * size * model.hidden * in_pass * units.gpus),
-            ("workspace", _WORKSPACE_MARGIN * size * tokens * inner),
-            ("logits", _LOGIT_BYTES * units.micro_batch * model.vocab),
+            ("micro-batch buffers", units.gpus * self._micro_batch_bytes(point)),
+            ("prefill buffers", units.gpus * self._piece_bytes(point)),
+            ("workspace", units.gpus * self._scratch_bytes(units)),
         ]
+
+    # Item by item what runtime_min.offload_memory counts; a test holds the two together.
+
+    @property
+    def _choice_bytes(self) -> float:
+        """A token's experts and their weights, and its hidden state: what the CPU's experts need."""
+        model = self.workload.model
+        return model.hidden * self.workload.value_bytes + 12.0 * model.experts_per_token
+
+    def _micro_batch_bytes(self, point: Layout) -> Array:
+        """Hidden states, QKV, attention output and what the CPU's experts exchange, of all micro-batches."""
+        model, size, units = self.workload.model, self.workload.value_bytes, point.units
+        a, sequences = model.attention, units.micro_batch * units.micro_batches
+        on_cpu = units.micro_batch * (units.micro_batches - point.on_gpu - point.cache_up)
+        qkv = on_cpu * size * (a.heads + 2 * a.kv_heads) * a.head_dim
+        exchanged = self._choice_bytes + size * model.hidden
+        return qkv + sequences * (size * a.heads * a.head_dim + exchanged + 4.0 * model.hidden)
+
+    def _new_cache_bytes(self, point: Layout) -> Array:
+        """Two pieces' or micro-batches' new keys and values of one layer, on their way to the host."""
+        a, outside = self.workload.model.attention, point.units.micro_batches - point.on_gpu
+        rows = np.where(outside > 0, np.maximum(self.prefill_tokens, point.units.micro_batch), 0.0)
+        return 4.0 * rows * self.workload.value_bytes * a.kv_heads * a.head_dim
+
+    def _piece_bytes(self, point: Layout) -> Array:
+        """Two pieces of prefill in and out, and what the CPU's experts exchange where they prefill too."""
+        hidden = self.workload.value_bytes * self.workload.model.hidden
+        exchanged = np.where(point.streams, 0.0, 2.0 * (self._choice_bytes + hidden))
+        return self._new_cache_bytes(point) + self.prefill_tokens * (4.0 * hidden + exchanged)
+
+    def _scratch_bytes(self, units: Units) -> Array:
+        """What the operations of one call take: runtime_min.plan_file.scratch_bytes."""
+        model, a = self.workload.model, self.workload.model.attention
+        tokens, context = self.prefill_tokens, self.requests.context_tokens_max
+        widest = max(
+            3 * model.hidden + 8 * (a.heads + a.kv_heads) * a.head_dim,
+            3 * model.hidden + 3 * model.expert_intermediate,
+            4 * model.experts,
+        )
+        called = self.workload.value_bytes * np.maximum(tokens, units.micro_batch) * widest
+        per_sequence = 8.0 * context + 4.0 * model.vocab
+        per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token
+        return tokens * per_token + called + units.micro_batch * per_sequence + 16.0 * context * a.head_dim
+
+    def _pinned_bytes(self, point: Layout) -> Array:
+        """The host's side of a copy's buffers, and the hidden states of all prompts, which wait there."""
+        units, hidden = point.units, self.workload.value_bytes * self.workload.model.hidden
+        tokens = units.micro_batch * units.micro_batches * self.requests.prompt_tokens_max
+        exchanged = (tokens + self.prefill_tokens) * self._choice_bytes + tokens * hidden
+        shared = self._micro_batch_bytes(point) + self._new_cache_bytes(point)
+        return shared + tokens * hidden + np.where(point.streams, 0.0, exchanged)
 
     def gpu_expert_items(self, point: Point) -> Items:
         """Experts on the GPUs of one copy: those that stay, and two layers' pages of those that stream."""
@@ -340,12 +386,11 @@ class Costs:
     def host_items(self, point: Layout) -> Items:
         """What the host holds beside experts, all copies together."""
         units, requests = point.units, self.requests
-        sequences = units.micro_batch * units.micro_batches
         outside = (units.micro_batches - point.on_gpu) * units.micro_batch
-        hidden = self.workload.value_bytes * self.workload.model.hidden
         return [
             ("KV cache", units.copies * self._held(outside, requests.context_tokens_max)),
-            ("parked hidden states", units.copies * hidden * sequences * requests.prompt_tokens_max),
+            ("pinned buffers", units.copies * self._pinned_bytes(point)),
+            ("workspace", units.copies * (self._scratch_bytes(units) + _LOADING_BYTES)),
             ("process", units.copies * _HOST_PROCESS_BYTES),
         ]
 

@@ -1,0 +1,74 @@
+"""From a spec to tokens on a GPU plan: compiled for a card too small for the model, rehearsed on the CPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tinymoe"
+BOX = """\
+name: small-box
+provenance: calibrated
+sigma: 0.4
+cpu: {{cores: 2, flops_per_s: {{float32: 2.0e+11, bf16: 1.4e+11}}, launch_s: 5.0e-6}}
+dram: {{bytes: 25000000000, bytes_per_s: 2.2e+10}}
+disk: {{bytes: 270000000000, bytes_per_s: 2.0e+9}}
+gpu: {{name: T4, count: 1, memory_bytes: {memory_bytes}}}
+"""
+SPEC = """\
+name: job
+model: {path: checkpoint, dtype: float32}
+workload: {batch: {prompts: prompts.jsonl}}
+machine: {file: box.yaml}
+"""
+
+
+def moeplan(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    code = "import sys; sys.argv[0] = 'moeplan'; from moeplan.planner.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def answers(path: Path) -> dict[str, str]:
+    lines = map(json.loads, path.read_text().splitlines())
+    return {line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in lines}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(EXAMPLE / "checkpoint", tmp_path / "checkpoint")
+    for line in (EXAMPLE / "prompts.jsonl").read_text().splitlines()[:6]:
+        with (tmp_path / "prompts.jsonl").open("a") as file:
+            file.write(line + "\n")
+    return tmp_path
+
+
+def run(folder: Path, memory_bytes: int) -> dict[str, str]:
+    """The answers of a plan for a GPU of so much memory."""
+    (folder / "box.yaml").write_text(BOX.format(memory_bytes=memory_bytes))
+    (folder / "spec.yaml").write_text(SPEC)
+    done = moeplan("compile", "spec.yaml", "--force", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    command = ["run", "job.plan", "--input", "prompts.jsonl", "--output", f"{memory_bytes}.jsonl"]
+    refused = moeplan(*command, cwd=folder)
+    assert refused.returncode == 2
+    assert "--rehearse" in refused.stderr
+    done = moeplan(*command, "--rehearse", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "rehearsal: the CPU took the accelerator's place" in done.stdout
+    return answers(folder / f"{memory_bytes}.jsonl")
+
+
+def test_tokens_do_not_depend_on_where_the_work_is(folder: Path) -> None:
+    """The runtime accepts what the planner budgeted, and says what the CPU plan says."""
+    (folder / "spec.yaml").write_text(SPEC.replace("{file: box.yaml}", "cpu-2core"))
+    assert moeplan("compile", "spec.yaml", cwd=folder).returncode == 0
+    command = ["run", "job.plan", "--input", "prompts.jsonl", "--output", "cpu.jsonl"]
+    assert moeplan(*command, cwd=folder).returncode == 0
+    expected = answers(folder / "cpu.jsonl")
+    assert len(expected) == 6
+    assert run(folder, 80_000_000) == expected
