@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +12,9 @@ from moeplan.planner.candidates import candidate_machines, candidate_offers
 from moeplan.planner.capacity import capacity_bound
 from moeplan.planner.catalog import facts_digest
 from moeplan.planner.inputs import load_inputs
-from moeplan.planner.ir.fleet import Choice, Fleet
+from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.plan import Plan, Replica
+from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import Workload
 from moeplan.planner.passes.fleet import choose_fleet
@@ -64,6 +64,8 @@ def compile_plan(
     limit = spec.machine.memory_bytes if spec.machine else None
     found = run("policies", lambda: tuple(find_policies(workload, roofline, limit) for roofline in rooflines))
     predicted = tuple(policy for accepted, _ in found for policy in accepted)
+    if len(machines) == 1:  # on a market offloaded replicas are chosen last, and their machines are many
+        predicted = run("micro-batches", lambda: tuple(_regrouped(workload, rooflines, p) for p in predicted))
     profiled = run("profile", lambda: apply_profile(workload, rooflines, predicted, inputs.profile))
     policies = profiled.policies
     rejections = (*(refusal for _, refused in found for refusal in refused), *profiled.rejections)
@@ -93,23 +95,22 @@ def compile_plan(
 
 
 def _replica(workload: Workload, rooflines: tuple[Roofline, ...], choice: Choice) -> Replica:
-    """A chosen replica; where the runtime is ours, with its schedule and the micro-batches that suit it
-    best."""
+    """A chosen replica; where the runtime is ours, with its schedule."""
     policy, name = choice.column.policy, choice.column.name
     roofline = next(r for r in rooflines if r.machine == policy.machine)
     if policy.engine != "runtime_min":
         return Replica(name=name, policy=policy, roofline=roofline, pipeline=None, bound=None)
     from moeplan.planner.passes.schedule import build_schedule  # takes Numba, which few plans need
 
-    policy, pipeline = build_schedule(workload, roofline, policy)
+    pipeline = build_schedule(workload, roofline, policy)
     bound = capacity_bound(workload, roofline, policy)
     return Replica(name=name, policy=policy, roofline=roofline, pipeline=pipeline, bound=bound)
 
 
-def _with_policies(fleet: Fleet, replicas: tuple[Replica, ...]) -> Fleet:
-    """The fleet with its replicas' policies as they are now."""
-    choices = zip(fleet.choices, replicas, strict=True)
-    return replace(
-        fleet,
-        choices=tuple(replace(c, column=replace(c.column, policy=made.policy)) for c, made in choices),
-    )
+def _regrouped(workload: Workload, rooflines: tuple[Roofline, ...], policy: Policy) -> Policy:
+    """The policy in the micro-batches that suit it best, where the runtime is ours and has a GPU."""
+    if policy.engine != "runtime_min" or not policy.gpus:
+        return policy
+    from moeplan.planner.passes.regroup import regroup  # takes Numba
+
+    return regroup(workload, next(r for r in rooflines if r.machine == policy.machine), policy)

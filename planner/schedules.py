@@ -78,11 +78,12 @@ def attend_on_gpu(s: Schedule) -> Schedule:
 
 
 def merge_pages(s: Schedule) -> Schedule:
-    """Half as many pages, twice as large: fewer, longer copies. The pinned ring keeps its size."""
+    """Half as many pages, twice as large: fewer, longer copies. The pinned ring grows no larger."""
     at = _offload(s)
-    if at.pages < 2 or at.slots == 1:
+    if at.pages < 2 or 0 < at.slots < 3:
         return s
-    pages, slots = -(-at.pages // 2), at.slots // 2
+    pages = -(-at.pages // 2)
+    slots = at.slots * pages // at.pages
     disk_pages = -(-at.disk_pages * pages // at.pages)  # at least the same share
     return _with(s, pages=pages, disk_pages=disk_pages, slots=slots, lead=max(1, min(at.lead, slots - 1)))
 

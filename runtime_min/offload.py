@@ -379,10 +379,12 @@ class Offload(Batches):
         self._score(hidden, torch.arange(len(hidden), device=self._device), step.groups[j].active)
 
     def _score(self, hidden: Tensor, rows: Tensor, active: Active) -> None:
-        if active:
-            scores = torch.empty(len(rows), self._model.vocab, device=self._device)
-            self._device_ops.scores(hidden, rows, scores)
-            self._accept(scores, active)
+        most = self.plan.batch.micro_batch
+        for first in range(0, len(active), most):
+            some = rows[first : first + most]
+            scores = torch.empty(len(some), self._model.vocab, device=self._device)
+            self._device_ops.scores(hidden, some, scores)
+            self._accept(scores, active[first : first + most])
 
     # Prefill: the prompts of a piece
 

@@ -346,11 +346,12 @@ def summary(plan: RuntimePlan, report: Report) -> str:
     )
     resumed = f" ({report.resumed} from the interrupted run)" if report.resumed else ""
     failed = f", {report.failed} with an error record" if report.failed else ""
+    planned = plan.memory.budget_bytes + plan.offload.budget_bytes * report.rehearsed  # one memory for both
     lines = [
         f"{report.answered + report.failed + report.resumed} requests{resumed}{failed}; "
         f"{report.generated_tokens:,} tokens generated in {all_s:.1f} s",
         *(_speed(*speed) for speed in speeds if speed[2] > 0),
-        f"  memory     {_gib(report.peak_bytes)} GiB at peak, planned {_gib(plan.memory.budget_bytes)}",
+        f"  memory     {_gib(report.peak_bytes)} GiB at peak, planned {_gib(planned)}",
     ]
     if report.bytes_read:
         lines.append(f"  pages      {_gib(report.bytes_read)} GiB read")

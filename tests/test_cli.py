@@ -137,6 +137,7 @@ def test_dump_ir_and_time_passes(spec: Path) -> None:
         "workload",
         "rooflines",
         "policies",
+        "micro-batches",
         "profile",
         "fleet",
         "schedules",

@@ -91,7 +91,7 @@ def test_schedule_races(compile_text: Compile) -> None:
     schedule, policy = offloaded(compile_text)
     verify.verify_schedule(schedule, policy)
     one_slot = replace(schedule, constants=schedule.constants._replace(slots=1, lead=2))
-    with pytest.raises(VerificationError, match="copy_page of layer 1 finds another page"):
+    with pytest.raises(VerificationError, match="copy_page of layer 1 finds another's work"):
         verify.verify_schedule(one_slot, policy)
 
 

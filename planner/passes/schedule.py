@@ -24,7 +24,7 @@ from moeplan.planner.ir.schedule import (
 from moeplan.planner.ir.workload import RequestClass, Workload
 from moeplan.planner.programs import lanes, ops
 from moeplan.planner.simulate.decode import Timed, time_decode
-from moeplan.planner.strategies.offload import point_of, regrouped
+from moeplan.planner.strategies.offload import point_of
 from moeplan.planner.strategies.offload_tasks import decode_tasks
 from moeplan.planner.strategies.stream import stream_tasks
 from moeplan.planner.strategies.task_costs import TaskCosts
@@ -38,44 +38,20 @@ _IMPROVEMENTS = (
     schedules.merge_pages,
 )
 _WORTH = 1e-3  # a rewrite must make the pass shorter by this share
-_WORTH_REGROUPING = 0.01  # other micro-batches must make it faster by this share
-_AS_FAST = 0.02  # and HRM may predict so much less for them
 _DRAWN = 400  # tasks
-_FEW = 3  # micro-batches more or fewer
 
 
-def build_schedule(workload: Workload, roofline: Roofline, policy: Policy) -> tuple[Policy, Pipeline]:
-    """Return a policy of ours in the micro-batches that suit its schedule best, and that schedule, timed in
-    the steady state of decoding."""
+def build_schedule(workload: Workload, roofline: Roofline, policy: Policy) -> Pipeline:
+    """Return the schedule of a policy of ours, timed in the steady state of decoding."""
     requests = workload.request_class(policy.serves)
-    candidates = [policy, *_regrouped(workload, requests, roofline, policy)]
-    timed = [_best(workload, requests, roofline, candidate) for candidate in candidates]
-    rates = [c.sequences / t.seconds for c, t in zip(candidates, timed, strict=True)]
-    at = max(range(len(rates)), key=lambda n: rates[n])
-    if rates[at] < (1.0 + _WORTH_REGROUPING) * rates[0]:
-        at = 0
-    chosen, best = candidates[at], timed[at]
-    known = known_schedules(
-        constants_of(workload, requests, chosen),
-        chosen.micro_batches,
-        costs_of(workload, requests, roofline, chosen),
-    )
-    return chosen, _pipeline(best, [timed for timed in known if timed.schedule != best.schedule])
+    best = fastest_schedule(workload, requests, roofline, policy)
+    constants = constants_of(workload, requests, policy)
+    costs = costs_of(workload, requests, roofline, policy)
+    known = known_schedules(constants, policy.micro_batches, costs)
+    return _pipeline(best, [timed for timed in known if timed.schedule != best.schedule])
 
 
-def _regrouped(
-    workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy
-) -> list[Policy]:
-    """The policy in a few more or fewer micro-batches, where HRM predicts about the same rate."""
-    if not policy.gpus or requests.name != "batch":
-        return []
-    n, least = policy.micro_batches, (1.0 - _AS_FAST) * policy.generated_tokens_per_s.value
-    counts = sorted({*range(max(1, n - _FEW), n + _FEW + 1), 2 * n, -(-n // 2)} - {n})
-    made = (regrouped(workload, requests, roofline, policy, count) for count in counts)
-    return [other for other in made if other and other.generated_tokens_per_s.value >= least]
-
-
-def _best(workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy) -> Timed:
+def fastest_schedule(workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy) -> Timed:
     """The fastest schedule that rewriting finds."""
     costs = costs_of(workload, requests, roofline, policy)
     constants, n = constants_of(workload, requests, policy), policy.micro_batches

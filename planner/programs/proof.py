@@ -14,10 +14,17 @@ from numpy.typing import NDArray
 
 from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.schedule import OffloadConstants, Schedule, StreamConstants
-from moeplan.planner.programs import PROGRAMS, Issued, Step, offload, order, stream
+from moeplan.planner.programs import PROGRAMS, Issued, Step, buffer_name, order, stream
 
 Table = NDArray[np.int64]
 _LAYER, _ITEM = 2, 3
+_ANY, _SAME, _PAGE, _SLOT = range(4)
+# Buffers through which a task hands its work to the next of the same layer and micro-batch (or piece).
+_OWN = (
+    *("qkv", "qkv_pin", "attended_pin", "attended", "routed", "routed_pin", "partial_pin"),
+    *("kv_in", "kv_out", "piece_out", "piece_routed", "piece_routed_pin"),
+)
+_STREAM_ATTENTION = stream.OPS.index("attention")
 
 
 class Offence(NamedTuple):
@@ -30,7 +37,7 @@ class Offence(NamedTuple):
 
 def neighbours(schedule: Schedule) -> list[Step]:
     """Passes in which every kind follows every other that it may: prefill, full and mixed decode, fewer
-    micro-batches at the end of a batch, and the next batch's prefill."""
+    micro-batches at the end of a batch, than announced too, and the next batch's prefill."""
     c = schedule.constants
     count, pieces = (c.micro_batches, c.pieces) if isinstance(c, OffloadConstants) else (2, 2)
     fewer = max(1, count - 1)
@@ -39,9 +46,11 @@ def neighbours(schedule: Schedule) -> list[Step]:
         Step(count, 0, count),
         Step(count, min(pieces, 2), count),
         Step(count, 0, fewer),
-        Step(fewer, 0, 0),
+        Step(fewer, 0, fewer),
+        Step(max(1, fewer - 1), 0, 0),
         Step(0, pieces, 0),
-        Step(count, 0, 0),
+        Step(count, 0, count),
+        Step(fewer, 0, 0),
     ]
 
 
@@ -69,8 +78,8 @@ def first_offence(schedule: Schedule, issued: Issued) -> Offence | None:
     row, buffer, late = _race(issued.rows, issued.touches, lanes, buffers)
     if row >= 0:
         return Offence(row, "waits for a later task" if late else "races", buffer)
-    row, buffer = _wrong_page(issued.rows, issued.touches, *_page_rules(schedule))
-    return Offence(row, "finds another page", buffer) if row >= 0 else None
+    row, buffer = _wrong_content(issued.rows, issued.touches, _rules(schedule))
+    return Offence(row, "finds another's work", buffer) if row >= 0 else None
 
 
 @njit(cache=True)
@@ -117,39 +126,47 @@ def _race(rows: Table, touches: Table, lanes: int, buffers: int) -> tuple[int, i
 
 
 @njit(cache=True)
-def _wrong_page(
-    rows: Table, touches: Table, fills: Table, wants: Table, slots: int, pages: int, buffers: int
-) -> tuple[int, int]:
-    """The first row that reads a page buffer holding another page than the one it needs."""
-    held = np.full((buffers, 2), -1, np.int64)  # per page buffer, the layer and page in it
+def _wrong_content(rows: Table, touches: Table, rules: Table) -> tuple[int, int]:
+    """The first row that reads a buffer with the work of another layer, micro-batch or page than its own."""
+    held = np.full((len(rules), 2), -1, np.int64)  # per buffer, layer and item of the task that wrote it
     for n, buffer, how in touches:
-        if buffer >= buffers or how == order.HOW.fence:
+        rule, page = rules[buffer]
+        if how == order.HOW.fence or rule == _ANY:
             continue
-        op, layer, item = rows[n, 0], rows[n, _LAYER], rows[n, _ITEM]
-        if how == order.HOW.write and fills[op]:
+        layer, item = rows[n, _LAYER], rows[n, _ITEM]
+        if how == order.HOW.write:
             held[buffer] = layer, item
-        if how == order.HOW.read and wants[op]:
-            page = item
-            if wants[op] == 2:  # all pages of the layer, each in its place
-                page = (buffer - slots) % pages
-            if wants[op] == 3:  # page 0, whichever micro-batch
-                page = 0
-            if held[buffer, 0] != layer or held[buffer, 1] != page:
-                return n, buffer
+            continue
+        if rule != _PAGE:
+            page = _slot_page(rows[n]) if rule == _SLOT else item
+        if held[buffer, 0] != layer or held[buffer, 1] != page:
+            return n, buffer
     return -1, -1
 
 
-def _page_rules(schedule: Schedule) -> tuple[Table, Table, int, int, int]:
-    """Which operations fill a page buffer, which page each wants (1: its item, 2: all, 3: page 0), and where
-    page buffers end."""
+@njit(cache=True)
+def _slot_page(row: Table) -> int:
+    """The page that a task of a stream plan computes with: attention is page 0, whichever micro-batch."""
+    return 0 if row[0] == _STREAM_ATTENTION else row[_ITEM]
+
+
+def _rules(schedule: Schedule) -> Table:
+    """For each buffer what a reader must find in it: anything, the work of its own layer and item, or a page
+    (which of them, in the second column)."""
     c = schedule.constants
-    fills, wants = np.zeros((2, len(PROGRAMS[schedule.kind].OPS)), np.int64)
+    rules = np.zeros((PROGRAMS[schedule.kind].buffers(c), 2), np.int64)
     if isinstance(c, StreamConstants):
-        fills[stream.OP.read] = wants[stream.OP.experts] = 1
-        wants[stream.OP.attention] = 3
-        return fills, wants, c.slots, 1, c.slots
+        rules[: c.slots, 0] = _SLOT
+        return rules
     assert isinstance(c, OffloadConstants)
-    fills[[offload.OP.stage_page, offload.OP.read_page, offload.OP.copy_page]] = 1
-    wants[offload.OP.copy_page] = 1
-    wants[[offload.OP.post_attention, offload.OP.prefill_layer]] = 2
-    return fills, wants, c.slots, max(1, c.pages), c.slots + 2 * c.pages
+    rules[: c.slots, 0] = _SAME
+    for half in range(2):
+        for page in range(c.pages):
+            rules[c.slots + half * c.pages + page] = _PAGE, page
+    names = [
+        (buffer_name(schedule, number)[0], number) for number in range(c.slots + 2 * c.pages, len(rules))
+    ]
+    for name, number in names:
+        if name in _OWN:
+            rules[number, 0] = _SAME
+    return rules

@@ -1,7 +1,8 @@
 """Seconds of every task of an offloaded pass: the lanes' seconds of `offload_lanes`, shared out to their
 tasks.
 
-Nothing is estimated anew: the tasks of a pass sum to the seconds that its lanes were predicted to take.
+Nothing is estimated anew: the tasks of a pass sum to the seconds that its lanes were predicted to take, or to
+more where DRAM is slower than they are.
 Beside its seconds a task has the share of DRAM bandwidth that it uses while it runs, for the simulator's
 contention.
 """

@@ -5,16 +5,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 
-import numpy as np
 import pytest
 from conftest import batch_spec
 
 from moeplan.planner import programs
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.schedule import OffloadConstants
-from moeplan.planner.passes.schedule import build_schedule, constants_of
 from moeplan.planner.programs import Step
 from moeplan.planner.strategies.offload import point_of
 from moeplan.planner.strategies.offload_tasks import decode_tasks, prefill_tasks
@@ -126,19 +123,3 @@ def test_streamed_tasks_take_what_the_policy_says(compile_text: Compile) -> None
     lanes = {lane.lane: lane.seconds for lane in replica.policy.decode.lanes}
     assert found["compute"] == pytest.approx(lanes["cores"], rel=1e-6)
     assert found["disk"] == pytest.approx(lanes["disk"], rel=1e-6)
-
-
-def test_a_look_ahead_that_helps_is_found(compile_text: Compile) -> None:
-    """Where the CPU's attention takes longer for one micro-batch than the GPU's work on two, CGOPipe's
-    look-ahead of two starves the GPU in bursts; the pass never chooses a worse one."""
-    plan = compile_text(batch_spec("g2-standard-48"))
-    replica = plan.replicas[0]
-    policy = replace(replica.policy, micro_batches=4, micro_batch=replica.policy.sequences // 4)
-    policy, pipeline = build_schedule(plan.workload, replica.roofline, policy)
-    cgopipe = [o.pass_s for o in pipeline.others if o.name == "CGOPipe"] or [pipeline.pass_s]
-    assert pipeline.pass_s <= cgopipe[0]
-    requests = plan.workload.request_class("batch")
-    sizes = constants_of(plan.workload, requests, policy)
-    assert isinstance(sizes, OffloadConstants)
-    assert sizes.cpu_attended + sizes.copied_up <= sizes.micro_batches
-    assert np.isfinite(pipeline.bubble_s)

@@ -116,7 +116,7 @@ def test_a_ring_that_is_too_small_loses_pages() -> None:
         offence = first_offence(small, issued(small))
         assert (offence is not None) == lost
         if offence:
-            assert offence.what == "finds another page"
+            assert offence.what == "finds another's work"
 
 
 def decode_pass(schedule: Schedule) -> Issued:

@@ -46,6 +46,7 @@ SCHEDULES: dict[str, dict[str, int]] = {
     "CGOPipe": {},
     "CGOPipe without lean waits": {"lean": 0},
     "attention across": {"across": 2},
+    "looking far ahead, across": {"across": 2, "lookahead": 3},
 }
 ATTENTION = {"on the CPU": (4, 0), "copied up": (0, 4), "on the GPU": (0, 0), "mixed": (1, 2)}
 

@@ -412,27 +412,43 @@ def reads_weights(s, log, layer):
 
 @part
 def attend(s, log, layer, j, passes):
-    """What of micro-batch j's attention may run ahead of the experts: on the CPU all of it, on the GPU the
-    copy of a cache that is in host memory."""
-    if j < s.cpu_attended:
-        take(s, log, layer, j, passes)
-        begin(s, log, OP.pre_attention, LANE.gpu, layer, j, FIXED.none)
-        reads_hidden(s, log, layer, j)
-        writes(log, mine(s, MINE.qkv, j))
-        begin(s, log, OP.offload_qkv, LANE.d2h, layer, j, FIXED.none)
-        reads(log, mine(s, MINE.qkv, j))
-        writes(log, mine(s, MINE.qkv_pin, j))
-        begin(s, log, OP.cpu_attention, LANE.cpu, layer, j, FIXED.none)
-        reads(log, mine(s, MINE.qkv_pin, j))
-        reads(log, pair(s, PAIR.new_kv, passes + 1))
-        writes(log, mine(s, MINE.attended_pin, j))
-        writes(log, mine(s, MINE.kv, j))
-    elif j < s.cpu_attended + s.copied_up:
-        turn = layer * s.copied_up + j
-        begin(s, log, OP.load_kv, LANE.h2d, layer, j, turn % 2)
+    """Attention of micro-batch j on the CPU, which may run ahead of the experts."""
+    if j >= s.cpu_attended:
+        return
+    take(s, log, layer, j, passes)
+    begin(s, log, OP.pre_attention, LANE.gpu, layer, j, FIXED.none)
+    reads_hidden(s, log, layer, j)
+    writes(log, mine(s, MINE.qkv, j))
+    begin(s, log, OP.offload_qkv, LANE.d2h, layer, j, FIXED.none)
+    reads(log, mine(s, MINE.qkv, j))
+    writes(log, mine(s, MINE.qkv_pin, j))
+    begin(s, log, OP.cpu_attention, LANE.cpu, layer, j, FIXED.none)
+    reads(log, mine(s, MINE.qkv_pin, j))
+    reads(log, pair(s, PAIR.new_kv, passes[0] + 1))
+    writes(log, mine(s, MINE.attended_pin, j))
+    writes(log, mine(s, MINE.kv, j))
+
+
+@part
+def load_kv(s, log, layer, j, passes):
+    """Copy up the cache of micro-batch j, if it attends over a copy and none is loaded ahead: there are two
+    places for copies, used in turn."""
+    if s.cpu_attended <= j and j < s.cpu_attended + s.copied_up and passes[2] == passes[3]:
+        begin(s, log, OP.load_kv, LANE.h2d, layer, j, passes[2] % 2)
         reads(log, mine(s, MINE.kv, j))
-        reads(log, pair(s, PAIR.new_kv, passes + 1))
-        writes(log, pair(s, PAIR.kv_in, turn))
+        reads(log, pair(s, PAIR.new_kv, passes[0] + 1))
+        writes(log, pair(s, PAIR.kv_in, passes[2]))
+        passes[2] += 1
+
+
+@part
+def load_next_kv(s, log, layer, j, decode, passes):
+    """After micro-batch j: the cache of the next that attends over a copy, in this layer or the one after."""
+    last = s.cpu_attended + s.copied_up - 1 if s.cpu_attended + s.copied_up < decode else decode - 1
+    if j < last:
+        load_kv(s, log, layer, j + 1, passes)
+    elif j == last and s.cpu_attended < decode and s.wrap and layer + 1 < s.layers:
+        load_kv(s, log, layer + 1, s.cpu_attended, passes)
 
 
 @part
@@ -442,7 +458,7 @@ def take(s, log, layer, j, passes):
     if layer == 0:
         begin(s, log, OP.embed, LANE.gpu, FIXED.first, j, FIXED.none)
         reads(log, mine(s, MINE.token, j))
-        reads(log, pair(s, PAIR.new_token, passes + 1))
+        reads(log, pair(s, PAIR.new_token, passes[0] + 1))
         writes(log, mine(s, MINE.hidden, j))
     elif s.decode_cpu_experts:
         load_partial(s, log, layer - 1, j)
@@ -459,7 +475,8 @@ def finish_attention(s, log, layer, j, passes):
         return
     take(s, log, layer, j, passes)
     copied = j < s.cpu_attended + s.copied_up
-    turn = layer * s.copied_up + j
+    load_kv(s, log, layer, j, passes)
+    turn = passes[3]
     begin(s, log, OP.gpu_attention, LANE.gpu, layer, j, turn % 2 if copied else -1)
     reads_hidden(s, log, layer, j)
     if copied:
@@ -470,6 +487,7 @@ def finish_attention(s, log, layer, j, passes):
         begin(s, log, OP.store_kv, LANE.d2h, layer, j, turn % 2)
         reads(log, pair(s, PAIR.kv_out, turn))
         writes(log, mine(s, MINE.kv, j))
+        passes[3] += 1
 
 
 @part
@@ -554,7 +572,7 @@ def prefill_piece(s, log, layer, q, stream_layer, pieces, passes):
     if stored:
         begin(s, log, OP.store_piece_kv, LANE.d2h, layer, q, turn % 2)
         reads(log, pair(s, PAIR.kv_out, turn))
-        writes(log, pair(s, PAIR.new_kv, passes))
+        writes(log, pair(s, PAIR.new_kv, passes[0]))
 
 
 @part
@@ -577,7 +595,7 @@ def piece_head(s, log, q, pieces, passes):
     reads(log, pair(s, PAIR.piece_in, turn))
     if s.prefill_cpu_experts:
         reads(log, pair(s, PAIR.piece_added, turn))
-    writes(log, pair(s, PAIR.new_token, passes))
+    writes(log, pair(s, PAIR.new_token, passes[0]))
 
 
 # A pass.
@@ -588,40 +606,43 @@ def program(s, log, passes, decode, prefill, following):
     """Issue one pass over `decode` micro-batches and `prefill` pieces, in every layer the former first.
 
     `following` micro-batches decode in the pass that comes next, 0 if that is not known to come. `passes`
-    counts the passes, and the micro-batches of the next whose first attention has been issued.
+    counts the passes, the micro-batches of the next whose first attention has been issued, and the copies of
+    caches that were loaded and used.
     """
     first = passes[0] * s.layers  # the pass's first layer in the endless stream
     last = first + s.layers - (0 if s.across >= ACROSS_PAGES else 1)
     if passes[0] == 0 or s.across < ACROSS_PAGES:
         fill(s, log, first, last)
     ahead = s.lookahead if s.lookahead < decode else decode - 1
-    for j in range(passes[1], ahead):
-        attend(s, log, FIXED.first, j, passes[0])
     started = passes[1]
     passes[1] = 0
+    for j in range(started, ahead):
+        attend(s, log, FIXED.first, j, passes)
     places = decode if decode > prefill else prefill
     for layer in range(s.layers):
         if layer > 0 and not s.wrap:
             for j in range(ahead):
-                attend(s, log, layer, j, passes[0])
+                attend(s, log, layer, j, passes)
         for j in range(places):
             if j < decode:
                 if ahead == 0 and (layer > 0 or j >= started):
-                    attend(s, log, layer, j, passes[0])
-                finish_attention(s, log, layer, j, passes[0])
+                    attend(s, log, layer, j, passes)
+                finish_attention(s, log, layer, j, passes)
             advance(s, log, first + layer, last, j, places)
             if j < decode:
                 post_attention(s, log, layer, j, first + layer)
                 if ahead > 0:
-                    attend_ahead(s, log, layer, j + ahead, decode, following, passes)
+                    load_next_kv(s, log, layer, j, decode, passes)
+                    if layer > 0 or j + ahead >= started:
+                        attend_ahead(s, log, layer, j + ahead, decode, following, passes)
             if j < prefill:
-                prefill_piece(s, log, layer, j, first + layer, prefill, passes[0])
+                prefill_piece(s, log, layer, j, first + layer, prefill, passes)
             if s.barrier == BARRIER_BATCH:
                 fence(log)
     for j in range(passes[1], decode):
         head(s, log, j)
     for q in range(prefill):
-        piece_head(s, log, q, prefill, passes[0])
+        piece_head(s, log, q, prefill, passes)
     passes[0] += 1
 
 
@@ -629,13 +650,15 @@ def program(s, log, passes, decode, prefill, following):
 def attend_ahead(s, log, layer, j, decode, following, passes):
     """Attention of micro-batch j; past the last micro-batch that of the next layer, or of the next pass."""
     if j < decode:
-        attend(s, log, layer, j, passes[0])
+        attend(s, log, layer, j, passes)
     elif layer + 1 < s.layers:
         if s.wrap:
-            attend(s, log, layer + 1, j - decode, passes[0])
+            attend(s, log, layer + 1, j - decode, passes)
     elif s.across >= ACROSS_ATTENTION and j - decode < s.lookahead and j - decode < following - 1:
         head(s, log, j - decode)
-        attend(s, log, FIXED.first, j - decode, passes[0] + 1)
+        passes[0] += 1
+        attend(s, log, FIXED.first, j - decode, passes)
+        passes[0] -= 1
         passes[1] += 1
 
 
