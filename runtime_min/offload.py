@@ -175,7 +175,7 @@ class Offload(Batches):
                 headed.add(item)
             do = getattr(self, f"_{name}")
             if name == "load_kv":
-                do = partial(do, self._cached(step, item, ahead))
+                do = partial(do, self._cached(step, item))
             yield single(do, following if ahead else step, layer, item, slot)
 
     def _page_work(self, name: str, step: Step, layer: int, page: int, slot: int) -> Blocks:
@@ -233,11 +233,11 @@ class Offload(Batches):
         tokens = torch.tensor([g.tokens[-1] for _, g in active], dtype=torch.int64, device=self._device)
         return Group(active, tokens, batch(0), device.on(self._device) if device else None)
 
-    def _cached(self, step: Step, j: int, ahead: bool) -> list[tuple[int, int]]:
-        """(place, tokens in the cache) of micro-batch j; `ahead`: in the next pass."""
+    def _cached(self, step: Step, j: int) -> list[tuple[int, int]]:
+        """(place, tokens in the cache) of micro-batch j; its cache is never copied up for the next pass."""
         if j >= len(step.active):
             return []
-        return [(place, g.length - 1 + ahead) for place, g in step.active[j]]
+        return [(place, g.length - 1) for place, g in step.active[j]]
 
     # Decode: one token of every sequence of a micro-batch
 

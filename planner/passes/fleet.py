@@ -2,7 +2,7 @@
 
 Source: Mélange (arXiv 2404.14527) in its aggregated form: routing shares are continuous, replicas integer,
 and a column is a replica configuration, not a GPU type. Offloaded columns are
-chosen on a market only where nothing else can do the work: no engine executes them yet.
+chosen on a market only where nothing else can do the work: the runtime has never run on a GPU.
 Online work minimises USD per hour; batch work minimises the whole bill, within its deadline if it has one.
 """
 
