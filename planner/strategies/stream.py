@@ -81,18 +81,23 @@ def stream_figures(
     slower: Slower,
 ) -> Figures:
     """What the machine does with `sequences` of `requests` in flight, in the memory that `policy` may use."""
-    limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
-    kernels = next(k for k in kernels_of(roofline) if k.threads == policy.threads)
-    point = _Point(workload, requests, roofline, float(limit), sequences, kernels)
+    point = _point_of(workload, requests, roofline, policy, sequences)
     prefill_s, decode_s = point.prefill.seconds * slower.prefill, point.decode.seconds * slower.decode
     return batch_figures(requests, sequences, prefill_s, decode_s)
 
 
 def stream_tasks(workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy) -> TaskCosts:
     """The tasks of a decode pass, by operation; together they take what the policy's lanes take."""
+    return _point_of(workload, requests, roofline, policy, policy.sequences).decode_tasks
+
+
+def _point_of(
+    workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy, sequences: int
+) -> _Point:
+    """The candidate with `sequences` in flight, in the memory and on the threads that `policy` may use."""
     limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
     kernels = next(k for k in kernels_of(roofline) if k.threads == policy.threads)
-    return _Point(workload, requests, roofline, float(limit), policy.sequences, kernels).decode_tasks
+    return _Point(workload, requests, roofline, float(limit), sequences, kernels)
 
 
 def overlapped(
