@@ -40,14 +40,15 @@ from moeplan.planner.ir.schedule import OffloadConstants, Schedule, StreamConsta
 from moeplan.planner.programs import ops  # noqa: E402
 from moeplan.planner.simulate.decode import time_decode  # noqa: E402
 from moeplan.planner.strategies.task_costs import TaskCost  # noqa: E402
-from moeplan.runtime_min import engine as stream_engine  # noqa: E402
 from moeplan.runtime_min import offload as offload_engine  # noqa: E402
 from moeplan.runtime_min import plan_file  # noqa: E402
-from moeplan.runtime_min.engine import Batches, Engine, Generation  # noqa: E402
+from moeplan.runtime_min import stream as stream_engine  # noqa: E402
+from moeplan.runtime_min.engine import Batches, Generation  # noqa: E402
 from moeplan.runtime_min.lanes import Lanes  # noqa: E402
 from moeplan.runtime_min.offload import Offload  # noqa: E402
 from moeplan.runtime_min.plan_file import RuntimePlan, load  # noqa: E402
 from moeplan.runtime_min.sampling import Sampling  # noqa: E402
+from moeplan.runtime_min.stream import Engine  # noqa: E402
 
 CORES = os.cpu_count() or 1
 SKIPPED = 3  # decode passes until the steady state

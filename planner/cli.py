@@ -230,7 +230,7 @@ def calibrate(
     from moeplan.planner.calibration import change_table, machine_figures
     from moeplan.planner.catalog import load_machine
     from moeplan.planner.diagnostics import Span
-    from moeplan.runtime_min.calibrate import machine_yaml, measure
+    from moeplan.runtime_min.calibration import machine_yaml, measure
 
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > _IDLE_LOAD * cores:

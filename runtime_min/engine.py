@@ -6,34 +6,17 @@ import heapq
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from moeplan.runtime_min.attention import MicroBatch, decode_batch, prefill_batch
-from moeplan.runtime_min.checkpoint import find_tensors
-from moeplan.runtime_min.cpu import keep_freed_memory
 from moeplan.runtime_min.lanes import (
-    LANES,
-    OPS,
-    READ,
-    Block,
-    Blocks,
     Lane,
     Lanes,
-    Row,
-    check_schedule,
-    load_schedule,
-    single,
 )
-from moeplan.runtime_min.limits import check_memory, check_numbers
-from moeplan.runtime_min.model_config import ModelConfig, read_config
-from moeplan.runtime_min.models.mixtral import DTYPES, Mixtral, Pass, page_names, tensor_shapes
-from moeplan.runtime_min.pages import PageStore
+from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.plan_file import RuntimePlan
 from moeplan.runtime_min.sampling import Sampling, draw, generator, greedy
 
@@ -84,9 +67,6 @@ class Stats:
     def plus(self, more: Stats) -> Stats:
         """Both together."""
         return Stats(*(getattr(self, f.name) + getattr(more, f.name) for f in fields(self)))
-
-
-Read = Callable[[int, int, int], Sequence[Block]]  # layer, page, slot
 
 
 class Batches:
@@ -174,53 +154,6 @@ def goes_on(generation: Generation) -> bool:
     return len(generation.tokens) + 1 < generation.max_tokens
 
 
-class Stream(Batches):
-    """All tokens of a pass through page after page of the weights."""
-
-    def __init__(self, plan: RuntimePlan, model: Mixtral, lanes: Lanes, read: Read) -> None:
-        super().__init__(plan, lanes)
-        self.model = model
-        self._read = read
-
-    def _pass(self, active: Active, prefill: bool, more: bool) -> None:
-        step = self._prefill(active) if prefill else self._decode(active)
-        following = more or any(goes_on(g) for _, g in active)
-        self.execute(step, prefill, following)
-        self._accept(self.model.logits, active)
-
-    def execute(self, step: Pass, prefill: bool, following: bool) -> None:
-        """One pass of the schedule; the model has its scores. `following`: another comes."""
-        count = len(step.micro_batches)
-        self.model.begin(step)
-        rows = self.lanes.issue(0 if prefill else count, count if prefill else 0, int(following))
-        self.lanes.run(rows, [self._work(row) for row in rows])
-
-    def _work(self, row: Row) -> Blocks:
-        op, _, layer, item, slot = row[:5]
-        return partial(self._read, layer, item, slot) if op == READ else single(self.model.execute, row)
-
-    def _prefill(self, active: Active) -> Pass:
-        """All prompts, in micro-batches of about `prefill_tokens` tokens of whole prompts."""
-        lengths = [len(g.prompt) for _, g in active]
-        batches: list[MicroBatch] = []
-        row = 0
-        for group in groups(lengths, self.plan.batch.prefill_tokens):
-            batches.append(prefill_batch(row, [place for place, _ in active[group]], lengths[group]))
-            row = batches[-1].rows.stop
-        tokens = torch.tensor([token for _, g in active for token in g.prompt])
-        return Pass(tokens, tuple(batches), torch.tensor(lengths).cumsum(0) - 1)
-
-    def _decode(self, active: Active) -> Pass:
-        """The newest token of each sequence, in micro-batches of at most μ."""
-        most = self.plan.batch.micro_batch
-        batches = []
-        for row in range(0, len(active), most):
-            part = active[row : row + most]
-            batches.append(decode_batch(row, [place for place, _ in part], [g.length for _, g in part]))
-        tokens = torch.tensor([g.tokens[-1] for _, g in active])
-        return Pass(tokens, tuple(batches), torch.arange(len(active)))
-
-
 def pack(lengths: Sequence[int], micro_batch: int) -> list[int]:
     """The order of sequences in the batch: micro-batch after micro-batch, their tokens balanced.
 
@@ -235,48 +168,6 @@ def pack(lengths: Sequence[int], micro_batch: int) -> list[int]:
         if len(bins[number]) < micro_batch:
             heapq.heappush(room, (tokens + lengths[at], number))
     return [at for members in sorted(bins, key=len, reverse=True) for at in members]
-
-
-class Engine(Stream):
-    """A stream plan with its checkpoint loaded."""
-
-    def __init__(self, folder: Path, plan: RuntimePlan, checkpoint: Path) -> None:
-        m, pages = plan.model, plan.pages
-        check_numbers(folder / "runtime.json", plan)
-        schedule = load_schedule(folder, plan)
-        check_schedule(schedule, "stream", stream_constants(plan))
-        self.config = read_config(checkpoint, m, plan.batch.context_tokens)
-        shapes = tensor_shapes(m, self.config.tied)
-        refs = find_tensors(checkpoint, shapes)
-        moving = {
-            name
-            for layer in range(m.layers)
-            for page in range(pages.resident_pages, pages.pages_per_layer)
-            for name in page_names(m, pages, layer, page)
-        }
-        check_memory(folder / "runtime.json", plan, shapes, moving)
-        torch.set_num_threads(plan.threads)
-        keep_freed_memory()
-        dtype = DTYPES[m.compute_dtype]
-        self._pages = PageStore(refs, m.layers, pages, lambda *at: page_names(m, pages, *at), dtype)
-        lanes = Lanes(schedule, pages.readers)
-        super().__init__(plan, Mixtral(plan, self.config, self._pages), lanes, self._pages.blocks)
-
-    def close(self) -> None:
-        super().close()
-        self._pages.close()
-
-
-def stream_constants(plan: RuntimePlan) -> dict[str, object]:
-    """What schedule.py has to say for a stream plan."""
-    return {
-        "LANES": LANES,
-        "OPS": OPS,
-        "layers": plan.model.layers,
-        "pages": plan.pages.pages_per_layer,
-        "resident": plan.pages.resident_pages,
-        "slots": plan.pages.slots,
-    }
 
 
 def groups(lengths: Sequence[int], most: int) -> list[slice]:

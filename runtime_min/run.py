@@ -263,8 +263,8 @@ def _load(runtime_dir: Path, plan: RuntimePlan, checkpoint: Path, rehearse: bool
     """The plan's engine with its checkpoint loaded."""
     import torch
 
-    from moeplan.runtime_min.engine import Engine
     from moeplan.runtime_min.offload import Offload
+    from moeplan.runtime_min.stream import Engine
 
     if plan.schedule.kind == "stream":
         return Engine(runtime_dir, plan, checkpoint)

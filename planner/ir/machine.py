@@ -46,7 +46,8 @@ class Kernels:
     """How fast the bundled runtime's operators run on `threads` of the cores, for one dtype.
 
     Tables map rows or prompt tokens to a rate, ascending; between two entries seconds are interpolated, see
-    `strategies/runtime_costs.py`. What each figure counts: `runtime_min/kernels.py`, which measures them.
+    `strategies/runtime_costs.py`. What each figure counts: `runtime_min/calibration/kernels.py`, which
+    measures them.
     """
 
     threads: int

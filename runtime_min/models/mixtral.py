@@ -1,4 +1,4 @@
-"""Mixtral: the operations that a stream schedule calls, on all tokens of a pass at once.
+"""Mixtral: its tensors by name, and the operations that the engines call.
 
 N sequences, T tokens, H hidden, Q query heads, V key and value heads, D head dimension
 """
@@ -6,17 +6,13 @@ N sequences, T tokens, H hidden, Q query heads, V key and value heads, D head di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeplan.runtime_min.attention import KvCache, MicroBatch, attend
-from moeplan.runtime_min.lanes import ATTENTION, EMBED, EXPERTS, HEAD, ROUTE, Row
-from moeplan.runtime_min.layers import Rope, Routing, choose_experts, expert, linear, rms_norm, sort_by_expert
+from moeplan.runtime_min.layers import Rope, Routing, choose_experts, expert, linear, rms_norm
 from moeplan.runtime_min.model_config import ModelConfig
-from moeplan.runtime_min.pages import Weights
 from moeplan.runtime_min.plan_file import ModelPlan, PagePlan, RuntimePlan, call_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
@@ -150,72 +146,3 @@ def pieces(count: int, most: int, first: int = 0) -> Sequence[slice]:
     """Slices of at most `most` rows that cover `count` rows from `first`."""
     end = first + count
     return [slice(start, min(end, start + most)) for start in range(first, end, most)]
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """The tokens [T] of one pass, cut into micro-batches, and the row of each sequence's last token [N]."""
-
-    tokens: Tensor
-    micro_batches: tuple[MicroBatch, ...]
-    last: Tensor
-
-
-class Mixtral(Operations):
-    """Holds the state of the stream pass under way; `execute` computes one row of its schedule.
-
-    After the head row `logits` has the next-token scores of each sequence, float32 [N, vocab].
-    """
-
-    def __init__(self, plan: RuntimePlan, config: ModelConfig, pages: Weights) -> None:
-        super().__init__(plan, config, pages.resident)
-        m, batch, dtype = plan.model, plan.batch, DTYPES[plan.model.compute_dtype]
-        self._page_plan, self._pages = plan.pages, pages
-        tokens = batch.sequences * batch.prompt_tokens
-        # Written once now: the first pass would wait for the system to find the memory.
-        self._hidden = torch.empty(tokens, m.hidden).zero_()  # the residual stream, always float32
-        self._normed = torch.empty(tokens, m.hidden, dtype=dtype).zero_()
-        self._logits = torch.empty(batch.sequences, m.vocab).zero_()
-        cache = (m.layers, 2, batch.sequences, m.kv_heads, batch.context_tokens, m.head_dim)
-        self._cache = KvCache(torch.empty(cache, dtype=dtype).zero_())
-        self._routing = Routing(torch.empty(0), torch.empty(0), [])
-
-    def begin(self, step: Pass) -> None:
-        """Make `step` the pass that the next rows compute."""
-        self._step = step
-        self.hidden = self._hidden[: len(step.tokens)]  # [T, H]
-        self.normed = self._normed[: len(step.tokens)]
-        self.logits = self._logits[: len(step.last)]
-
-    def route_as(self, routing: Routing) -> None:
-        """Take `routing` for the experts that come next."""
-        self._routing = routing
-
-    def execute(self, row: Row) -> None:
-        op, _, layer, item, slot = row[:5]
-        if op == EMBED:
-            self.embed(self._step.tokens, self.hidden)
-        elif op == ATTENTION:
-            self._attention(layer, self._step.micro_batches[item], self._pages.view(layer, 0, slot))
-        elif op == ROUTE:
-            choice = self.choose(layer, self.hidden, self.normed)
-            self._routing = sort_by_expert(*choice, self._model.experts)
-        elif op == EXPERTS:
-            self._experts(layer, item, self._pages.view(layer, item, slot))
-        elif op == HEAD:
-            self.scores(self.hidden, self._step.last, self.logits)
-
-    def _attention(self, layer: int, batch: MicroBatch, weights: Mapping[str, Tensor]) -> None:
-        residual = self.hidden[batch.rows]
-        q, k, v = self.queries(layer, residual, batch.positions, weights)
-        self.add_attended(layer, residual, attend(layer, batch, self._cache, q, k, v), weights)
-
-    def _experts(self, layer: int, page: int, weights: Mapping[str, Tensor]) -> None:
-        """Add what the page's experts say to the residual stream."""
-
-        def matrices(e: int) -> tuple[Tensor, Tensor, Tensor]:
-            w1, w2, w3 = expert_names(layer, e)
-            return weights[w1], weights[w2], weights[w3]
-
-        experts = page_experts(self._model, self._page_plan, page)
-        self.add_experts(experts, self._routing, self.normed, self.hidden, matrices)

@@ -13,9 +13,10 @@ from moeplan.planner.diagnostics import Span
 from moeplan.planner.ir.machine import Kernels as PlannedKernels
 from moeplan.planner.model_config import load_model
 from moeplan.planner.strategies import runtime_costs
-from moeplan.runtime_min import calibrate, kernels
-from moeplan.runtime_min.accelerator import DeviceSizes, measure_device
-from moeplan.runtime_min.probe import Probe, Shape
+from moeplan.runtime_min import calibration as calibrate
+from moeplan.runtime_min.calibration import kernels
+from moeplan.runtime_min.calibration.accelerator import DeviceSizes, measure_device
+from moeplan.runtime_min.calibration.probe import Probe, Shape
 
 TINY = Shape(
     layers=2,

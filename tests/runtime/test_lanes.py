@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moeplan.runtime_min.engine import stream_constants
 from moeplan.runtime_min.lanes import (
     COMPUTE,
     DISK,
@@ -24,6 +23,7 @@ from moeplan.runtime_min.lanes import (
 )
 from moeplan.runtime_min.limits import check_supported
 from moeplan.runtime_min.plan_file import PlanFileError, load, to_json
+from moeplan.runtime_min.stream import stream_constants
 
 from .folders import Shape, in_memory, make_offload_plan, make_plan, stream_schedule, write_plan
 

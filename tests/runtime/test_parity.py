@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
-from moeplan.runtime_min.engine import Engine, Generation, pack
+from moeplan.runtime_min.engine import Generation, pack
 from moeplan.runtime_min.layers import round_rows
 from moeplan.runtime_min.plan_file import RuntimePlan, load
+from moeplan.runtime_min.stream import Engine
 
 from .folders import GREEDY, VOCAB, Shape, in_memory, make_plan, save_checkpoint, write_plan
 

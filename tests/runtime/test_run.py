@@ -280,7 +280,7 @@ def test_figures_that_cannot_be_executed(checkpoint, tmp_path, part, change, say
 
 def test_measured_allocations_stay_within_the_plan(checkpoint, tmp_path):
     """What the engine holds for the whole run: weights, slots, KV cache and the pass's buffers."""
-    from moeplan.runtime_min.engine import Engine
+    from moeplan.runtime_min.stream import Engine
 
     runtime_dir = write_plan(tmp_path, make_plan(SHAPE, resident_pages=1))
     plan = load(runtime_dir)

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 from transformers import MixtralForCausalLM
 
 from moeplan.runtime_min.attention import prefill_batch
-from moeplan.runtime_min.engine import Engine, Generation
-from moeplan.runtime_min.models.mixtral import Pass
+from moeplan.runtime_min.engine import Generation
 from moeplan.runtime_min.plan_file import load
+from moeplan.runtime_min.stream import Engine, Pass
 
 from .folders import GREEDY, Shape, in_memory, make_plan, write_plan
 

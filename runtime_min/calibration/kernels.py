@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min import attention
+from moeplan.runtime_min.calibration.probe import Probe, Shape
 from moeplan.runtime_min.lanes import ATTENTION, ROUTE
 from moeplan.runtime_min.layers import linear
 from moeplan.runtime_min.models.mixtral import DTYPES
-from moeplan.runtime_min.probe import Probe, Shape
 from moeplan.runtime_min.sampling import greedy
 
 # Weights that lie in a cache between two uses, and weights that lie further and further away.

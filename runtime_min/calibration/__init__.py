@@ -20,7 +20,7 @@ from moeplan.runtime_min.cpu import keep_freed_memory
 from moeplan.runtime_min.pages import Shard
 
 if TYPE_CHECKING:
-    from moeplan.runtime_min.kernels import Sizes
+    from moeplan.runtime_min.calibration.kernels import Sizes
 
 FILE_BYTES = 512 << 20
 DRAM_BYTES = 512 << 20
@@ -40,8 +40,8 @@ def measure(folder: Path, sizes: Sizes | None = None) -> dict[str, Any]:
     """
     import torch
 
-    from moeplan.runtime_min import kernels
-    from moeplan.runtime_min.accelerator import measure_accelerator
+    from moeplan.runtime_min.calibration import kernels
+    from moeplan.runtime_min.calibration.accelerator import measure_accelerator
 
     sizes = sizes or kernels.Sizes()
     cores = physical_cores()
@@ -119,7 +119,7 @@ def _dram(sizes: Sizes) -> float:
     """Bytes per second of all threads reading what no cache holds."""
     import torch
 
-    from moeplan.runtime_min.kernels import seconds
+    from moeplan.runtime_min.calibration.kernels import seconds
 
     values = torch.ones(min(DRAM_BYTES, sizes.far_bytes[-1]) // 4, dtype=torch.float32)
     return values.nbytes / seconds(values.sum, 8 * sizes.seconds)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min.attention import decode_batch, prefill_batch
-from moeplan.runtime_min.engine import Generation, Stream
+from moeplan.runtime_min.engine import Generation
 from moeplan.runtime_min.lanes import (
     ATTENTION,
     COMPUTE,
@@ -31,7 +31,7 @@ from moeplan.runtime_min.lanes import (
 )
 from moeplan.runtime_min.layers import Routing, sort_by_expert
 from moeplan.runtime_min.model_config import ModelConfig
-from moeplan.runtime_min.models.mixtral import DTYPES, Mixtral, Pass, tensor_shapes
+from moeplan.runtime_min.models.mixtral import DTYPES, tensor_shapes
 from moeplan.runtime_min.plan_file import (
     NO_OFFLOAD,
     BatchPlan,
@@ -44,6 +44,7 @@ from moeplan.runtime_min.plan_file import (
     SchedulePlan,
 )
 from moeplan.runtime_min.sampling import Sampling
+from moeplan.runtime_min.stream import Pass, Stream, StreamModel
 
 _MANY_ROWS = 16
 GREEDY = Sampling(0.0, 1.0, 0)
@@ -98,7 +99,7 @@ class Probe:
             for name, sizes in tensor_shapes(self._plan.model, tied=False).items()
         }
         config = ModelConfig(norm_eps=1e-5, rope_theta=1e4, tied=False, eos=frozenset())
-        self._model = Mixtral(self._plan, config, _InMemory(weights))
+        self._model = StreamModel(self._plan, config, _InMemory(weights))
 
     def prefill(self, sequences: int, prompt: int) -> dict[int, float]:
         """Seconds of each operation of a prefill, summed over layers."""

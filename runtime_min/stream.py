@@ -1,0 +1,209 @@
+"""A stream plan executed: all tokens of a pass through page after page of the weights.
+
+N sequences, T tokens, H hidden, Q query heads, V key and value heads, D head dimension
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeplan.runtime_min.attention import KvCache, MicroBatch, attend, decode_batch, prefill_batch
+from moeplan.runtime_min.checkpoint import find_tensors
+from moeplan.runtime_min.cpu import keep_freed_memory
+from moeplan.runtime_min.engine import Active, Batches, goes_on, groups
+from moeplan.runtime_min.lanes import (
+    ATTENTION,
+    EMBED,
+    EXPERTS,
+    HEAD,
+    LANES,
+    OPS,
+    READ,
+    ROUTE,
+    Block,
+    Blocks,
+    Lanes,
+    Row,
+    check_schedule,
+    load_schedule,
+    single,
+)
+from moeplan.runtime_min.layers import Routing, sort_by_expert
+from moeplan.runtime_min.limits import check_memory, check_numbers
+from moeplan.runtime_min.model_config import ModelConfig, read_config
+from moeplan.runtime_min.models.mixtral import (
+    DTYPES,
+    Operations,
+    expert_names,
+    page_experts,
+    page_names,
+    tensor_shapes,
+)
+from moeplan.runtime_min.pages import PageStore, Weights
+from moeplan.runtime_min.plan_file import RuntimePlan
+
+Read = Callable[[int, int, int], Sequence[Block]]  # layer, page, slot
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """The tokens [T] of one pass, cut into micro-batches, and the row of each sequence's last token [N]."""
+
+    tokens: Tensor
+    micro_batches: tuple[MicroBatch, ...]
+    last: Tensor
+
+
+class StreamModel(Operations):
+    """Holds the state of the stream pass under way; `execute` computes one row of its schedule.
+
+    After the head row `logits` has the next-token scores of each sequence, float32 [N, vocab].
+    """
+
+    def __init__(self, plan: RuntimePlan, config: ModelConfig, pages: Weights) -> None:
+        super().__init__(plan, config, pages.resident)
+        m, batch, dtype = plan.model, plan.batch, DTYPES[plan.model.compute_dtype]
+        self._page_plan, self._pages = plan.pages, pages
+        tokens = batch.sequences * batch.prompt_tokens
+        # Written once now: the first pass would wait for the system to find the memory.
+        self._hidden = torch.empty(tokens, m.hidden).zero_()  # the residual stream, always float32
+        self._normed = torch.empty(tokens, m.hidden, dtype=dtype).zero_()
+        self._logits = torch.empty(batch.sequences, m.vocab).zero_()
+        cache = (m.layers, 2, batch.sequences, m.kv_heads, batch.context_tokens, m.head_dim)
+        self._cache = KvCache(torch.empty(cache, dtype=dtype).zero_())
+        self._routing = Routing(torch.empty(0), torch.empty(0), [])
+
+    def begin(self, step: Pass) -> None:
+        """Make `step` the pass that the next rows compute."""
+        self._step = step
+        self.hidden = self._hidden[: len(step.tokens)]  # [T, H]
+        self.normed = self._normed[: len(step.tokens)]
+        self.logits = self._logits[: len(step.last)]
+
+    def route_as(self, routing: Routing) -> None:
+        """Take `routing` for the experts that come next."""
+        self._routing = routing
+
+    def execute(self, row: Row) -> None:
+        op, _, layer, item, slot = row[:5]
+        if op == EMBED:
+            self.embed(self._step.tokens, self.hidden)
+        elif op == ATTENTION:
+            self._attention(layer, self._step.micro_batches[item], self._pages.view(layer, 0, slot))
+        elif op == ROUTE:
+            choice = self.choose(layer, self.hidden, self.normed)
+            self._routing = sort_by_expert(*choice, self._model.experts)
+        elif op == EXPERTS:
+            self._experts(layer, item, self._pages.view(layer, item, slot))
+        elif op == HEAD:
+            self.scores(self.hidden, self._step.last, self.logits)
+
+    def _attention(self, layer: int, batch: MicroBatch, weights: Mapping[str, Tensor]) -> None:
+        residual = self.hidden[batch.rows]
+        q, k, v = self.queries(layer, residual, batch.positions, weights)
+        self.add_attended(layer, residual, attend(layer, batch, self._cache, q, k, v), weights)
+
+    def _experts(self, layer: int, page: int, weights: Mapping[str, Tensor]) -> None:
+        """Add what the page's experts say to the residual stream."""
+
+        def matrices(e: int) -> tuple[Tensor, Tensor, Tensor]:
+            w1, w2, w3 = expert_names(layer, e)
+            return weights[w1], weights[w2], weights[w3]
+
+        experts = page_experts(self._model, self._page_plan, page)
+        self.add_experts(experts, self._routing, self.normed, self.hidden, matrices)
+
+
+class Stream(Batches):
+    """All tokens of a pass through page after page of the weights."""
+
+    def __init__(self, plan: RuntimePlan, model: StreamModel, lanes: Lanes, read: Read) -> None:
+        super().__init__(plan, lanes)
+        self.model = model
+        self._read = read
+
+    def _pass(self, active: Active, prefill: bool, more: bool) -> None:
+        step = self._prefill(active) if prefill else self._decode(active)
+        following = more or any(goes_on(g) for _, g in active)
+        self.execute(step, prefill, following)
+        self._accept(self.model.logits, active)
+
+    def execute(self, step: Pass, prefill: bool, following: bool) -> None:
+        """One pass of the schedule; the model has its scores. `following`: another comes."""
+        count = len(step.micro_batches)
+        self.model.begin(step)
+        rows = self.lanes.issue(0 if prefill else count, count if prefill else 0, int(following))
+        self.lanes.run(rows, [self._work(row) for row in rows])
+
+    def _work(self, row: Row) -> Blocks:
+        op, _, layer, item, slot = row[:5]
+        return partial(self._read, layer, item, slot) if op == READ else single(self.model.execute, row)
+
+    def _prefill(self, active: Active) -> Pass:
+        """All prompts, in micro-batches of about `prefill_tokens` tokens of whole prompts."""
+        lengths = [len(g.prompt) for _, g in active]
+        batches: list[MicroBatch] = []
+        row = 0
+        for group in groups(lengths, self.plan.batch.prefill_tokens):
+            batches.append(prefill_batch(row, [place for place, _ in active[group]], lengths[group]))
+            row = batches[-1].rows.stop
+        tokens = torch.tensor([token for _, g in active for token in g.prompt])
+        return Pass(tokens, tuple(batches), torch.tensor(lengths).cumsum(0) - 1)
+
+    def _decode(self, active: Active) -> Pass:
+        """The newest token of each sequence, in micro-batches of at most μ."""
+        most = self.plan.batch.micro_batch
+        batches = []
+        for row in range(0, len(active), most):
+            part = active[row : row + most]
+            batches.append(decode_batch(row, [place for place, _ in part], [g.length for _, g in part]))
+        tokens = torch.tensor([g.tokens[-1] for _, g in active])
+        return Pass(tokens, tuple(batches), torch.arange(len(active)))
+
+
+class Engine(Stream):
+    """A stream plan with its checkpoint loaded."""
+
+    def __init__(self, folder: Path, plan: RuntimePlan, checkpoint: Path) -> None:
+        m, pages = plan.model, plan.pages
+        check_numbers(folder / "runtime.json", plan)
+        schedule = load_schedule(folder, plan)
+        check_schedule(schedule, "stream", stream_constants(plan))
+        self.config = read_config(checkpoint, m, plan.batch.context_tokens)
+        shapes = tensor_shapes(m, self.config.tied)
+        refs = find_tensors(checkpoint, shapes)
+        moving = {
+            name
+            for layer in range(m.layers)
+            for page in range(pages.resident_pages, pages.pages_per_layer)
+            for name in page_names(m, pages, layer, page)
+        }
+        check_memory(folder / "runtime.json", plan, shapes, moving)
+        torch.set_num_threads(plan.threads)
+        keep_freed_memory()
+        dtype = DTYPES[m.compute_dtype]
+        self._pages = PageStore(refs, m.layers, pages, lambda *at: page_names(m, pages, *at), dtype)
+        lanes = Lanes(schedule, pages.readers)
+        super().__init__(plan, StreamModel(plan, self.config, self._pages), lanes, self._pages.blocks)
+
+    def close(self) -> None:
+        super().close()
+        self._pages.close()
+
+
+def stream_constants(plan: RuntimePlan) -> dict[str, object]:
+    """What schedule.py has to say for a stream plan."""
+    return {
+        "LANES": LANES,
+        "OPS": OPS,
+        "layers": plan.model.layers,
+        "pages": plan.pages.pages_per_layer,
+        "resident": plan.pages.resident_pages,
+        "slots": plan.pages.slots,
+    }
