@@ -1,6 +1,6 @@
 """Model, Kernels -> seconds that the cores take for each operation of the bundled runtime.
 
-Operations, and the calls within them, are those of `runtime_min/models/mixtral.py`: attention by micro-batch,
+Operations, and the calls within them, are those of `runtime_min/operations.py`: attention by micro-batch,
 one routing per layer, three products per expert that is hit, one head per pass.
 """
 
