@@ -84,7 +84,7 @@ def sort_by_expert(weights: Tensor, experts: Tensor, count: int) -> Routing:
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
     """Radians per position of each pair of dimensions: [D / 2].
 
-    Scaled as Llama 3.1 is: waves longer than the old context over `low_freq_factor` get `factor` times longer,
+    Scaled as Llama 3.1 is: waves longer than the old context / `low_freq_factor` get `factor` times longer,
     those shorter than it over `high_freq_factor` stay, between them the stretch is blended.
     Source: transformers 5.23.0, `_compute_llama3_parameters`.
     """

@@ -14,9 +14,9 @@ class Architecture:
     """One `model_type`.
 
     `class_name` is transformers' class. Layer N has its MLP's tensors under `model.layers.N.<mlp>.`;
-    `matrices` names an expert's in the order gate, down, up (w1, w2, w3). `routed`: there are experts and a router;
-    otherwise one MLP takes every token. `query_norm` says over what queries and keys are normalised: nothing,
-    each head, or all heads of a token together.
+    `matrices` names an expert's in the order gate, down, up (w1, w2, w3). `routed`: there are experts and a
+    router; otherwise one MLP takes every token. `query_norm` says over what queries and keys are normalised:
+    nothing, each head, or all heads of a token together.
 
     `experts_keys` and `width_key` name the experts' number and width in config.json; `norm_eps` and
     `rope_theta` are transformers' values where config.json is silent. The weights of a token's experts sum

@@ -50,7 +50,7 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, seed=0)
 
 @dataclass(frozen=True)
 class Shape:
-    """A small model, its odd sizes chosen to break assumptions; `config` are further keys of its config.json."""
+    """A small model, its odd sizes chosen to break assumptions; `config` are more keys of config.json."""
 
     kind: str = "mixtral"
     config: tuple[tuple[str, Any], ...] = ()
