@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .runtime.folders import Shape, save_checkpoint
+from .folders import Shape, save_checkpoint
 
 SHAPES = {
     "llama": Shape(kind="llama", experts=1, top=1, inner=53),
@@ -20,7 +20,7 @@ model: {path: checkpoint, dtype: float32}
 workload: {batch: {prompts: prompts.jsonl}}
 machine: cpu-2core
 """
-PROMPTS = Path(__file__).parents[1] / "examples" / "tinymoe" / "prompts.jsonl"
+PROMPTS = Path(__file__).parents[2] / "examples" / "tinymoe" / "prompts.jsonl"
 
 
 def moeplan(*arguments: str, cwd: Path) -> None:
