@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moeplan.runtime_min.checkpoint import CheckpointError, read_json
-from moeplan.runtime_min.models import BY_MODEL_TYPE, Architecture
+from moeplan.runtime_min.models import BY_MODEL_TYPE
+from moeplan.runtime_min.models.architecture import Architecture
 from moeplan.runtime_min.plan_file import ModelPlan
 
 # Keys that change what is computed, and the values at which they do not.
