@@ -31,7 +31,7 @@ from moeplan.runtime_min.lanes import Blocks, Lanes, Row, check_schedule, load_s
 from moeplan.runtime_min.layers import sort_by_expert
 from moeplan.runtime_min.limits import check_offload
 from moeplan.runtime_min.model_config import read_config
-from moeplan.runtime_min.models.mixtral import DTYPES, Operations, tensor_shapes
+from moeplan.runtime_min.models.tensors import tensor_shapes
 from moeplan.runtime_min.offload_memory import (
     READERS,
     Buffers,
@@ -40,6 +40,7 @@ from moeplan.runtime_min.offload_memory import (
     check_device_and_host,
     check_pages,
 )
+from moeplan.runtime_min.operations import DTYPES, Operations
 from moeplan.runtime_min.plan_file import RuntimePlan
 
 LANES = ("gpu", "h2d", "d2h", "cpu", "copier", "disk")
