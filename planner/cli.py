@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moeplan.planner.ir.machine import Machine
     from moeplan.planner.ir.plan import Plan
     from moeplan.planner.pipeline import Trace
-    from moeplan.runtime_min.run import Report
+    from moeplan.runtime_min.report import Report
 
 app = typer.Typer(
     name="moeplan",

@@ -11,7 +11,8 @@ from moeplan.runtime_min import results, run
 from moeplan.runtime_min.batch_file import Failure, failure_record
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.plan_file import PlanFileError, load, to_json
-from moeplan.runtime_min.run import bench_plan, run_plan, show, summary
+from moeplan.runtime_min.report import Report, summary
+from moeplan.runtime_min.run import bench_plan, run_plan, show
 
 from .folders import Shape, make_plan, save_checkpoint, save_tokenizer, write_plan
 
@@ -73,7 +74,7 @@ def text_of(record: dict) -> str:
 
 
 @pytest.fixture(scope="module")
-def answered(runtime_dir, tmp_path_factory) -> tuple[Path, Path, run.Report]:
+def answered(runtime_dir, tmp_path_factory) -> tuple[Path, Path, Report]:
     """Input, output and report of one run over LINES; the checkpoint is found from the plan."""
     folder = tmp_path_factory.mktemp("run")
     source, output = write_input(folder, LINES), folder / "out.jsonl"
