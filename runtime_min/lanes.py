@@ -125,7 +125,8 @@ class Lane:
     """A lane's rows, and what it has done so far.
 
     `busy_s`: seconds in which any of its threads worked (with a stream: enqueued). `stall_s`: seconds in
-    which none did because the next row had to wait for other lanes. The rest of the time it had no rows.
+    which none did because the next row had to wait for other lanes. The rest of the time it had no rows, or
+    its threads looked for them.
     """
 
     number: int
@@ -136,6 +137,7 @@ class Lane:
     busy_s: float = 0.0
     stall_s: float = 0.0
     running: int = 0  # threads at work
+    waiting: int = 0  # threads that wait for something to do
     changed_s: float = 0.0  # when it last began or ended to work or to wait
     rows: deque[tuple[Row, Blocks]] = field(default_factory=deque)
     jobs: deque[tuple[_Begun, Block]] = field(default_factory=deque)
@@ -150,7 +152,7 @@ class Lane:
         elapsed, self.changed_s = now - self.changed_s, now
         if self.running:
             self.busy_s += elapsed
-        elif self.rows or self.jobs:
+        elif self.waiting and self.rows:
             self.stall_s += elapsed
 
 
@@ -275,8 +277,15 @@ class Lanes:
                 elif lane is self._caller and not lane.rows:
                     return None
                 else:
-                    self._changed.wait()
+                    self._wait(lane)
             return None
+
+    def _wait(self, lane: Lane) -> None:
+        lane.account(time.perf_counter())
+        lane.waiting += 1
+        self._changed.wait()
+        lane.account(time.perf_counter())
+        lane.waiting -= 1
 
     def _ready(self, row: Row) -> bool:
         return all(lane.done >= count for lane, count in zip(self._numbered, row[WAIT:], strict=True))
