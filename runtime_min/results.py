@@ -38,7 +38,11 @@ class Results:
         self._partial = partial_path(output)
         self._places: dict[int, int] = {}  # input line -> byte of its record in the partial file
         self._file = self._open()  # unbuffered: nothing is left to write when a write has failed
-        self._end = self._resume(run)
+        try:
+            self._end = self._resume(run)
+        except RunError:
+            self.close()
+            raise
         self._synced_at = time.monotonic()
 
     @property
@@ -109,7 +113,6 @@ class Results:
             with self._partial.open("rb") as file:
                 first = file.readline()
                 if first.endswith(b"\n") and first != header:
-                    self._file.close()
                     raise RunError(
                         f"{self._partial}: belongs to another input, plan or checkpoint",
                         "delete it, or choose another output",
