@@ -144,8 +144,11 @@ class _Run:
 
         try:
             prompt = self._prompts.encode(request)
-        except PromptError as error:
-            return Failure(request.line, request.custom_id, "invalid_prompt", f"line {request.line}: {error}")
+        except RunError:
+            raise
+        except Exception as error:  # a tokenizer or template may fail in any way; the others go on
+            said = str(error) if isinstance(error, PromptError) else f"the prompt cannot be made: {error!r}"
+            return Failure(request.line, request.custom_id, "invalid_prompt", f"line {request.line}: {said}")
         batch = self._engine.plan.batch
         room = batch.context_tokens - len(prompt)
         new = room if request.max_tokens is None else request.max_tokens
