@@ -47,14 +47,14 @@ def figures_from_run(path: Path) -> RunFigures:
     if "compute" not in lanes or sequences < _LEAST_FULL * report["sequences"]:
         message = f"the batch was not full: {sequences:.0f} of {report['sequences']} sequences"
         _refuse(path, message, "give the run more requests, or use the report of `runtime_min bench`")
-    cores_s = measured["elapsed_s"] - lanes["compute"]["stall_s"]
-    slower = cores_s / _cores_s(measured, policy)
+    working = 1 - lanes["compute"]["stall_s"] / measured["elapsed_s"]
+    slower = working * (measured["prefill_s"] + measured["decode_s"]) / _cores_s(measured, policy)
     figures = _figures(policy["machine"], slower)
     source = f"The cores took {slower:.2f} times as long as predicted"
     disk = lanes.get("disk", {"bytes_read": 0})
     if disk["bytes_read"] >= _LEAST_READ_BYTES:
         kept = figures["disk"]["while_computing"]
-        beside = 1 + (1 / kept - 1) * min(1.0, cores_s / measured["elapsed_s"])
+        beside = 1 + (1 / kept - 1) * working
         figures["disk"]["bytes_per_s"] = disk["bytes_read"] / disk["busy_s"] * beside
         source += "; the disk's rate is that of streaming"
     origin = f"Measured by a run of {report['plan']}, starting from {policy['machine']['name']}."
@@ -62,9 +62,9 @@ def figures_from_run(path: Path) -> RunFigures:
 
 
 def _cores_s(measured: _Json, policy: _Json) -> float:
-    """Seconds that the plan has the cores work for the run's tokens: their share of a phase's time."""
+    """Seconds that the plan has the cores work for the tokens of passes that are not mixed."""
     seconds = 0.0
-    for phase, tokens in (("prefill", measured["prompt_tokens"]), ("decode", measured["decode_tokens"])):
+    for phase, tokens in (("prefill", measured["prefilled_tokens"]), ("decode", measured["decode_tokens"])):
         lanes = {lane["lane"]: lane["seconds"] for lane in policy[phase]["lanes"]}
         share = lanes["cores"] / (max(lanes.values()) + policy[phase]["serial_s"])
         seconds += share * tokens / policy[f"{phase}_tokens_per_s"]["value"]

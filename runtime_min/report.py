@@ -21,7 +21,8 @@ REPORT_FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullBatches:
-    """The fullest batches of a run, all of one number of `sequences`, and the sums over them.
+    """The fullest batches of a run, all of one number of `sequences`, and the sums over them. A batch goes on
+    while requests take the places of others.
 
     `warm`: without the first batch of the run, which waits for caches and threads to come up.
     """
@@ -35,12 +36,12 @@ class FullBatches:
         """Measured rates and latencies, by the names that a profile has for them."""
         sums = self.sums
         figures = {
-            "prefill_tokens_per_s": sums.prompt_tokens / sums.prefill_s,
-            "requests_per_s": self.sequences * self.batches / (sums.prefill_s + sums.decode_s),
-            "ttft_s": sums.prefill_s / self.batches,
+            "prefill_tokens_per_s": sums.prefilled_tokens / sums.prefill_s,
+            "requests_per_s": sums.requests / sums.seconds,
+            "ttft_s": sums.first_tokens_s / sums.requests,
         }
         if sums.decode_passes:
-            figures["decode_tokens_per_s"] = sums.decode_tokens / sums.decode_s
+            figures["decode_tokens_per_s"] = sums.decoded_tokens / sums.decode_s
             figures["itl_s"] = sums.decode_s / sums.decode_passes
         return figures
 
@@ -57,7 +58,9 @@ class LaneReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a run did so far. `decode_tokens` came from decode passes, `generated_tokens` from all passes.
+    """What a run did so far. Passes that read prompts beside decoding are mixed: `mixed_s` is no other time.
+    `prefilled_tokens` and `decode_tokens` are those of the other passes, `prompt_tokens` and
+    `generated_tokens` those of all.
 
     `requests` are those of the input; `resumed` of them were done by an earlier run. `lanes` are those that
     had work; the first computes. `rehearsed`: the CPU took the accelerator's place.
@@ -68,11 +71,13 @@ class Report:
     failed: int
     resumed: int
     prompt_tokens: int
+    prefilled_tokens: int
     generated_tokens: int
     decode_tokens: int
     decode_passes: int
     prefill_s: float
     decode_s: float
+    mixed_s: float
     lanes: tuple[LaneReport, ...]
     bytes_read: int
     peak_bytes: int
@@ -82,7 +87,7 @@ class Report:
     @property
     def elapsed_s(self) -> float:
         """Seconds in passes; loading is not counted."""
-        return self.prefill_s + self.decode_s
+        return self.prefill_s + self.decode_s + self.mixed_s
 
 
 @dataclass(slots=True)
@@ -109,7 +114,14 @@ def make_report(engine: Batches, counts: Counts, rehearse: bool) -> Report:
     )
     return Report(
         **asdict(counts),
-        **asdict(stats),
+        prompt_tokens=stats.prompt_tokens,
+        prefilled_tokens=stats.prefilled_tokens,
+        generated_tokens=stats.generated_tokens,
+        decode_tokens=stats.decoded_tokens,
+        decode_passes=stats.decode_passes,
+        prefill_s=stats.prefill_s,
+        decode_s=stats.decode_s,
+        mixed_s=stats.mixed_s,
         lanes=lanes,
         bytes_read=engine.disk.bytes_read,
         peak_bytes=_peak_bytes(),
@@ -168,7 +180,7 @@ def _speeds(plan: RuntimePlan, report: Report) -> Iterator[tuple[str, float, Ran
     """(phase, tokens/s as measured, tokens/s as planned) of each phase that ran."""
     expected = plan.predicted
     phases = (
-        ("prefill", report.prompt_tokens, report.prefill_s, expected.prefill_tokens_per_s),
+        ("prefill", report.prefilled_tokens, report.prefill_s, expected.prefill_tokens_per_s),
         ("decode", report.decode_tokens, report.decode_s, expected.decode_tokens_per_s),
         ("generated", report.generated_tokens, report.elapsed_s, expected.generated_tokens_per_s),
     )

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 from moeplan.runtime_min.batch_file import (
     Answer,
     Failure,
+    Place,
     Request,
+    TokenScore,
     answer_record,
     failure_record,
     read_requests,
@@ -96,16 +98,15 @@ def bench_plan(
     from moeplan.runtime_min.engine import Generation
     from moeplan.runtime_min.sampling import Sampling
 
-    numbers, counts = random.Random(0), Counts(plan.batch.sequences * batches)
+    count = plan.batch.sequences * batches
+    numbers, counts = random.Random(0), Counts(count)
 
     def finished(_: Generation) -> None:
         counts.answered += 1
 
     with _engine(runtime_dir, plan, folder, rehearse, watch, counts) as engine:
-        for left in reversed(range(batches)):
-            texts = [numbers.choices(range(plan.model.vocab), k=prompt) for _ in range(plan.batch.sequences)]
-            generations = [Generation(text, tokens, Sampling(0.0, 1.0, 0)) for text in texts]
-            engine.run(generations, finished, more=left > 0)
+        texts = (numbers.choices(range(plan.model.vocab), k=prompt) for _ in range(count))
+        engine.run((Generation(text, tokens, Sampling(0.0, 1.0, 0)) for text in texts), finished)
         return make_report(engine, counts, rehearse)
 
 
@@ -121,12 +122,18 @@ class _Run:
 
     def all(self, items: Iterator[Request | Failure]) -> None:
         done = self._results.done
-        ready = self._ready(item for item in items if item.line not in done)
-        batch = list(islice(ready, self._engine.plan.batch.sequences))
-        while batch:
-            following = list(islice(ready, self._engine.plan.batch.sequences))
-            self._batch(batch, more=bool(following))
-            batch = following
+        requests: dict[int, Request] = {}
+
+        def generations() -> Iterator[Generation]:
+            for request, generation in self._ready(item for item in items if item.line not in done):
+                requests[id(generation)] = request
+                yield generation
+
+        def finished(generation: Generation) -> None:
+            self._record(requests.pop(id(generation)), generation)
+
+        self._tell()
+        self._engine.run(generations(), finished, self._tell)
         self._tell()
 
     def _ready(self, items: Iterator[Request | Failure]) -> Iterator[tuple[Request, Generation]]:
@@ -165,6 +172,7 @@ class _Run:
             sampling=Sampling(request.temperature, request.top_p, seed),
             ends=self._engine.config.eos,
             stopped=self._stop_test(prompt, request.stop) if request.stop else None,
+            top_scored=request.logprobs,
         )
 
     def _stop_test(self, prompt: list[int], stop: tuple[str, ...]) -> Callable[..., bool]:
@@ -174,17 +182,14 @@ class _Run:
 
         return stopped
 
-    def _batch(self, batch: list[tuple[Request, Generation]], more: bool) -> None:
-        requests = {id(generation): request for request, generation in batch}
-
-        def finished(generation: Generation) -> None:
-            request = requests[id(generation)]
-            record = answer_record(request, self._answer(request, generation), self._engine.plan.name)
-            self._results.add(record)
-            self._counts.answered += 1
-
-        self._tell()
-        self._engine.run([generation for _, generation in batch], finished, more, self._tell)
+    def _record(self, request: Request, generation: Generation) -> None:
+        if generation.finish == "invalid":
+            message = f"line {request.line}: the model's scores are no numbers"
+            self._fail(Failure(request.line, request.custom_id, "invalid_scores", message))
+            return
+        record = answer_record(request, self._answer(request, generation), self._engine.plan.name)
+        self._results.add(record)
+        self._counts.answered += 1
 
     def _fail(self, failure: Failure) -> None:
         self._results.add(failure_record(failure))
@@ -194,12 +199,30 @@ class _Run:
         said = [token for token in generation.tokens if token not in generation.ends]
         text = self._prompts.decode(generation.prompt, said)
         ends = [at for at in (text.find(word) for word in request.stop) if at >= 0]
+        end = min(ends, default=len(text))
         return Answer(
-            text=text[: min(ends, default=len(text))],
+            text=text[:end],
             finish="length" if generation.finish == "length" else "stop",
             prompt_tokens=len(generation.prompt),
             completion_tokens=len(generation.tokens),
+            places=None if request.logprobs is None else self._places(generation, end),
         )
+
+    def _places(self, generation: Generation, end: int) -> tuple[Place, ...]:
+        """The scores of the tokens whose text begins before `end`."""
+        places, said = [], b""
+        for scored in generation.scored:
+            offset = len(said.decode(errors="ignore"))
+            if scored.token in generation.ends or offset >= end:
+                break
+            best = tuple(self._scored(*pair) for pair in scored.best)
+            places.append(Place(self._scored(scored.token, scored.logprob), offset, best))
+            said += places[-1].token.utf8
+        return tuple(places)
+
+    def _scored(self, token: int, logprob: float) -> TokenScore:
+        utf8 = self._prompts.token_bytes(token)
+        return TokenScore(utf8.decode(errors="replace"), utf8, logprob)
 
     def _tell(self) -> None:
         counts = self._counts

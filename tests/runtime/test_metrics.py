@@ -20,11 +20,13 @@ REPORT = Report(
     failed=1,
     resumed=2,
     prompt_tokens=100,
+    prefilled_tokens=90,
     generated_tokens=50,
     decode_tokens=46,
     decode_passes=12,
     prefill_s=0.5,
     decode_s=1.5,
+    mixed_s=0.25,
     lanes=(
         LaneReport(name="compute", busy_s=1.75, stall_s=0.25, bytes_read=0),
         LaneReport(name="disk", busy_s=1e-5, stall_s=0.0, bytes_read=12345),
