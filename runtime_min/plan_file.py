@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from moeplan.runtime_min.errors import RunError
 
-FORMAT = 2
+FORMAT = 3
 SCHEDULE_FORMAT = 2
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
 ARCHITECTURES = ("mixtral",)  # model types that this version of the runtime executes, on CPU
@@ -76,7 +76,9 @@ class PagePlan:
     Each layer has `pages_per_layer` pages: page 0 is the attention projections, page p > 0 holds the
     experts [(p-1)·experts_per_page, p·experts_per_page). The first `resident_pages` pages of every layer
     stay in memory; the others are read into `slots` slots of `slot_bytes` each by `readers` threads in
-    blocks of `block_bytes`. In an offload plan pages are equal parts of a layer's bytes, as `OffloadPlan`
+    blocks of `block_bytes`. Where `places` is not 0, a pass of decode alone reads of each layer's expert pages
+    only those that routing hits: `places` is the most that it can hit, and into the first `guesses` of them
+    likely pages are read before the layer is routed. In an offload plan pages are equal parts of a layer's bytes, as `OffloadPlan`
     says; only their number and that of the pinned slots they pass through (0: none) is given.
     """
 
@@ -87,6 +89,8 @@ class PagePlan:
     slot_bytes: int
     readers: int
     block_bytes: int
+    places: int
+    guesses: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

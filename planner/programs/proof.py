@@ -157,6 +157,7 @@ def _rules(schedule: Schedule) -> Table:
     rules = np.zeros((PROGRAMS[schedule.kind].buffers(c), 2), np.int64)
     if isinstance(c, StreamConstants):
         rules[: c.slots, 0] = _SLOT
+        rules[c.slots + stream.STATE.placed :] = _PAGE, 0  # of the layer that reads it
         return rules
     assert isinstance(c, OffloadConstants)
     rules[: c.slots, 0] = _SAME

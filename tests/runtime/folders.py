@@ -134,6 +134,8 @@ def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
             slot_bytes=0,
             readers=2,
             block_bytes=4096,
+            places=0,
+            guesses=0,
         ),
         changes,
     )
@@ -177,6 +179,8 @@ def stream_schedule(plan: RuntimePlan, **changes: int) -> Schedule:
         pages=plan.pages.pages_per_layer,
         resident=plan.pages.resident_pages,
         slots=plan.pages.slots,
+        places=plan.pages.places,
+        guesses=plan.pages.guesses,
         lead=max(0, plan.pages.slots - 1),
         across=1,
         barrier=0,
