@@ -190,6 +190,12 @@ def page_tensors(model: ModelPlan, pages: PagePlan, page: int) -> int:
     return 4 if page == 0 else 3 * min(pages.experts_per_page, model.experts)
 
 
+def most_places(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
+    """The most pages of experts that a decode pass can hit in a layer, resident ones aside."""
+    moving = pages.pages_per_layer - max(1, pages.resident_pages)
+    return max(0, min(moving, batch.sequences * model.experts_per_token))
+
+
 def slot_bytes(model: ModelPlan, pages: PagePlan, stored_item_bytes: int) -> int:
     """What a slot must hold so that every streamed page fits: its tensors as stored, each in whole blocks."""
 

@@ -137,9 +137,7 @@ def test_each_task_runs_once_per_pass(schedule: Schedule) -> None:
     if schedule.kind == "stream":
         assert isinstance(c, StreamConstants)
         assert by_op["attention"] == 2 * c.layers
-        moved = min(1, c.pages - c.resident) if c.resident == 0 else 0
-        if not c.places:
-            moved = c.pages - c.resident
+        moved = max(0, 1 - c.resident) if c.places else c.pages - c.resident
         assert by_op["read"] == c.layers * moved
         assert by_op["fetch"] == by_op["hit"] == c.layers * c.places
         assert by_op["guess"] == c.layers * c.guesses

@@ -26,6 +26,7 @@ from moeplan.runtime_min.plan_file import (
     RuntimePlan,
     SchedulePlan,
     kv_bytes,
+    most_places,
     slot_bytes,
     to_json,
     weights_bytes,
@@ -102,7 +103,10 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
-    """A plan that fits `shape`; `changes` are fields of the batch, the pages or the plan itself."""
+    """A plan that fits `shape`; `changes` are fields of the batch, the pages or the plan itself.
+
+    `routed`: with places for the pages that routing hits.
+    """
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     layer = 2 * shape.hidden * (query + key) + shape.experts * shape.hidden * (3 * shape.inner + 1)
     layer += 2 * shape.hidden
@@ -140,6 +144,8 @@ def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
         changes,
     )
     pages = replace(pages, slot_bytes=slot_bytes(model, pages, shape.stored.itemsize))
+    if changes.get("routed"):
+        pages = replace(pages, places=most_places(model, batch, pages))
     memory = MemoryPlan(
         budget_bytes=8 << 30,
         weights_bytes=weights_bytes(model, pages),
