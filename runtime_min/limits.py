@@ -49,8 +49,7 @@ def check_numbers(path: Path, plan: RuntimePlan) -> None:
         == 1 + -(-m.experts // max(1, p.experts_per_page)),
         "resident_pages is not within pages_per_layer": 0 <= p.resident_pages <= p.pages_per_layer,
         "no slots for pages that move": p.slots > 0 or p.resident_pages == p.pages_per_layer,
-        "places do not hold the pages that a batch can hit": p.places
-        in (0, most_places(m, plan.batch, p)),
+        "places do not hold the pages that a batch can hit": p.places in (0, most_places(m, plan.batch, p)),
         "guesses are not places, with a slot to spare": 0 <= p.guesses <= p.places
         and (p.guesses == 0 or p.guesses + (p.resident_pages == 0) <= p.slots),
         "block_bytes is not a multiple of 4096": p.block_bytes % ALIGNMENT_BYTES == 0,

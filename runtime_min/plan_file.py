@@ -76,10 +76,11 @@ class PagePlan:
     Each layer has `pages_per_layer` pages: page 0 is the attention projections, page p > 0 holds the
     experts [(p-1)·experts_per_page, p·experts_per_page). The first `resident_pages` pages of every layer
     stay in memory; the others are read into `slots` slots of `slot_bytes` each by `readers` threads in
-    blocks of `block_bytes`. Where `places` is not 0, a pass of decode alone reads of each layer's expert pages
-    only those that routing hits: `places` is the most that it can hit, and into the first `guesses` of them
-    likely pages are read before the layer is routed. In an offload plan pages are equal parts of a layer's bytes, as `OffloadPlan`
-    says; only their number and that of the pinned slots they pass through (0: none) is given.
+    blocks of `block_bytes`. Where `places` is not 0, a pass of decode alone reads of each layer's expert
+    pages only those that routing hits: `places` is the most that it can hit, and into the first `guesses` of
+    them likely pages are read before the layer is routed. In an offload plan pages are equal parts of a
+    layer's bytes, as `OffloadPlan` says; only their number and that of the pinned slots they pass through
+    (0: none) is given.
     """
 
     pages_per_layer: int

@@ -1,8 +1,8 @@
 """A machine without a GPU: weights in memory, or streamed from disk page by page while the cores compute.
 
 One pass over the layers takes as long as the busier of disk and cores. The search maximises generated
-tokens per second, prefill included, over the number of sequences, and over what decode reads: whole layers, or
-the pages that routing hits, some of them guessed. What memory is left holds resident pages.
+tokens per second, prefill included, over the number of sequences, and over what decode reads: whole layers,
+or the pages that routing hits, some of them guessed. What memory is left holds resident pages.
 """
 
 from __future__ import annotations

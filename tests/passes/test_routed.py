@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from conftest import batch_spec
@@ -16,14 +15,16 @@ from moeplan.planner.catalog import Catalog
 from moeplan.planner.inputs import load_inputs
 from moeplan.planner.ir.plan import Plan
 from moeplan.planner.ir.policy import Policy
+from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.schedule import StreamConstants
+from moeplan.planner.ir.workload import Workload
 from moeplan.planner.passes.roofline import find_roofline
 from moeplan.planner.passes.workload import build_workload
-from moeplan.planner.simulate.decode import time_passes
 from moeplan.planner.programs import Step
+from moeplan.planner.simulate.decode import time_passes
 from moeplan.planner.spec import parse_spec
-from moeplan.planner.strategies.routed import RoutedLayer, expected_use, routed_seconds
-from moeplan.planner.strategies.stream import stream_policy
+from moeplan.planner.strategies.routed import RIGHT_SHARE, RoutedLayer, expected_use, routed_seconds
+from moeplan.planner.strategies.stream import _point_of, stream_policy
 from moeplan.planner.strategies.task_costs import TaskCost, TaskCosts
 
 Compile = Callable[[str], Plan]
@@ -88,10 +89,68 @@ def test_expected_use_sums_to_the_pages_hit() -> None:
     assert expected_use(2.5, 5) == (1.0, 1.0, 0.5, 0.0, 0.0)
 
 
-def policy_of(catalog: Catalog, requests: int, gib: float, model: str = "qwen3-30b-a3b") -> Policy:
-    spec = parse_spec(batch_spec(model=model, requests=requests), "spec.yaml")
+def problem_of(catalog: Catalog, requests: int) -> tuple[Workload, Roofline]:
+    text = batch_spec(model="qwen3-30b-a3b").replace("requests: 2000", f"requests: {requests}")
+    spec = parse_spec(text, "spec.yaml")
     workload = build_workload(spec, load_inputs(spec))
-    roofline = find_roofline(workload, catalog.machines["cpu-2core"])
+    return workload, find_roofline(workload, catalog.machines["cpu-2core"])
+
+
+def policy_of(catalog: Catalog, requests: int, gib: float) -> Policy:
+    workload, roofline = problem_of(catalog, requests)
     policy = stream_policy(workload, workload.classes[0], roofline, int(gib * 2**30))
     assert isinstance(policy, Policy)
     return policy
+
+
+@pytest.mark.parametrize("requests", [1, 4, 8])
+def test_small_batches_read_what_routing_hits(requests: int, catalog: Catalog) -> None:
+    """128 experts, 8 a token: the bytes of a pass are those of the pages expected, and it is faster."""
+    policy = policy_of(catalog, requests, 12)
+    pages = policy.pages
+    moving = pages.pages_per_layer - pages.resident_pages
+    assert policy.sequences == requests
+    assert 0 < pages.places <= moving
+    assert pages.hit_pages == pytest.approx(moving * (1 - (1 - 8 / 128) ** requests))
+    disk_s = next(lane.seconds for lane in policy.decode.lanes if lane.lane == "disk")
+    expert_bytes, bytes_per_s = 3 * 2048 * 768 * 2, 2.0e9
+    wrong = pages.guesses * (1 - RIGHT_SHARE)
+    least_s = 48 * (pages.hit_pages + wrong) * expert_bytes / bytes_per_s
+    assert least_s * 0.999 <= disk_s <= 1.5 * least_s  # the cores slow the disk down meanwhile
+
+
+def test_large_batches_read_whole_layers(catalog: Catalog) -> None:
+    pages = policy_of(catalog, 256, 12).pages
+    assert (pages.places, pages.guesses, pages.hit_pages) == (0, 0, 0.0)
+
+
+def test_weights_in_memory_are_not_routed(catalog: Catalog) -> None:
+    assert policy_of(catalog, 1, 100).pages.places == 0
+
+
+def test_without_a_right_guess_the_rate_is_in_the_interval(catalog: Catalog) -> None:
+    """Guesses that are never hit make a pass slower; the plan's interval reaches down to that."""
+    workload, roofline = problem_of(catalog, 1)
+    policy = policy_of(catalog, 1, 12)
+    point = _point_of(workload, workload.classes[0], roofline, policy, 1)
+    blind = replace(point, right_share=0.0).decode_tokens_per_s
+    assert policy.pages.guesses > 0
+    assert policy.decode_tokens_per_s.low < blind < policy.decode_tokens_per_s.value
+    whole = policy_of(catalog, 256, 12)
+    assert policy.decode_tokens_per_s.sigma > whole.decode_tokens_per_s.sigma
+
+
+def test_the_plan_says_so(compile_text: Compile) -> None:
+    """Report, runtime.json and schedule.py; the schedule is proved when the plan is compiled."""
+    text = batch_spec("cpu-2core", model="qwen3-30b-a3b").replace("requests: 2000", "requests: 2")
+    plan = compile_text(text)
+    pages, pipeline = plan.replicas[0].policy.pages, plan.replicas[0].pipeline
+    assert pipeline is not None
+    constants = pipeline.schedule.constants
+    assert isinstance(constants, StreamConstants)
+    assert (constants.places, constants.guesses) == (pages.places, pages.guesses) != (0, 0)
+    assert pipeline.pass_s == pytest.approx(plan.replicas[0].policy.decode.seconds, rel=0.02)
+    said = " ".join("".join(report.emit(plan).values()).split())
+    moving = pages.pages_per_layer - pages.resident_pages
+    expected = f"decode reads only the experts that routing hits: {pages.hit_pages:.1f} of {moving} a layer"
+    assert expected in said

@@ -112,7 +112,9 @@ def _places(pages: int, resident: int, slots: int) -> list[tuple[int, int]]:
     """Places and guesses: none, one, as many as there are pages of experts that move."""
     most = pages - max(1, resident)
     free = slots - (resident == 0)  # beside the page of attention
-    return sorted({(0, 0)} | {(p, g) for p in (1, most) for g in (0, 1, p) if p <= most and g <= min(p, free)})
+    return sorted(
+        {(0, 0)} | {(p, g) for p in (1, most) for g in (0, 1, p) if p <= most and g <= min(p, free)}
+    )
 
 
 def every_named() -> list[Schedule]:
