@@ -50,7 +50,7 @@ def check_numbers(path: Path, plan: RuntimePlan) -> None:
         "resident_pages is not within pages_per_layer": 0 <= p.resident_pages <= p.pages_per_layer,
         "no slots for pages that move": p.slots > 0 or p.resident_pages == p.pages_per_layer,
         "places do not hold the pages that a batch can hit": p.places in (0, most_places(m, plan.batch, p)),
-        "guesses are not places, with a slot to spare": 0 <= p.guesses <= p.places
+        "guesses are more than places or slots": 0 <= p.guesses <= p.places
         and (p.guesses == 0 or p.guesses + (p.resident_pages == 0) <= p.slots),
         "block_bytes is not a multiple of 4096": p.block_bytes % ALIGNMENT_BYTES == 0,
     }

@@ -1,7 +1,7 @@
 """Which pages of experts a routed decode pass reads, and where they lie.
 
 Pages are numbered within their layer; 0 stands for none, as page 0 holds no experts. Places are numbered
-from 1, and each is a slot of its own.
+from 1, those of guesses first, and each is a slot of its own.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ class Places:
     """The places of the layer at hand, and the guesses for it and for the layer that follows."""
 
     plan: RuntimePlan
-    pages: list[int] = field(default_factory=list)  # by place
+    pages: list[int] = field(default_factory=list)  # by place, those that are hit
     counts: Counts = field(default_factory=Counts)
-    _missing: list[bool] = field(default_factory=list)  # by place: has a page that does not lie there
     _likely: list[list[int]] = field(default_factory=lambda: [[], []])  # for even and odd layers
 
     def expect(self, layer: int, weights: Tensor, experts: Tensor) -> None:
@@ -45,24 +44,20 @@ class Places:
         self._likely[layer % 2] = ranked[: self.plan.pages.guesses]
 
     def place(self, layer: int, routing: Routing) -> None:
-        """Give the pages that `routing` hits their places: right guesses where they lie, others in order."""
-        wanted = self._hit_pages(routing.starts)
-        likely = self._likely[layer % 2]
-        self.pages = [page if page in wanted else 0 for page in likely]
-        self.pages += [0] * (self.plan.pages.places - len(likely))
-        rest = iter(sorted(wanted - set(likely)))
-        self._missing = [not page for page in self.pages]
-        self.pages = [page or next(rest, 0) for page in self.pages]
-        self._count(len(wanted), len(likely), sum(not missing for missing in self._missing))
+        """Find the pages that `routing` hits: right guesses where they were read, the others in order."""
+        wanted, likely = self._hit_pages(routing.starts), self._likely[layer % 2]
+        guessed = [page if page in wanted else 0 for page in likely]
+        rest = sorted(wanted - set(likely))
+        plan = self.plan.pages
+        self.pages = [*_padded(guessed, plan.guesses), *_padded(rest, plan.places)]
+        self.counts.hit += len(wanted)
+        self.counts.guessed += len(likely)
+        self.counts.right += len(wanted) - len(rest)
 
     def guess(self, layer: int, place: int) -> int:
-        """The page to be read into `place` before `layer` is routed."""
+        """The page to be read for `place` before `layer` is routed."""
         likely = self._likely[layer % 2]
         return likely[place - 1] if place <= len(likely) else 0
-
-    def missing(self, place: int) -> int:
-        """The page that `place` still has to get."""
-        return self.pages[place - 1] if self._missing[place - 1] else 0
 
     def _hit_pages(self, starts: Sequence[int]) -> set[int]:
         experts = range(len(starts) - 1)
@@ -72,7 +67,6 @@ class Places:
     def _page_of(self, e: int) -> int:
         return 1 + e // self.plan.pages.experts_per_page
 
-    def _count(self, hit: int, guessed: int, right: int) -> None:
-        self.counts.hit += hit
-        self.counts.guessed += guessed
-        self.counts.right += right
+
+def _padded(pages: list[int], places: int) -> list[int]:
+    return pages + [0] * (places - len(pages))

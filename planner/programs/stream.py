@@ -1,11 +1,12 @@
 """Disk, DRAM, cores: page after page of each layer over all tokens, while the next pages are read.
 
-A routed schedule reads all pages in passes with prefill only. In a pass of decode alone, each layer has
-`places` for the pages that routing will hit: the likely ones are read into the first of them while the layer
-before is computed, and once the layer is routed, the others over wrong guesses and into the places left.
-Guesses follow the layer before's own reads, so that they delay none of them. Source: Eliseev and Mazur, Fast
-Inference of Mixture-of-Experts Language Models with Offloading (2023), section 3.2: a layer's hidden states,
-given to the next layer's router, tell most of the experts that it will choose.
+A routed schedule reads all pages in passes with prefill. In a pass of decode alone, each layer has
+`places` for the pages that routing will hit, and before them one for each of `guesses`: likely pages are read
+there while the layer before is computed, and once the layer is routed, the others into the places. (Not over
+wrong guesses: several threads read, so that the two would be under way together.) Guesses follow the layer
+before's own reads, so that they delay none of them. Source: Eliseev and Mazur, Fast Inference of
+Mixture-of-Experts Language Models with Offloading (2023), section 3.2: a layer's hidden states, given to the
+next layer's router, tell most of the experts that it will choose.
 
 The text below the mark is part of the emitted schedule.py, word for word.
 """
@@ -31,7 +32,7 @@ def buffers(s):
 
 def room(s, decode, prefill):
     """An empty pass with room for the largest."""
-    rows = 4 + s.slots + s.layers * (decode + prefill + 2 * s.pages + 3 * s.places + 5)
+    rows = 4 + s.slots + s.layers * (decode + prefill + 2 * s.pages + 2 * (s.places + s.guesses) + 5)
     return make_log(rows, 6 * rows)
 
 
@@ -119,7 +120,7 @@ def routed_layers(s, log, passes, micro_batches, following):
         route_places(s, log, layer)
         for p in range(1, s.resident):
             compute(s, log, OP.experts, layer, p, FIXED.none, s.slots + STATE.routing, s.slots)
-        for p in range(1, s.places + 1):
+        for p in range(1, s.guesses + s.places + 1):
             use_place(s, log, layer, p, at)
             at += 1
         last = layer + 1 == s.layers
@@ -157,22 +158,17 @@ def expect(s, log, layer):
 
 @part
 def guess(s, log, layer, at):
-    """Read those, to the first places of the layer."""
+    """Read those."""
     for p in range(1, s.guesses + 1):
         fill(s, log, OP.guess, layer, p, at + p - 1, s.slots + STATE.likely + layer % 2)
 
 
 @part
 def use_place(s, log, layer, p, at):
-    """Read the page of place `p` unless it is there; compute with it."""
+    """Read the page of place `p`, unless it is a guess's; compute with it if it is hit."""
     placed, slot = s.slots + STATE.placed, at % s.slots
-    task(log, OP.fetch, LANE.disk, layer, p, slot)
-    reads(log, placed)
-    if p <= s.guesses:
-        reads(log, slot)
-    writes(log, slot)
-    if s.barrier == BARRIER_TASK:
-        fence(log)
+    if p > s.guesses:
+        fill(s, log, OP.fetch, layer, p, at, placed)
     task(log, OP.hit, LANE.compute, layer, p, slot)
     reads(log, s.slots + STATE.routing)
     reads(log, placed)

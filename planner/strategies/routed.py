@@ -15,8 +15,8 @@ _SIMULATED_LAYERS = 8
 class RoutedLayer:
     """Seconds of one layer's tasks, of a mean pass.
 
-    `attention_s` includes routing, `expect_s` is the next layer's guess, `hits_s` and `fetches_s` are by
-    place. Each of `guesses` reads takes `guess_s`.
+    `attention_s` includes routing, `expect_s` is the next layer's guess. `hits_s` are by place, those of the
+    `guesses` first, each of whose reads takes `guess_s`; `fetches_s` by place without them.
     """
 
     attention_s: float
@@ -86,6 +86,7 @@ class _Clock:
         self.cores = self._disk = 0.0
         self._at, self._slots = at, slots
         self._expected = self._attention_there = 0.0
+        self._guessed: list[float] = []  # when the next layer's guesses are there
         self._used: list[float] = []  # by place in the ring
 
     def read_attention(self) -> None:
@@ -101,6 +102,7 @@ class _Clock:
         first = len(self._used) + (self._at.attention_read_s > 0)
         for place in range(self._at.guesses):
             self._read(first + place, self._at.guess_s, self._expected)
+            self._guessed.append(self._disk)
 
     def compute_layer(self, last: bool) -> None:
         at = self._at
@@ -110,10 +112,16 @@ class _Clock:
         if not last:
             self.expect()
         self.cores += sum(at.resident_s)
-        for hit_s, fetch_s in zip(at.hits_s, at.fetches_s, strict=True):
+        guessed, self._guessed = self._guessed, []
+        for hit_s, there in zip(at.hits_s, guessed, strict=False):
+            self._hit(hit_s, there)
+        for hit_s, fetch_s in zip(at.hits_s[at.guesses :], at.fetches_s, strict=True):
             self._read(len(self._used), fetch_s, routed)
-            self.cores = max(self.cores, self._disk) + hit_s
-            self._used.append(self.cores)
+            self._hit(hit_s, self._disk)
+
+    def _hit(self, seconds: float, there: float) -> None:
+        self.cores = max(self.cores, there) + seconds
+        self._used.append(self.cores)
 
     def _read(self, place: int, seconds: float, after: float = 0.0) -> None:
         """Into the slot of `place` in the ring, once what lay there is used."""

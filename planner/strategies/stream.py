@@ -29,6 +29,7 @@ from moeplan.planner.strategies.common import (
     batch_figures,
     batch_rates,
     bottleneck,
+    decode_rate,
     estimate,
     lanes,
     run_seconds,
@@ -42,6 +43,8 @@ from moeplan.planner.strategies.task_costs import TaskCost, TaskCosts
 
 PROCESS_BYTES = 512 << 20  # Python, torch and its thread pools
 ALIGNMENT_BYTES = 4096  # of direct reads
+KV_BLOCK_TOKENS = 32
+PASS_TOKENS = 32768  # of prompts that one pass takes at most, where they are shorter
 READERS = 4  # threads that read the blocks of a page: with 256 KiB to 4 MiB blocks, near a disk's full rate
 BLOCK_BYTES = 1 << 20
 _MICRO_BATCH = 128
@@ -52,8 +55,6 @@ _SLOTS = 4
 _GUESSES = (0, 1, 2, 4, 8)
 _WORTH_ROUTING = 0.9  # of a layer's moving pages hit: beyond it whole layers are read
 _SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-# Decode attention takes sequences of similar length in one call: the shortest at least 0.75 of the longest.
-_SIMILAR = 0.75
 # More than one thread must win this much: they wait for each other actively, and a busy neighbour that takes
 # a core of theirs costs milliseconds at every wait.
 _WORTH_SHARING = 1.25
@@ -180,7 +181,7 @@ class _Point:
 
     @cached_property
     def prefill_tokens(self) -> int:
-        return max(_PREFILL_TOKENS, self.requests.prompt_tokens_max)
+        return _PREFILL_TOKENS
 
     # Pages
 
@@ -283,16 +284,22 @@ class _Point:
 
     @cached_property
     def kv_bytes(self) -> float:
-        return float(
-            np.asarray(costs.kv_bytes_held(self.workload, self.sequences, self.requests.context_tokens_max))
-        )
+        """Of sequences that each hold the blocks for the longest context."""
+        context = -(-self.requests.context_tokens_max // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+        return float(np.asarray(costs.kv_bytes_held(self.workload, self.sequences, context)))
+
+    @property
+    def pass_tokens(self) -> int:
+        """As runtime_min.plan_file.pass_tokens has it."""
+        prompt = self.requests.prompt_tokens_max
+        return min(self.sequences * prompt, max(PASS_TOKENS, prompt, self.sequences))
 
     @cached_property
     def workspace_bytes(self) -> int:
         """Item by item what runtime_min.plan_file.workspace_bytes counts; a test holds the two together."""
         model, requests = self.workload.model, self.requests
         attention = model.attention
-        tokens = self.sequences * requests.prompt_tokens_max
+        tokens = self.pass_tokens
         per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token
         widest = max(
             3 * model.hidden + 8 * (attention.heads + attention.kv_heads) * attention.head_dim,
@@ -331,14 +338,6 @@ class _Point:
         return sum(self._stored_page_bytes[self.resident_pages :]) * self.workload.model.layers
 
     @cached_property
-    def _spans(self) -> int:
-        """Groups of similar length among the sequences of a batch, half-way through decoding."""
-        requests = self.requests
-        decoded = requests.mean_output_tokens() / 2
-        ratio = (requests.prompt_tokens_max + decoded) / (requests.prompt_tokens_min + decoded)
-        return min(self.sequences, 1 + int(math.log(ratio) / -math.log(_SIMILAR)))
-
-    @cached_property
     def _decode_step(self) -> PassShape:
         requests = self.requests
         return PassShape(
@@ -347,31 +346,33 @@ class _Point:
             sequences=self.sequences,
             context=requests.mean_bucket().context_tokens,
             calls=self.micro_batches,
-            spans=self.micro_batches - 1 + self._spans,
+            spans=self.micro_batches,
             call_tokens=self._call_tokens,
         )
 
     @cached_property
     def _prefill_step(self) -> PassShape:
-        """Whole prompts share a call while they fit; those of equal length share a product of scores."""
+        """One of the passes that read all prompts. Whole prompts share a call while they fit; those of equal
+        length share a product of scores."""
         requests, prompt = self.requests, self.requests.mean_prompt_tokens()
-        calls = math.ceil(self.sequences / max(1, int(self.prefill_tokens / prompt)))
+        sequences = self.sequences / self._prefill_passes
+        pieces = math.ceil(prompt / self._call_tokens)  # of each prompt
+        calls = math.ceil(sequences * pieces / max(1, int(self.prefill_tokens / prompt)))
         alike = requests.prompt_tokens_min == requests.prompt_tokens_max
         return PassShape(
             prefill=True,
-            tokens=self.sequences * prompt,
-            sequences=self.sequences,
+            tokens=sequences * prompt,
+            sequences=sequences,
             context=prompt,
             calls=calls,
-            spans=calls if alike else self.sequences,
+            spans=calls if alike else max(calls, sequences * pieces),
             call_tokens=self._call_tokens,
         )
 
     @cached_property
     def _call_tokens(self) -> int:
         """As runtime_min.plan_file.call_tokens has it."""
-        most = self.sequences * self.requests.prompt_tokens_max
-        return min(most, max(self.prefill_tokens, self.requests.prompt_tokens_max, self.micro_batch, 1024))
+        return min(self.pass_tokens, max(self.prefill_tokens, self.micro_batch, 1024))
 
     def _pass(self, step: PassShape) -> PassTime:
         """Cores and disk overlap; each slows the other down while it works."""
@@ -412,16 +413,16 @@ class _Point:
         (attention, *experts), _ = self._compute(step)
         resident = max(1, self.resident_pages)
         read_s = max(self._reads_s[resident:])  # the last page may have fewer experts
-        use = expected_use(self.hit_pages, self.places)
-        right = [self.right_share * (place < self.guesses) for place in range(self.places)]
+        right = [self.right_share] * self.guesses
+        fetched = expected_use(self.hit_pages - sum(right), self.places)
         computed_s = sum(experts[resident - 1 :])
         return RoutedLayer(
             attention_s=attention,
             attention_read_s=self._reads_s[0],
             expect_s=self._costs.route(step) if self.guesses else 0.0,
             resident_s=tuple(experts[: resident - 1]),
-            hits_s=tuple(computed_s * share / self.hit_pages for share in use),
-            fetches_s=tuple(read_s * max(0.0, u - r) for u, r in zip(use, right, strict=True)),
+            hits_s=tuple(computed_s * share / self.hit_pages for share in (*right, *fetched)),
+            fetches_s=tuple(read_s * share for share in fetched),
             guesses=self.guesses,
             guess_s=read_s,
         )
@@ -446,7 +447,9 @@ class _Point:
         """Rows of the compute lane in one pass: an attention call each, routing, pages; both ends."""
         pages = self.pages_per_layer
         if self.places and not step.prefill:
-            pages = max(1, self.resident_pages) + self.places + 2  # and what follows from routing
+            pages = (
+                max(1, self.resident_pages) + self.guesses + self.places + 2
+            )  # and what follows from routing
         return 2 + self.workload.model.layers * (step.calls + pages)
 
     @cached_property
@@ -479,14 +482,14 @@ class _Point:
         }
         return tasks | (self._place_tasks(slower, longer) if self.places else {})
 
-    def _place_tasks(self, slower: float, longer: float) -> TaskCosts:
+    def _place_tasks(self, slower: float, longer: float) -> dict[str, TaskCost]:
         """What a routed pass has besides; places are numbered from 1."""
         at = self._routed_layer(self._decode_step).scaled(slower, longer)
         return {
             "expect": TaskCost(seconds=at.expect_s),
             "guess": TaskCost(seconds=at.guess_s),
             "place": TaskCost(),
-            "fetch": TaskCost(seconds_of_item=(0.0, *at.fetches_s)),
+            "fetch": TaskCost(seconds_of_item=(0.0, *[0.0] * self.guesses, *at.fetches_s)),
             "hit": TaskCost(seconds_of_item=(0.0, *at.hits_s)),
         }
 
@@ -496,11 +499,20 @@ class _Point:
 
     @cached_property
     def prefill(self) -> PassTime:
-        return self._pass(self._prefill_step)
+        """All prompts of a batch: of long ones, in several passes."""
+        passes, once = self._prefill_passes, self._pass(self._prefill_step)
+        if passes == 1:
+            return once
+        times = [(lane.lane, passes * lane.seconds) for lane in once.lanes]
+        return PassTime(lanes=lanes(times), serial_s=passes * once.serial_s)
+
+    @property
+    def _prefill_passes(self) -> int:
+        return math.ceil(self.sequences * self.requests.mean_prompt_tokens() / self.pass_tokens)
 
     @cached_property
     def decode_tokens_per_s(self) -> float:
-        return float(self.sequences * self.requests.decode_occupancy() / self.decode.seconds)
+        return float(decode_rate(self.requests, self.sequences, self.decode.seconds))
 
     @cached_property
     def generated_tokens_per_s(self) -> float:

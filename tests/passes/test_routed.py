@@ -46,7 +46,7 @@ def drawn(source: random.Random) -> tuple[RoutedLayer, StreamConstants]:
         attention_read_s=some(1)[0] if resident == 0 else 0.0,
         expect_s=some(1)[0] if guesses else 0.0,
         resident_s=some(max(0, resident - 1)),
-        hits_s=some(places),
+        hits_s=some(guesses + places),
         fetches_s=some(places),
         guesses=guesses,
         guess_s=some(1)[0],
@@ -68,7 +68,7 @@ def costs_of(at: RoutedLayer, pages: int, ends_s: float) -> TaskCosts:
         "expect": TaskCost(seconds=at.expect_s),
         "guess": TaskCost(seconds=at.guess_s),
         "place": TaskCost(),
-        "fetch": TaskCost(seconds_of_item=(0.0, *at.fetches_s)),
+        "fetch": TaskCost(seconds_of_item=(0.0, *[0.0] * at.guesses, *at.fetches_s)),
         "hit": TaskCost(seconds_of_item=(0.0, *at.hits_s)),
     }
 

@@ -16,7 +16,7 @@ from schedules_at_hand import ROUTED, SIZES, STREAM, every_named, every_offload,
 from moeplan.planner import programs, schedules
 from moeplan.planner.ir.schedule import OffloadConstants, Schedule, StreamConstants
 from moeplan.planner.programs import Issued, Step
-from moeplan.planner.programs.order import WAIT
+from moeplan.planner.programs.order import HOW, WAIT
 from moeplan.planner.programs.proof import first_offence, neighbours
 
 SOME = [*every_offload(1, 400), *every_stream()]
@@ -139,7 +139,8 @@ def test_each_task_runs_once_per_pass(schedule: Schedule) -> None:
         assert by_op["attention"] == 2 * c.layers
         moved = max(0, 1 - c.resident) if c.places else c.pages - c.resident
         assert by_op["read"] == c.layers * moved
-        assert by_op["fetch"] == by_op["hit"] == c.layers * c.places
+        assert by_op["fetch"] == c.layers * c.places
+        assert by_op["hit"] == c.layers * (c.places + c.guesses)
         assert by_op["guess"] == c.layers * c.guesses
         return
     n = c.layers * c.micro_batches  # type: ignore[union-attr]
@@ -160,10 +161,10 @@ def test_a_routed_pass() -> None:
         for at in (rows[:, 1] == 0, rows[:, 1] == 1)
     ]
     assert lanes[0] == (
-        "embed00 expect00 attention00 attention01 route00 place00 expect10 hit01 hit02 "
-        "attention10 attention11 route10 place10 hit11 hit12 head10"
+        "embed00 expect00 attention00 attention01 route00 place00 expect10 hit01 hit02 hit03 "
+        "attention10 attention11 route10 place10 hit11 hit12 hit13 head10"
     )
-    assert lanes[1] == "guess01 fetch01 fetch02 read10 guess11 fetch11 fetch12 read00"
+    assert lanes[1] == "guess01 fetch02 fetch03 read10 guess11 fetch12 fetch13 read00"
 
 
 def test_too_many_guesses_are_found() -> None:
@@ -171,6 +172,21 @@ def test_too_many_guesses_are_found() -> None:
     for guesses, lost in ((2, False), (3, True)):
         schedule = schedules.named(ROUTED._replace(resident=0, slots=3, guesses=guesses), "paged")
         assert (first_offence(schedule, issued(schedule)) is not None) == lost
+
+
+def test_a_reading_over_another_is_a_race() -> None:
+    """Several threads read: what fills a slot must have come after a computation that used it."""
+    schedule = schedules.named(ROUTED, "paged")
+    some = issued(schedule)
+    fetch = programs.ops(schedule).index("fetch")
+    row = int(np.flatnonzero(some.rows[:, 0] == fetch)[0])
+    guess = int(np.flatnonzero(some.rows[:, 0] == programs.ops(schedule).index("guess"))[0])
+    slot = some.touches[:, 1] == some.rows[row, 4]
+    moved = some.touches.copy()
+    moved[(moved[:, 0] == row) & (moved[:, 2] == HOW.write) & slot, 1] = some.rows[guess, 4]
+    offence = first_offence(schedule, replace(some, touches=moved))
+    assert offence is not None
+    assert offence.what == "races"
 
 
 def test_algorithm_1() -> None:

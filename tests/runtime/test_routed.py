@@ -105,16 +105,15 @@ def routing(*experts: int) -> Routing:
     return Routing(torch.empty(0), torch.empty(0), starts)
 
 
-def test_right_guesses_stay_and_others_give_way():
+def test_right_guesses_are_used_and_the_others_fetched():
     places = Places(make_plan(SHAPE, sequences=2, routed=True, guesses=2, slots=4))
     places.expect(1, torch.tensor([[0.6, 0.4], [0.7, 0.3]]), torch.tensor([[7, 2], [2, 9]]))
     assert [places.guess(1, p) for p in (1, 2)] == [3, 8]  # expert 2 has 1.1 in all, 7 has 0.6, 9 has 0.3
     assert [places.guess(0, p) for p in (1, 2)] == [0, 0]
     places.place(1, routing(4, 7, 9))
-    assert places.pages == [5, 8, 10, 0]
-    assert [places.missing(p) for p in (1, 2, 3, 4)] == [5, 0, 10, 0]
-    places.place(1, routing(7))  # a wrong guess and nothing to take its place
-    assert places.pages == [0, 8, 0, 0]
+    assert places.pages == [0, 8, 5, 10, 0, 0]
+    places.place(1, routing(7, 2))
+    assert places.pages == [3, 8, 0, 0, 0, 0]
 
 
 def test_resident_pages_are_neither_guessed_nor_placed():
@@ -122,15 +121,15 @@ def test_resident_pages_are_neither_guessed_nor_placed():
     places.expect(0, torch.tensor([[0.9, 0.1]]), torch.tensor([[2, 3]]))
     assert places.guess(0, 1) == 4
     places.place(0, routing(0, 2))
-    assert places.pages == [0, 0]
+    assert places.pages == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"places": 3}, "places do not hold the pages that a batch can hit"),
-        ({"routed": True, "guesses": 3, "slots": 3}, "guesses are not places, with a slot to spare"),
-        ({"guesses": 1}, "guesses are not places, with a slot to spare"),
+        ({"routed": True, "guesses": 3, "slots": 3}, "guesses are more than places or slots"),
+        ({"guesses": 1}, "guesses are more than places or slots"),
     ],
 )
 def test_plans_that_cannot_be_executed(tmp_path, changes, message):

@@ -32,7 +32,7 @@ class Constants(NamedTuple):
     resident: int  # the first pages of each layer stay in memory
     slots: int  # the others pass through this many page slots
     places: int  # per layer in decode, for the pages that routing hits; 0: all pages are read
-    guesses: int  # the first of them are filled before routing
+    guesses: int  # and for pages that are read before routing
     lead: int  # pages whose reading is issued before the one in use
     across: int  # 1: the next pass's first pages are read during this one
     barrier: int  # 1: lanes meet after each layer, 2: after each task
@@ -246,7 +246,7 @@ def buffers(s):
 
 def room(s, decode, prefill):
     """An empty pass with room for the largest."""
-    rows = 4 + s.slots + s.layers * (decode + prefill + 2 * s.pages + 3 * s.places + 5)
+    rows = 4 + s.slots + s.layers * (decode + prefill + 2 * s.pages + 2 * (s.places + s.guesses) + 5)
     return make_log(rows, 6 * rows)
 
 
@@ -334,7 +334,7 @@ def routed_layers(s, log, passes, micro_batches, following):
         route_places(s, log, layer)
         for p in range(1, s.resident):
             compute(s, log, OP.experts, layer, p, FIXED.none, s.slots + STATE.routing, s.slots)
-        for p in range(1, s.places + 1):
+        for p in range(1, s.guesses + s.places + 1):
             use_place(s, log, layer, p, at)
             at += 1
         last = layer + 1 == s.layers
@@ -372,22 +372,17 @@ def expect(s, log, layer):
 
 @part
 def guess(s, log, layer, at):
-    """Read those, to the first places of the layer."""
+    """Read those."""
     for p in range(1, s.guesses + 1):
         fill(s, log, OP.guess, layer, p, at + p - 1, s.slots + STATE.likely + layer % 2)
 
 
 @part
 def use_place(s, log, layer, p, at):
-    """Read the page of place `p` unless it is there; compute with it."""
+    """Read the page of place `p`, unless it is a guess's; compute with it if it is hit."""
     placed, slot = s.slots + STATE.placed, at % s.slots
-    task(log, OP.fetch, LANE.disk, layer, p, slot)
-    reads(log, placed)
-    if p <= s.guesses:
-        reads(log, slot)
-    writes(log, slot)
-    if s.barrier == BARRIER_TASK:
-        fence(log)
+    if p > s.guesses:
+        fill(s, log, OP.fetch, layer, p, at, placed)
     task(log, OP.hit, LANE.compute, layer, p, slot)
     reads(log, s.slots + STATE.routing)
     reads(log, placed)
