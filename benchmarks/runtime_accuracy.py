@@ -45,12 +45,13 @@ VOCAB = 8192
 
 @dataclass(frozen=True)
 class Model:
-    """A shape: heads of 64, half as many key heads, two experts a token."""
+    """A shape: heads of 64, half as many key heads, `top` experts a token."""
 
     hidden: int
     inner: int
     layers: int
     experts: int
+    top: int = 2
 
     def plan(self) -> ModelPlan:
         heads = self.hidden // 64
@@ -65,14 +66,14 @@ class Model:
             head_dim=64,
             vocab=VOCAB,
             experts=self.experts,
-            experts_per_token=2,
+            experts_per_token=self.top,
             expert_intermediate=self.inner,
             parameters=0,
         )
 
     @property
     def folder(self) -> Path:
-        return BUILD / f"{self.hidden}-{self.inner}-{self.layers}-{self.experts}"
+        return BUILD / f"{self.hidden}-{self.inner}-{self.layers}-{self.experts}-{self.top}"
 
 
 TINY, SMALL = Model(256, 512, 4, 4), Model(384, 768, 6, 8)
@@ -171,7 +172,7 @@ def write_checkpoint(model: Model) -> None:
         "num_key_value_heads": plan.kv_heads,
         "head_dim": plan.head_dim,
         "num_local_experts": plan.experts,
-        "num_experts_per_tok": 2,
+        "num_experts_per_tok": plan.experts_per_token,
         "vocab_size": VOCAB,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,

@@ -123,7 +123,7 @@ CASES = (
         name="streamed from disk",
         model=MIDDLE,
         constants=StreamConstants(
-            layers=8, pages=9, resident=0, slots=4, lead=0, across=0, barrier=0, lean=0
+            layers=8, pages=9, resident=0, slots=4, places=0, guesses=0, lead=0, across=0, barrier=0, lean=0
         ),
         sequences=256,
         micro_batch=128,
@@ -186,6 +186,8 @@ def plan_of(case: Case, schedule: Schedule, text: str) -> RuntimePlan:
         slot_bytes=0,
         readers=4,
         block_bytes=1 << 20,
+        places=0,
+        guesses=0,
     )
     if stream:
         pages = replace(pages, slot_bytes=plan_file.slot_bytes(model, pages, 2))

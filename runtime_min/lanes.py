@@ -32,8 +32,8 @@ import torch
 from moeplan.runtime_min.plan_file import SCHEDULE_FORMAT, PlanFileError, RuntimePlan
 
 LANES = ("compute", "disk")  # of a stream plan
-OPS = ("embed", "read", "attention", "route", "experts", "head")
-EMBED, READ, ATTENTION, ROUTE, EXPERTS, HEAD = range(len(OPS))
+OPS = ("embed", "read", "attention", "route", "experts", "head", "expect", "guess", "place", "fetch", "hit")
+EMBED, READ, ATTENTION, ROUTE, EXPERTS, HEAD, EXPECT, GUESS, PLACE, FETCH, HIT = range(len(OPS))
 COMPUTE, DISK = range(len(LANES))
 WAIT = 5  # a row is op, lane, layer, item, slot, then per lane how many of its tasks must be complete
 ON_DEVICE = ("gpu", "h2d", "d2h")  # lanes that have a stream of an accelerator

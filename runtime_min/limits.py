@@ -13,6 +13,7 @@ from moeplan.runtime_min.plan_file import (
     PlanFileError,
     RuntimePlan,
     kv_bytes,
+    most_places,
     workspace_bytes,
 )
 
@@ -48,6 +49,9 @@ def check_numbers(path: Path, plan: RuntimePlan) -> None:
         == 1 + -(-m.experts // max(1, p.experts_per_page)),
         "resident_pages is not within pages_per_layer": 0 <= p.resident_pages <= p.pages_per_layer,
         "no slots for pages that move": p.slots > 0 or p.resident_pages == p.pages_per_layer,
+        "places do not hold the pages that a batch can hit": p.places in (0, most_places(m, plan.batch, p)),
+        "guesses are more than places or slots": 0 <= p.guesses <= p.places
+        and (p.guesses == 0 or p.guesses + (p.resident_pages == 0) <= p.slots),
         "block_bytes is not a multiple of 4096": p.block_bytes % ALIGNMENT_BYTES == 0,
     }
     _check_model(path, plan, positive, rules)

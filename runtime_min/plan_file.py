@@ -87,8 +87,11 @@ class PagePlan:
     Each layer has `pages_per_layer` pages: page 0 is the attention projections, page p > 0 holds the
     experts [(p-1)·experts_per_page, p·experts_per_page). The first `resident_pages` pages of every layer
     stay in memory; the others are read into `slots` slots of `slot_bytes` each by `readers` threads in
-    blocks of `block_bytes`. In an offload plan pages are equal parts of a layer's bytes, as `OffloadPlan`
-    says; only their number and that of the pinned slots they pass through (0: none) is given.
+    blocks of `block_bytes`. Where `places` is not 0, a pass of decode alone reads of each layer's expert
+    pages only those that routing hits: `places` is the most that it can hit; `guesses` likely pages
+    of a layer are read before it is routed. In an offload plan pages are equal parts of a
+    layer's bytes, as `OffloadPlan` says; only their number and that of the pinned slots they pass through
+    (0: none) is given.
     """
 
     pages_per_layer: int
@@ -98,6 +101,8 @@ class PagePlan:
     slot_bytes: int
     readers: int
     block_bytes: int
+    places: int
+    guesses: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +200,12 @@ def page_parameters(model: ModelPlan, pages: PagePlan, page: int) -> int:
 def page_tensors(model: ModelPlan, pages: PagePlan, page: int) -> int:
     """How many tensors page `page` of a layer holds; each may lie in a place of its own in the file."""
     return 4 if page == 0 else 3 * min(pages.experts_per_page, model.experts)
+
+
+def most_places(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
+    """The most pages of experts that a decode pass can hit in a layer, resident ones aside."""
+    moving = pages.pages_per_layer - max(1, pages.resident_pages)
+    return max(0, min(moving, batch.sequences * model.experts_per_token))
 
 
 def slot_bytes(model: ModelPlan, pages: PagePlan, stored_item_bytes: int) -> int:

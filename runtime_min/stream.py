@@ -20,10 +20,15 @@ from moeplan.runtime_min.engine import Active, Batches, Generation, goes_on, gro
 from moeplan.runtime_min.lanes import (
     ATTENTION,
     EMBED,
+    EXPECT,
     EXPERTS,
+    FETCH,
+    GUESS,
     HEAD,
+    HIT,
     LANES,
     OPS,
+    PLACE,
     READ,
     ROUTE,
     Block,
@@ -41,6 +46,7 @@ from moeplan.runtime_min.models.tensors import expert_names, page_experts, page_
 from moeplan.runtime_min.operations import DTYPES, Operations
 from moeplan.runtime_min.paged import PagedBatch, PagedCache, attend_paged, decode_batch, prompt_batch
 from moeplan.runtime_min.pages import PageStore, Weights
+from moeplan.runtime_min.places import Places
 from moeplan.runtime_min.plan_file import RuntimePlan, call_tokens
 
 Read = Callable[[int, int, int], Sequence[Block]]  # layer, page, slot
@@ -74,6 +80,7 @@ class StreamModel(Operations):
         self._logits = torch.empty(batch.sequences, m.vocab).zero_()
         self.cache = PagedCache(m.layers, m.kv_heads, m.head_dim, batch.kv_tokens, dtype)
         self._routing = Routing(torch.empty(0), torch.empty(0), [])
+        self.places = Places(plan)
 
     def begin(self, step: Pass) -> None:
         """Make `step` the pass that the next rows compute."""
@@ -97,6 +104,12 @@ class StreamModel(Operations):
             self._routing = sort_by_expert(*choice, self._model.experts)
         elif op == EXPERTS:
             self._experts(layer, item, self._pages.view(layer, item, slot))
+        elif op == EXPECT:
+            self.places.expect(layer, *self.choose(layer, self.hidden, torch.empty_like(self.normed)))
+        elif op == PLACE:
+            self.places.place(layer, self._routing)
+        elif op == HIT and (page := self.places.pages[item - 1]):
+            self._experts(layer, page, self._pages.view(layer, page, slot))
         elif op == HEAD:
             self.scores(self.hidden, self._step.last, self.logits)
 
@@ -149,7 +162,17 @@ class Stream(Batches):
 
     def _work(self, row: Row) -> Blocks:
         op, _, layer, item, slot = row[:5]
-        return partial(self._read, layer, item, slot) if op == READ else single(self.model.execute, row)
+        if op == READ:
+            return partial(self._read, layer, item, slot)
+        if op in (GUESS, FETCH):
+            return partial(self._read_place, *row[:5])
+        return single(self.model.execute, row)
+
+    def _read_place(self, op: int, _: int, layer: int, item: int, slot: int) -> Sequence[Block]:
+        """The reads of a place's page: the guessed one, or one that routing hit."""
+        places = self.model.places
+        page = places.guess(layer, item) if op == GUESS else places.pages[item - 1]
+        return self._read(layer, page, slot) if page else ()
 
     def _step(self, active: Active) -> tuple[Pass, Active]:
         """The pass that comes now, and those that get a token from it."""
@@ -234,4 +257,6 @@ def stream_constants(plan: RuntimePlan) -> dict[str, object]:
         "pages": plan.pages.pages_per_layer,
         "resident": plan.pages.resident_pages,
         "slots": plan.pages.slots,
+        "places": plan.pages.places,
+        "guesses": plan.pages.guesses,
     }

@@ -27,7 +27,9 @@ SIZES = OffloadConstants(
     barrier=0,
     lean=0,
 )
-STREAM = StreamConstants(layers=2, pages=3, resident=1, slots=2, lead=0, across=0, barrier=0, lean=0)
+STREAM = StreamConstants(
+    layers=2, pages=3, resident=1, slots=2, places=0, guesses=0, lead=0, across=0, barrier=0, lean=0
+)
 OFFLOAD_REWRITES = (
     schedules.overlap_lanes,
     schedules.drop_barriers,

@@ -11,7 +11,7 @@ from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan, Replica
-from moeplan.planner.ir.policy import CapacityBound, Policy, Rejection
+from moeplan.planner.ir.policy import CapacityBound, Pages, Policy, Rejection
 from moeplan.planner.ir.profile import Correction
 from moeplan.planner.ir.schedule import Pipeline
 from moeplan.planner.ir.workload import RequestClass
@@ -254,6 +254,19 @@ def _placed(policy: Policy) -> str:
     return f"{experts}, attention to {policy.attention_gpu_share:.0%} on the GPU, {held}"
 
 
+def _routed(pages: Pages) -> str:
+    """What decode reads where that is not every page; a page is as many experts as the plan says."""
+    if not pages.places:
+        return ""
+    moving = pages.pages_per_layer - max(1, pages.resident_pages)
+    unit = "experts" if pages.experts_per_page == 1 else f"groups of {pages.experts_per_page} experts"
+    guessed = f", {pages.guesses} of them guessed ahead" if pages.guesses else ""
+    return (
+        f", decode reads only the {unit} that routing hits: {pages.hit_pages:.1f} of {moving} a layer "
+        f"expected{guessed}"
+    )
+
+
 def _how(policy: Policy) -> str:
     batch = f"{policy.sequences} sequences in flight, computed in {policy.dtype}"
     if policy.engine == "vllm":
@@ -275,5 +288,6 @@ def _how(policy: Policy) -> str:
         "weights held in memory"
         if policy.weights_on == "dram"
         else f"weights streamed from disk, {policy.resident_share:.0%} of each layer's pages resident"
+        + _routed(policy.pages)
     )
     return f"runtime_min, {held}, {batch}, in {groups}"

@@ -103,6 +103,8 @@ def _page_plan(policy: Policy, constants: Constants) -> plan_file.PagePlan:
         slot_bytes=pages.slot_bytes,
         readers=pages.readers,
         block_bytes=pages.block_bytes,
+        places=pages.places,
+        guesses=pages.guesses,
     )
 
 

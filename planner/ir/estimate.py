@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moeplan.planner.ir.machine import Provenance
 
 # 90 % of a normal distribution lies within this many standard errors.
-_Z90 = 1.645
+Z90 = 1.645
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +21,8 @@ class Estimate:
 
     @property
     def low(self) -> float:
-        return self.value * math.exp(-_Z90 * self.sigma)
+        return self.value * math.exp(-Z90 * self.sigma)
 
     @property
     def high(self) -> float:
-        return self.value * math.exp(_Z90 * self.sigma)
+        return self.value * math.exp(Z90 * self.sigma)

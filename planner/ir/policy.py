@@ -110,7 +110,10 @@ class BucketRate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pages:
-    """How each layer's weights are cut and read: see runtime_min's PagePlan. All zero under vLLM."""
+    """How each layer's weights are cut and read: see runtime_min's PagePlan. All zero under vLLM.
+
+    `hit_pages` is how many of `places` a decode pass of the full batch is expected to use.
+    """
 
     pages_per_layer: int
     experts_per_page: int
@@ -119,6 +122,9 @@ class Pages:
     slot_bytes: int
     readers: int
     block_bytes: int
+    places: int = 0
+    guesses: int = 0
+    hit_pages: float = 0.0
 
 
 NO_PAGES = Pages(

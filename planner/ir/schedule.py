@@ -18,6 +18,8 @@ class StreamConstants(NamedTuple):
     pages: int  # per layer: page 0 is the attention, the others are experts
     resident: int  # the first pages of each layer stay in memory
     slots: int  # the others pass through this many page slots
+    places: int  # per layer in decode, for the pages that routing hits; 0: all pages are read
+    guesses: int  # and for pages that are read before routing
     lead: int  # pages whose reading is issued before the one in use
     across: int  # 1: the next pass's first pages are read during this one
     barrier: int  # 1: lanes meet after each layer, 2: after each task

@@ -94,6 +94,8 @@ def constants_of(workload: Workload, requests: RequestClass, policy: Policy) -> 
             pages=pages.pages_per_layer,
             resident=pages.resident_pages,
             slots=pages.slots,
+            places=pages.places,
+            guesses=pages.guesses,
             lead=0,
             across=0,
             barrier=0,

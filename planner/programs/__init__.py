@@ -115,7 +115,7 @@ def buffer_name(schedule: Schedule, number: int) -> Buffer:
 def _groups(constants: Any) -> list[tuple[str, int]]:
     """The buffers in the order of their numbers: (name, how many)."""
     if not hasattr(constants, "micro_batches"):
-        return [("slot", constants.slots), ("hidden", 1), ("routing", 1), ("tokens", 1)]
+        return [("slot", constants.slots), *((name, 1) for name in stream.STATE._fields)]
     return [
         ("pinned", constants.slots),
         ("weights", 2 * constants.pages),

@@ -75,7 +75,9 @@ def first_offence(schedule: Schedule, issued: Issued) -> Offence | None:
     well."""
     lanes = len(PROGRAMS[schedule.kind].LANES)
     buffers = PROGRAMS[schedule.kind].buffers(schedule.constants)
-    row, buffer, late = _race(issued.rows, issued.touches, lanes, buffers)
+    names = PROGRAMS[schedule.kind].LANES
+    wide = names.index("disk") if "disk" in names else -1
+    row, buffer, late = _race(issued.rows, issued.touches, lanes, buffers, wide)
     if row >= 0:
         return Offence(row, "waits for a later task" if late else "races", buffer)
     row, buffer = _wrong_content(issued.rows, issued.touches, _rules(schedule))
@@ -83,9 +85,11 @@ def first_offence(schedule: Schedule, issued: Issued) -> Offence | None:
 
 
 @njit(cache=True)
-def _race(rows: Table, touches: Table, lanes: int, buffers: int) -> tuple[int, int, bool]:
+def _race(rows: Table, touches: Table, lanes: int, buffers: int, wide: int) -> tuple[int, int, bool]:
+    """Several threads work on the lane `wide`: its tasks end in order, but begin before others have ended."""
     count = len(rows)
-    known = np.zeros((count, lanes), np.int64)  # per row, how much of every lane is complete with it
+    begun = np.zeros((count, lanes), np.int64)  # per row, how much of every lane is complete as it begins
+    known = np.zeros((count, lanes), np.int64)  # and with its end
     place = np.zeros((lanes, count + 1), np.int64)  # per lane, the row of its n-th task
     issued = np.zeros(lanes, np.int64)
     written = np.zeros((buffers, 2), np.int64)  # lane and number of the last write
@@ -94,23 +98,26 @@ def _race(rows: Table, touches: Table, lanes: int, buffers: int) -> tuple[int, i
     for n in range(count):
         lane = rows[n, 1]
         if issued[lane]:
-            known[n] = known[place[lane, issued[lane]]]
+            before = place[lane, issued[lane]]
+            known[n] = known[before]
+            begun[n] = begun[before] if lane == wide else known[before]
         for other in range(lanes):
             wait = rows[n, order.WAIT + other]
             if wait > issued[other]:
                 return n, other, True
             if wait:
-                known[n] = np.maximum(known[n], known[place[other, wait]])
+                begun[n] = np.maximum(begun[n], known[place[other, wait]])
+        known[n] = np.maximum(known[n], begun[n])
         first = at
         while at < len(touches) and touches[at, 0] == n:
             buffer, how = touches[at, 1], touches[at, 2]
             at += 1
             if how == order.HOW.fence:
                 continue
-            if known[n, written[buffer, 0]] < written[buffer, 1]:
+            if begun[n, written[buffer, 0]] < written[buffer, 1]:
                 return n, buffer, False
             for other in range(lanes):
-                if how == order.HOW.write and known[n, other] < read[buffer, other]:
+                if how == order.HOW.write and begun[n, other] < read[buffer, other]:
                     return n, buffer, False
         issued[lane] += 1
         place[lane, issued[lane]] = n
@@ -157,6 +164,7 @@ def _rules(schedule: Schedule) -> Table:
     rules = np.zeros((PROGRAMS[schedule.kind].buffers(c), 2), np.int64)
     if isinstance(c, StreamConstants):
         rules[: c.slots, 0] = _SLOT
+        rules[c.slots + stream.STATE.placed :] = _PAGE, 0  # of the layer that reads it
         return rules
     assert isinstance(c, OffloadConstants)
     rules[: c.slots, 0] = _SAME

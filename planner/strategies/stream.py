@@ -1,20 +1,23 @@
 """A machine without a GPU: weights in memory, or streamed from disk page by page while the cores compute.
 
 One pass over the layers takes as long as the busier of disk and cores. The search maximises generated
-tokens per second, prefill included, over the number of sequences; what memory is left holds resident pages.
+tokens per second, prefill included, over the number of sequences, and over what decode reads: whole layers,
+or the pages that routing hits, some of them guessed. What memory is left holds resident pages.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from moeplan.planner import costs
+from moeplan.planner.ir.estimate import Z90, Estimate
 from moeplan.planner.ir.machine import Kernels
 from moeplan.planner.ir.policy import MemoryLimit, Pages, PassTime, Policy, Rejection
 from moeplan.planner.ir.profile import Figures
@@ -34,6 +37,7 @@ from moeplan.planner.strategies.common import (
     too_small,
     uses,
 )
+from moeplan.planner.strategies.routed import RIGHT_SHARE, RoutedLayer, expected_use, routed_seconds
 from moeplan.planner.strategies.runtime_costs import PassShape, RuntimeCosts, kernels_of
 from moeplan.planner.strategies.task_costs import TaskCost, TaskCosts
 
@@ -46,7 +50,10 @@ BLOCK_BYTES = 1 << 20
 _MICRO_BATCH = 128
 _PREFILL_TOKENS = 2048
 _PAGE_BYTES = 1 << 20  # pages of at least a mebibyte read at the disk's full rate
+_ROUTED_PAGE_BYTES = 256 << 10  # smaller ones would be cheaper to read together
 _SLOTS = 4
+_GUESSES = (0, 1, 2, 4, 8)
+_WORTH_ROUTING = 0.8  # of a layer's moving pages hit: beyond it whole layers are read
 _SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 # More than one thread must win this much: they wait for each other actively, and a busy neighbour that takes
 # a core of theirs costs milliseconds at every wait.
@@ -63,9 +70,10 @@ def stream_policy(
     sizes = [n for n in _SEQUENCES if n < requests.requests] + [requests.requests]
     sizes = [n for n in sizes if n <= _SEQUENCES[-1]] or [_SEQUENCES[-1]]
     points = [
-        _Point(workload, requests, roofline, limit, n, kernels)
+        point
         for n in sizes
         for kernels in kernels_of(roofline)
+        for point in _ways_to_read(_Point(workload, requests, roofline, limit, n, kernels))
     ]
     feasible = [point for point in points if point.fits]
     if not feasible:
@@ -100,7 +108,17 @@ def _point_of(
     limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
     kernels = next(k for k in kernels_of(roofline) if k.threads == policy.threads)
     workload = replace(workload, model=workload.model.as_one_expert())
-    return _Point(workload, requests, roofline, float(limit), sequences, kernels)
+    point = _Point(workload, requests, roofline, float(limit), sequences, kernels)
+    return replace(point, routed=policy.pages.places > 0, most_guesses=policy.pages.guesses)
+
+
+def _ways_to_read(whole: _Point) -> Iterator[_Point]:
+    """Whole layers, or the pages that routing hits where those are clearly fewer."""
+    yield whole
+    routed = replace(whole, routed=True)
+    if routed.fits and 0 < routed.hit_pages < _WORTH_ROUTING * routed.moving_expert_pages:
+        most = min(routed.places, int(routed.hit_pages))
+        yield from (replace(routed, most_guesses=n) for n in _GUESSES if n <= most)
 
 
 def overlapped(
@@ -129,9 +147,21 @@ def overlapped(
     return (cores - first) * layers / simulated
 
 
+class _PassTimes(NamedTuple):
+    """Seconds at work of each lane alone, and of both together where each takes so many times as long."""
+
+    cores_s: float
+    disk_s: float
+    seconds: Callable[[float, float], float]
+
+
 @dataclass(frozen=True)
 class _Point:
-    """One candidate: `sequences` in flight within `limit` bytes of memory."""
+    """One candidate: `sequences` in flight within `limit` bytes of memory.
+
+    `routed`: decode reads only the pages that routing hits, up to `most_guesses` of each layer before it is
+    routed, `right_share` of which are hit.
+    """
 
     workload: Workload
     requests: RequestClass
@@ -139,6 +169,9 @@ class _Point:
     limit: float
     sequences: int
     kernels: Kernels
+    routed: bool = False
+    most_guesses: int = 0
+    right_share: float = RIGHT_SHARE
 
     @cached_property
     def micro_batch(self) -> int:
@@ -160,7 +193,8 @@ class _Point:
         if not model.experts:
             return 0
         stored = model.expert_parameters() * model.stored_bytes_per_expert_parameter
-        return min(model.experts, math.ceil(_PAGE_BYTES / stored))
+        wanted = _ROUTED_PAGE_BYTES if self.routed else _PAGE_BYTES
+        return min(model.experts, math.ceil(wanted / stored))
 
     @cached_property
     def expert_pages(self) -> int:
@@ -209,7 +243,29 @@ class _Point:
     @cached_property
     def slots(self) -> int:
         streamed = self.pages_per_layer - self.resident_pages
-        return min(_SLOTS, streamed * self.workload.model.layers)
+        return min(_SLOTS + self.most_guesses, streamed * self.workload.model.layers)
+
+    @cached_property
+    def moving_expert_pages(self) -> int:
+        """Pages of experts of a layer that are not resident."""
+        return self.pages_per_layer - max(1, self.resident_pages)
+
+    @cached_property
+    def places(self) -> int:
+        """The most of them that a decode pass can hit, as runtime_min.plan_file.most_places has it."""
+        hits = self.sequences * self.workload.model.experts_per_token
+        return max(0, min(self.moving_expert_pages, hits)) if self.routed else 0
+
+    @cached_property
+    def guesses(self) -> int:
+        return min(self.most_guesses, self.places)
+
+    @cached_property
+    def hit_pages(self) -> float:
+        """How many of them a mean decode pass hits: 1 - (1 - K/E)^N of all where a page is an expert."""
+        tokens = self.sequences * self.experts_per_page
+        share = float(np.asarray(costs.touched_expert_share(self.workload.model, tokens)))
+        return min(float(self.places), share * self.moving_expert_pages)
 
     @cached_property
     def shared(self) -> float:
@@ -218,7 +274,7 @@ class _Point:
 
     @cached_property
     def _slots_bytes_if_streaming(self) -> int:
-        return _SLOTS * self.slot_bytes
+        return (_SLOTS + self.most_guesses) * self.slot_bytes
 
     # Memory
 
@@ -280,7 +336,7 @@ class _Point:
 
     @cached_property
     def streamed_bytes(self) -> float:
-        """Bytes that every pass reads: whole pages, whichever experts are hit."""
+        """Bytes of the pages that move; a pass reads all of them unless it is routed."""
         return sum(self._stored_page_bytes[self.resident_pages :]) * self.workload.model.layers
 
     @cached_property
@@ -322,39 +378,81 @@ class _Point:
 
     def _pass(self, step: PassShape) -> PassTime:
         """Cores and disk overlap; each slows the other down while it works."""
-        compute, ends = self._compute(step)
-        reads = self._reads_s
-        layers = self.workload.model.layers
-        cores_s, disk_s = layers * sum(compute) + ends, layers * sum(reads)
-        if disk_s == 0:
-            return PassTime(lanes=lanes([("cores", cores_s), ("disk", 0.0)]), serial_s=0.0)
-        machine = self.roofline.machine
-        alone_s = overlapped(compute, reads, self.slots, layers, ends)
-        slower = 1 + (1 / machine.compute_kept - 1) * min(1.0, disk_s / alone_s)
-        longer = 1 + (1 / machine.disk_kept - 1) * min(1.0, cores_s / alone_s)
-        seconds = overlapped(
-            [c * slower for c in compute], [r * longer for r in reads], self.slots, layers, ends * slower
-        )
-        cores_s, disk_s = cores_s * slower, disk_s * longer
+        routed = self.places > 0 and not step.prefill
+        times = self._routed_times(step) if routed else self._whole_times(step)
+        if times.disk_s == 0:
+            return PassTime(lanes=lanes([("cores", times.cores_s), ("disk", 0.0)]), serial_s=0.0)
+        machine, alone_s = self.roofline.machine, times.seconds(1.0, 1.0)
+        slower = 1 + (1 / machine.compute_kept - 1) * min(1.0, times.disk_s / alone_s)
+        longer = 1 + (1 / machine.disk_kept - 1) * min(1.0, times.cores_s / alone_s)
+        seconds = times.seconds(slower, longer)
+        cores_s, disk_s = times.cores_s * slower, times.disk_s * longer
         # What neither lane explains is waiting for a page while every slot is full or empty.
         waiting_s = seconds - max(cores_s, disk_s)
         return PassTime(lanes=lanes([("cores", cores_s), ("disk", disk_s)]), serial_s=max(0.0, waiting_s))
 
+    def _whole_times(self, step: PassShape) -> _PassTimes:
+        """A pass that reads every page that moves."""
+        compute, ends = self._compute(step)
+        reads, layers = self._reads_s, self.workload.model.layers
+
+        def seconds(slower: float, longer: float) -> float:
+            cores, disk = [c * slower for c in compute], [r * longer for r in reads]
+            return overlapped(cores, disk, self.slots, layers, ends * slower)
+
+        return _PassTimes(layers * sum(compute) + ends, layers * sum(reads), seconds)
+
+    def _routed_times(self, step: PassShape) -> _PassTimes:
+        """A pass that reads the pages that routing hits."""
+        at, ends, layers = self._routed_layer(step), self._compute(step)[1], self.workload.model.layers
+
+        def seconds(slower: float, longer: float) -> float:
+            return routed_seconds(at.scaled(slower, longer), self.slots, layers, ends * slower)
+
+        return _PassTimes(layers * at.cores_s + ends, layers * at.disk_s, seconds)
+
+    def _routed_layer(self, step: PassShape) -> RoutedLayer:
+        (attention, *experts), _ = self._compute(step)
+        resident = max(1, self.resident_pages)
+        read_s = max(self._reads_s[resident:])  # the last page may have fewer experts
+        right = [self.right_share] * self.guesses
+        fetched = expected_use(self.hit_pages - sum(right), self.places)
+        computed_s = sum(experts[resident - 1 :])
+        return RoutedLayer(
+            attention_s=attention,
+            attention_read_s=self._reads_s[0],
+            expect_s=self._costs.route(step) if self.guesses else 0.0,
+            resident_s=tuple(experts[: resident - 1]),
+            hits_s=tuple(computed_s * share / self.hit_pages for share in (*right, *fetched)),
+            fetches_s=tuple(read_s * share for share in fetched),
+            guesses=self.guesses,
+            guess_s=read_s,
+        )
+
     def _compute(self, step: PassShape) -> tuple[list[float], float]:
         """Seconds of arithmetic per page of a layer, and at both ends of the pass."""
-        model = self.workload.model
-        p, size = model.parameters, self.workload.value_bytes
-        weights_bytes = (p.total() - p.embedding) * size  # passes that hit few experts hit others each time
-        at = RuntimeCosts(model=model, kernels=self.kernels, value_bytes=size, weights_bytes=weights_bytes)
+        model, at = self.workload.model, self._costs
         full, rest = divmod(model.experts, self.experts_per_page) if self.experts_per_page else (0, 0)
         pages = [at.experts(step, self.experts_per_page)] * full + [at.experts(step, rest)] * bool(rest)
         return [at.attention(step) + at.route(step), *pages], at.ends(
             step, self.micro_batch, self._rows(step)
         )
 
+    @cached_property
+    def _costs(self) -> RuntimeCosts:
+        model, size = self.workload.model, self.workload.value_bytes
+        p = model.parameters
+        weights_bytes = (p.total() - p.embedding) * size  # passes that hit few experts hit others each time
+        return RuntimeCosts(model=model, kernels=self.kernels, value_bytes=size, weights_bytes=weights_bytes)
+
     def _rows(self, step: PassShape) -> float:
         """Rows of the compute lane in one pass: an attention call each, routing, pages; both ends."""
-        return 2 + self.workload.model.layers * (step.calls + self.pages_per_layer)
+        pages = self.pages_per_layer
+        if self.places and not step.prefill:
+            pages = (
+                max(1, self.resident_pages) + self.guesses + self.places + 2
+            )  # and what follows from routing
+        return 2 + self.workload.model.layers * (step.calls + pages)
 
     @cached_property
     def _reads_s(self) -> list[float]:
@@ -370,18 +468,31 @@ class _Point:
     @cached_property
     def decode_tasks(self) -> TaskCosts:
         """Tasks of the decode pass, each slowed down as much as its lane is by the other."""
-        (attention, *experts), ends = self._compute(self._decode_step)
-        layers, lane = self.workload.model.layers, {lane.lane: lane.seconds for lane in self.decode.lanes}
-        slower = lane["cores"] / (layers * (attention + sum(experts)) + ends)
-        reads_s = sum(self._reads_s) * layers
-        longer = lane["disk"] / reads_s if reads_s else 1.0
-        return {
+        step = self._decode_step
+        times = self._routed_times(step) if self.places else self._whole_times(step)
+        lane = {lane.lane: lane.seconds for lane in self.decode.lanes}
+        slower = lane["cores"] / times.cores_s
+        longer = lane["disk"] / times.disk_s if times.disk_s else 1.0
+        (attention, *experts), ends = self._compute(step)
+        tasks = {
             "embed": TaskCost(),
             "read": TaskCost(seconds_of_item=tuple(longer * s for s in self._reads_s)),
             "attention": TaskCost(seconds=slower * attention / self.micro_batches),
             "route": TaskCost(),
             "experts": TaskCost(seconds_of_item=(0.0, *(slower * s for s in experts))),
             "head": TaskCost(seconds=slower * ends),
+        }
+        return tasks | (self._place_tasks(slower, longer) if self.places else {})
+
+    def _place_tasks(self, slower: float, longer: float) -> dict[str, TaskCost]:
+        """What a routed pass has besides; places are numbered from 1."""
+        at = self._routed_layer(self._decode_step).scaled(slower, longer)
+        return {
+            "expect": TaskCost(seconds=at.expect_s),
+            "guess": TaskCost(seconds=at.guess_s),
+            "place": TaskCost(),
+            "fetch": TaskCost(seconds_of_item=(0.0, *[0.0] * self.guesses, *at.fetches_s)),
+            "hit": TaskCost(seconds_of_item=(0.0, *at.hits_s)),
         }
 
     @cached_property
@@ -402,12 +513,22 @@ class _Point:
         return math.ceil(self.sequences * self.requests.mean_prompt_tokens() / self.pass_tokens)
 
     @cached_property
+    def decode_tokens_per_s(self) -> float:
+        return float(decode_rate(self.requests, self.sequences, self.decode.seconds))
+
+    @cached_property
     def generated_tokens_per_s(self) -> float:
         seconds = run_seconds(self.requests, self.sequences, self.prefill.seconds, self.decode.seconds)
         return float(self.requests.requests * self.requests.mean_output_tokens() / seconds)
 
+    def _less_sure(self, prediction: Estimate, slowest: float) -> Estimate:
+        """With an interval that reaches as far down again as to `slowest`: what no right guess would give."""
+        further = math.log(prediction.value / slowest) / Z90
+        return replace(prediction, sigma=math.hypot(prediction.sigma, further))
+
     def policy(self) -> Policy:
         roofline, requests = self.roofline, self.requests
+        blind = replace(self, right_share=0.0) if self.guesses else self
         prefill, decode = self.prefill, self.decode
         streamed = self.streamed_bytes > 0
         return Policy(
@@ -437,6 +558,9 @@ class _Point:
                 slot_bytes=self.slot_bytes if streamed else 0,
                 readers=READERS,
                 block_bytes=BLOCK_BYTES,
+                places=self.places,
+                guesses=self.guesses,
+                hit_pages=self.hit_pages if self.places else 0.0,
             ),
             memory=uses("dram", self._memory()),
             limits=(MemoryLimit(level="dram", bytes=int(self.limit)),),
@@ -445,8 +569,12 @@ class _Point:
             prefill_tokens_per_s=estimate(
                 roofline, self.sequences * requests.mean_prompt_tokens() / prefill.seconds
             ),
-            decode_tokens_per_s=estimate(roofline, decode_rate(requests, self.sequences, decode.seconds)),
-            generated_tokens_per_s=estimate(roofline, self.generated_tokens_per_s),
+            decode_tokens_per_s=self._less_sure(
+                estimate(roofline, self.decode_tokens_per_s), blind.decode_tokens_per_s
+            ),
+            generated_tokens_per_s=self._less_sure(
+                estimate(roofline, self.generated_tokens_per_s), blind.generated_tokens_per_s
+            ),
             rates=batch_rates(roofline, requests, self.sequences, prefill, decode, gpus=0),
             bottleneck=bottleneck(requests, prefill, decode),
         )

@@ -258,6 +258,8 @@ def _plan(shape: Shape, dtype: Any, sequences: int, prompt: int, context: int) -
             slot_bytes=0,
             readers=0,
             block_bytes=0,
+            places=0,
+            guesses=0,
         ),
         offload=NO_OFFLOAD,
         memory=MemoryPlan(

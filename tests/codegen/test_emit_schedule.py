@@ -21,7 +21,7 @@ from moeplan.planner.programs.proof import neighbours
 CGOPIPE = schedules.begin_next_step(
     schedules.named(OffloadConstants(3, 4, 2, 4, 6, 1, 1, 2, 1, 1, 0, 0, 0, 0, 0, 0, 0), "CGOPipe")
 )
-PAGED = schedules.named(StreamConstants(3, 5, 1, 3, 0, 0, 0, 0), "paged")
+PAGED = schedules.named(StreamConstants(3, 5, 1, 3, 0, 0, 0, 0, 0, 0), "paged")
 
 
 def load(schedule: Schedule, folder: Path) -> ModuleType:

@@ -28,7 +28,10 @@ SIZES = OffloadConstants(
     barrier=0,
     lean=0,
 )
-STREAM = StreamConstants(layers=3, pages=5, resident=1, slots=3, lead=0, across=0, barrier=0, lean=0)
+STREAM = StreamConstants(
+    layers=3, pages=5, resident=1, slots=3, places=0, guesses=0, lead=0, across=0, barrier=0, lean=0
+)
+ROUTED = STREAM._replace(places=3, guesses=2)
 
 
 def every_offload(seed: int, count: int) -> list[Schedule]:
@@ -89,22 +92,34 @@ def every_stream() -> list[Schedule]:
                 pages=pages,
                 resident=resident,
                 slots=slots,
+                places=places,
+                guesses=guesses,
                 lead=lead,
                 across=across,
                 barrier=barrier,
                 lean=lean,
             ),
         )
-        for layers, pages, resident in ((1, 1, 0), (2, 3, 1), (3, 4, 0), (2, 3, 3))
+        for layers, pages, resident in ((1, 1, 0), (2, 3, 1), (3, 4, 0), (2, 4, 2), (2, 3, 3))
         for slots in ((1, 2, 5) if resident < pages else (0,))
+        for places, guesses in _places(pages, resident, slots)
         for lead in sorted({0, max(0, slots - 1)})
         for across, barrier, lean in itertools.product((0, 1), (0, 1, 2), (0, 1))
     ]
+
+
+def _places(pages: int, resident: int, slots: int) -> list[tuple[int, int]]:
+    """Places and guesses: none, one, as many as there are pages of experts that move."""
+    most = pages - max(1, resident)
+    free = slots - (resident == 0)  # beside the page of attention
+    return sorted(
+        {(0, 0)} | {(p, g) for p in (1, most) for g in (0, 1, p) if p <= most and g <= min(p, free)}
+    )
 
 
 def every_named() -> list[Schedule]:
     """The schedules that have names."""
     return [
         *(schedules.named(SIZES, name) for name in schedules.OFFLOAD),
-        *(schedules.named(STREAM, name) for name in schedules.STREAM),
+        *(schedules.named(sizes, name) for sizes in (STREAM, ROUTED) for name in schedules.STREAM),
     ]

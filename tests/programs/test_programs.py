@@ -11,12 +11,12 @@ from dataclasses import replace
 import networkx as nx
 import numpy as np
 import pytest
-from schedules_at_hand import SIZES, STREAM, every_named, every_offload, every_stream
+from schedules_at_hand import ROUTED, SIZES, STREAM, every_named, every_offload, every_stream
 
 from moeplan.planner import programs, schedules
-from moeplan.planner.ir.schedule import Schedule
+from moeplan.planner.ir.schedule import OffloadConstants, Schedule, StreamConstants
 from moeplan.planner.programs import Issued, Step
-from moeplan.planner.programs.order import WAIT
+from moeplan.planner.programs.order import HOW, WAIT
 from moeplan.planner.programs.proof import first_offence, neighbours
 
 SOME = [*every_offload(1, 400), *every_stream()]
@@ -79,9 +79,9 @@ def test_each_wait_left_is_needed(schedule: Schedule) -> None:
         assert set(happens_before(without(some, row, lane).rows).edges) != before, (row, lane)
 
 
-@pytest.mark.parametrize("name", ["CGOPipe", "paged"])
-def test_waiting_for_one_task_less_is_a_race(name: str) -> None:
-    schedule = schedules.named(SIZES if name == "CGOPipe" else STREAM, name)
+@pytest.mark.parametrize(("sizes", "name"), [(SIZES, "CGOPipe"), (STREAM, "paged"), (ROUTED, "paged")])
+def test_waiting_for_one_task_less_is_a_race(sizes: OffloadConstants | StreamConstants, name: str) -> None:
+    schedule = schedules.named(sizes, name)
     some = issued(schedule)
     for row, lane in waits_of(some.rows):
         rows = some.rows.copy()
@@ -135,8 +135,13 @@ def test_each_task_runs_once_per_pass(schedule: Schedule) -> None:
     ops, c = programs.ops(schedule), schedule.constants
     by_op = Counter(ops[op] for op, _, _ in seen)
     if schedule.kind == "stream":
-        moved = c.layers * (c.pages - c.resident)  # type: ignore[union-attr]
-        assert (by_op["attention"], by_op["read"]) == (2 * c.layers, moved)
+        assert isinstance(c, StreamConstants)
+        assert by_op["attention"] == 2 * c.layers
+        moved = max(0, 1 - c.resident) if c.places else c.pages - c.resident
+        assert by_op["read"] == c.layers * moved
+        assert by_op["fetch"] == c.layers * c.places
+        assert by_op["hit"] == c.layers * (c.places + c.guesses)
+        assert by_op["guess"] == c.layers * c.guesses
         return
     n = c.layers * c.micro_batches  # type: ignore[union-attr]
     assert by_op["cpu_attention"] + by_op["gpu_attention"] == by_op["post_attention"] == n
@@ -144,6 +149,44 @@ def test_each_task_runs_once_per_pass(schedule: Schedule) -> None:
     assert by_op["head"] == by_op["embed"] == c.micro_batches  # type: ignore[union-attr]
     staged = c.layers * c.pages if c.slots else 0
     assert by_op["stage_page"] + by_op["read_page"] == staged
+
+
+def test_a_routed_pass() -> None:
+    """The disk of one pass, task by task: the page of attention, guesses, then what routing chose; a layer's
+    reads come before the next layer's guesses, and two passes meet in the page of attention only."""
+    schedule = schedules.named(ROUTED._replace(layers=2, resident=0, places=2, guesses=1), "paged")
+    rows = decode_pass(schedule).rows
+    lanes = [
+        " ".join(f"{programs.ops(schedule)[op]}{layer}{item}" for op, layer, item in rows[at][:, [0, 2, 3]])
+        for at in (rows[:, 1] == 0, rows[:, 1] == 1)
+    ]
+    assert lanes[0] == (
+        "embed00 expect00 attention00 attention01 route00 place00 expect10 hit01 hit02 hit03 "
+        "attention10 attention11 route10 place10 hit11 hit12 hit13 head10"
+    )
+    assert lanes[1] == "guess01 fetch02 fetch03 read10 guess11 fetch12 fetch13 read00"
+
+
+def test_too_many_guesses_are_found() -> None:
+    """A guess that takes the slot of a page not yet used."""
+    for guesses, lost in ((2, False), (3, True)):
+        schedule = schedules.named(ROUTED._replace(resident=0, slots=3, guesses=guesses), "paged")
+        assert (first_offence(schedule, issued(schedule)) is not None) == lost
+
+
+def test_a_reading_over_another_is_a_race() -> None:
+    """Several threads read: what fills a slot must have come after a computation that used it."""
+    schedule = schedules.named(ROUTED, "paged")
+    some = issued(schedule)
+    fetch = programs.ops(schedule).index("fetch")
+    row = int(np.flatnonzero(some.rows[:, 0] == fetch)[0])
+    guess = int(np.flatnonzero(some.rows[:, 0] == programs.ops(schedule).index("guess"))[0])
+    slot = some.touches[:, 1] == some.rows[row, 4]
+    moved = some.touches.copy()
+    moved[(moved[:, 0] == row) & (moved[:, 2] == HOW.write) & slot, 1] = some.rows[guess, 4]
+    offence = first_offence(schedule, replace(some, touches=moved))
+    assert offence is not None
+    assert offence.what == "races"
 
 
 def test_algorithm_1() -> None:

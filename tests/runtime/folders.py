@@ -36,6 +36,7 @@ from moeplan.runtime_min.plan_file import (
     RuntimePlan,
     SchedulePlan,
     kv_bytes,
+    most_places,
     slot_bytes,
     to_json,
     weights_bytes,
@@ -140,7 +141,10 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
-    """A plan that fits `shape`; `changes` are fields of the batch, the pages or the plan itself."""
+    """A plan that fits `shape`; `changes` are fields of the batch, the pages or the plan itself.
+
+    `routed`: with places for the pages that routing hits.
+    """
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     router = shape.experts * (shape.kind != "llama")
     layer = 2 * shape.hidden * (query + key) + shape.hidden * (3 * shape.experts * shape.inner + router)
@@ -183,10 +187,14 @@ def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
             slot_bytes=0,
             readers=2,
             block_bytes=4096,
+            places=0,
+            guesses=0,
         ),
         changes,
     )
     pages = replace(pages, slot_bytes=slot_bytes(model, pages, shape.stored.itemsize))
+    if changes.get("routed"):
+        pages = replace(pages, places=most_places(model, batch, pages))
     memory = MemoryPlan(
         budget_bytes=8 << 30,
         weights_bytes=weights_bytes(model, pages),
@@ -226,6 +234,8 @@ def stream_schedule(plan: RuntimePlan, **changes: int) -> Schedule:
         pages=plan.pages.pages_per_layer,
         resident=plan.pages.resident_pages,
         slots=plan.pages.slots,
+        places=plan.pages.places,
+        guesses=plan.pages.guesses,
         lead=max(0, plan.pages.slots - 1),
         across=1,
         barrier=0,

@@ -23,6 +23,8 @@ PLAN = PagePlan(
     slot_bytes=256 << 10,
     readers=2,
     block_bytes=8192,
+    places=0,
+    guesses=0,
 )
 NAMES = [["a", "c"], ["b", "d"]]  # of page 0 and page 1
 

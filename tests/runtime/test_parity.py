@@ -34,6 +34,14 @@ PLANS = {
     "in memory": lambda shape: in_memory(shape),
     "all streamed": lambda shape: {"slots": 2},
     "one slot, pages of experts": lambda shape: {"slots": 1, "experts_per_page": 3},
+    "routed": lambda shape: {"routed": True, "slots": 2},
+    "routed, guessed": lambda shape: {"routed": True, "slots": 4, "guesses": min(3, shape.experts)},
+    "routed, half resident": lambda shape: {
+        "routed": True,
+        "resident_pages": 2,
+        "slots": 1,
+        "guesses": 1,
+    },
     "half resident, many slots": lambda shape: {"resident_pages": 2, "slots": 7, "experts_per_page": 2},
 }
 
