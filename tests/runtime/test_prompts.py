@@ -34,7 +34,7 @@ TEMPLATES = {
 
 
 def request(prompt: str | tuple[dict[str, str], ...]) -> Request:
-    return Request(1, "a", prompt, None, 5, 0.0, 1.0, None, ())
+    return Request(1, "a", prompt, None, 5, 0.0, 1.0, None, (), None)
 
 
 def write_template(folder, template: str, place: str) -> None:
