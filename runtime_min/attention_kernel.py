@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import carray, cfunc, extending, njit, types  # type: ignore[attr-defined]
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+intrinsic: Any = extending.intrinsic  # its calls lack the first parameter of its definitions
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 F32, POINTER = ir.FloatType(), ir.PointerType()
@@ -23,8 +24,8 @@ LINE = 64  # bytes that a step takes of a row
 KEYS = 16  # keys whose scores are one vector
 
 # The table of a call. SCRATCH: of each part G * (2 D + block_tokens + 2) + 2 * G * (D + 2) floats.
-(NEXT, DONE, PARTS, Q, K, V, TABLES, TABLE_STRIDE, LENGTHS, B, VALUE_HEADS, G, D, BLOCK_TOKENS, BF16, OUT, SCRATCH,
- OPEN, TOTAL, TABLE_SIZE) = range(20)  # fmt: skip
+NEXT, DONE, PARTS, Q, K, V, TABLES, TABLE_STRIDE, LENGTHS, B = range(10)
+VALUE_HEADS, G, D, BLOCK_TOKENS, BF16, OUT, SCRATCH, OPEN, TOTAL, TABLE_SIZE = range(10, 20)
 
 
 def _at(builder: Any, base: Any, offset: Any = None) -> Any:

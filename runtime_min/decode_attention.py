@@ -12,6 +12,7 @@ B sequences, T tokens, Q query heads, V key and value heads, G = Q / V query hea
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def store(cache: Tensor, tables: Tensor, sequences: Tensor, positions: Tensor, x
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
-    """Attention of q [B, Q, D] over the first `lengths` [B] tokens (at least one) of each sequence: [B, Q * D].
+    """Attention of q [B, Q, D] over the first `lengths` [B] tokens of each sequence, one or more: [B, Q * D].
 
     Products and sums are float32, the result has q's dtype. `tables` is int32. Compiled by Numba where it is
     installed, for bf16 and float32 caches whose rows are multiples of 64 bytes, in blocks of a multiple of 16
@@ -76,8 +77,6 @@ def _kernel() -> Any | None:
         import numba  # noqa: F401
     except ImportError:
         return None
-    from pathlib import Path
-
     with team.kept(str(Path(__file__).with_name("attention_kernel.py"))):
         from moeplan.runtime_min import attention_kernel
     return attention_kernel
