@@ -14,7 +14,7 @@ from moeplan.planner.diagnostics import CompileError, Span
 from moeplan.planner.ir.profile import FIGURES
 from moeplan.planner.profile_file import COLUMNS, ProfileRow, read_profile, read_text, with_row
 from moeplan.runtime_min.engine import Stats
-from moeplan.runtime_min.run import FullBatches
+from moeplan.runtime_min.report import FullBatches
 
 HEADER = ",".join(COLUMNS)
 GOOD = "a2-ultragpu-1g,mixtral-8x7b,vllm,1,512,128,64,,3000,,,0.02"
@@ -162,12 +162,16 @@ def test_what_is_written_is_read(prompt: float, output: float, batch: int, value
 
 def test_the_runtime_names_figures_as_the_profile_does() -> None:
     sums = Stats(
+        requests=8,
         prompt_tokens=80,
         generated_tokens=40,
         decode_tokens=32,
+        prefilled_tokens=80,
+        decoded_tokens=32,
         decode_passes=8,
         prefill_s=2.0,
         decode_s=4.0,
+        first_tokens_s=8.0,
     )
     full = FullBatches(sequences=4, batches=2, warm=True, sums=sums)
     assert full.figures() == {
