@@ -1,0 +1,426 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""The compiled side of decode_attention: what Numba and LLVM make of it. Imported only where Numba is.
+
+Vectors are of 16 float32, in any machine's terms: LLVM splits them where registers are shorter. A row of a
+bf16 cache is read 32 values at a time, the even ones and the odd ones as a vector each, which takes one
+operation each; queries and sums are kept in that order. G query heads of D values share keys.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import carray, cfunc, extending, njit, types  # type: ignore[attr-defined]
+from numba.core import cgutils
+
+intrinsic: Any = extending.intrinsic  # its calls lack the first parameter of its definitions
+
+I32, I64 = ir.IntType(32), ir.IntType(64)
+F32, POINTER = ir.FloatType(), ir.PointerType()
+FLOATS, INTS = ir.VectorType(F32, 16), ir.VectorType(I32, 16)
+LINE = 64  # bytes that a step takes of a row
+KEYS = 16  # keys whose scores are one vector
+
+# The table of a call. SCRATCH: of each part G * (2 D + block_tokens + 2) + 2 * G * (D + 2) floats.
+NEXT, DONE, PARTS, Q, K, V, TABLES, TABLE_STRIDE, LENGTHS, B = range(10)
+VALUE_HEADS, G, D, BLOCK_TOKENS, BF16, OUT, SCRATCH, OPEN, TOTAL, TABLE_SIZE = range(10, 20)
+
+
+def _at(builder: Any, base: Any, offset: Any = None) -> Any:
+    """The pointer `offset` bytes behind the address `base`."""
+    address = base if offset is None else builder.add(base, offset)
+    return builder.inttoptr(address, POINTER)
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    vector = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(vector, ir.Constant(FLOATS, ir.Undefined), ir.Constant(INTS, [0] * 16))
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(FLOATS, [FLOATS] * 3), "llvm.fma.v16f32"
+    )
+    return builder.call(function, [a, b, c])
+
+
+def _line(builder: Any, pointer: Any, bf16: bool) -> list[Any]:
+    """64 bytes of a row as vectors of float32."""
+    if not bf16:
+        return [builder.load(pointer, typ=FLOATS, align=4)]
+    pairs = builder.load(pointer, typ=INTS, align=2)
+    even = builder.shl(pairs, ir.Constant(INTS, [16] * 16))
+    odd = builder.and_(pairs, ir.Constant(INTS, [-65536] * 16))
+    return [builder.bitcast(even, FLOATS), builder.bitcast(odd, FLOATS)]
+
+
+def _transposed_sum(builder: Any, vectors: list[Any]) -> Any:
+    """One vector whose element i is the sum of the elements of vectors[i]."""
+    half = 8
+    while len(vectors) > 1:
+        count, merged = len(vectors) // 2, []
+        for i in range(count):
+            a, b = vectors[i], vectors[i + count]
+            # Lanes with the bit `half` unset keep a's sums, those with it b's.
+            low = [lane if not lane & half else 16 + lane - half for lane in range(16)]
+            high = [lane + half if not lane & half else 16 + lane for lane in range(16)]
+            merged.append(
+                builder.fadd(
+                    builder.shuffle_vector(a, b, ir.Constant(INTS, low)),
+                    builder.shuffle_vector(a, b, ir.Constant(INTS, high)),
+                )
+            )
+        vectors, half = merged, half // 2
+    return vectors[0]
+
+
+def _scores(bf16: bool) -> Any:
+    width = 2 if bf16 else 1
+
+    def compute(builder, q, k, lines, scale, out):
+        """out[i] = scale * (q · k[i]) for the KEYS rows at k."""
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * 16)) for _ in range(KEYS)]
+        row_bytes = builder.mul(lines, I64(LINE))
+        with cgutils.for_range(builder, lines) as loop:
+            query = [
+                builder.load(_at(builder, q, builder.mul(loop.index, I64(64 * width))), typ=FLOATS, align=4)
+            ]
+            if bf16:
+                offset = builder.add(builder.mul(loop.index, I64(128)), I64(64))
+                query.append(builder.load(_at(builder, q, offset), typ=FLOATS, align=4))
+            place = builder.add(k, builder.mul(loop.index, I64(LINE)))
+            for total in sums:
+                value = builder.load(total)
+                for a, b in zip(_line(builder, _at(builder, place), bf16), query, strict=True):
+                    value = _fma(builder, a, b, value)
+                builder.store(value, total)
+                place = builder.add(place, row_bytes)
+        scores = _transposed_sum(builder, [builder.load(total) for total in sums])
+        builder.store(builder.fmul(scores, _splat(builder, scale)), _at(builder, out), align=4)
+
+    @intrinsic
+    def scores(typingctx, q, k, lines, scale, out):
+        def codegen(context, builder, signature, args):
+            compute(builder, *args)
+            return context.get_dummy_value()
+
+        i64 = types.int64
+        return types.void(i64, i64, i64, types.float32, i64), codegen
+
+    return scores
+
+
+def _weigh(bf16: bool, heads: int) -> Any:
+    width = 2 if bf16 else 1
+
+    def compute(builder, p, stride, v, count, lines, sums):
+        """sums[g] += p[g, i] * v[i] over `count` rows at v; p[g] lie `stride` floats apart."""
+        row_bytes = builder.mul(lines, I64(LINE))
+        head_bytes = builder.mul(lines, I64(64 * width))
+        with cgutils.for_range(builder, lines) as line:
+            places = []
+            for g in range(heads):
+                start = builder.add(sums, builder.mul(head_bytes, I64(g)))
+                start = builder.add(start, builder.mul(line.index, I64(64 * width)))
+                places += [_at(builder, start, I64(64 * part)) for part in range(width)]
+            totals = [cgutils.alloca_once(builder, FLOATS) for _ in places]
+            for place, total in zip(places, totals, strict=True):
+                builder.store(builder.load(place, typ=FLOATS, align=4), total)
+            first = builder.add(v, builder.mul(line.index, I64(LINE)))
+            with cgutils.for_range(builder, count) as key:
+                parts = _line(builder, _at(builder, first, builder.mul(key.index, row_bytes)), bf16)
+                for g in range(heads):
+                    index = builder.add(builder.mul(stride, I64(g)), key.index)
+                    weight = builder.load(_at(builder, p, builder.mul(index, I64(4))), typ=F32, align=4)
+                    weights = _splat(builder, weight)
+                    for total, part in zip(totals[g * width : (g + 1) * width], parts, strict=True):
+                        builder.store(_fma(builder, weights, part, builder.load(total)), total)
+            for place, total in zip(places, totals, strict=True):
+                builder.store(builder.load(total), place, align=4)
+
+    @intrinsic
+    def weigh(typingctx, p, stride, v, count, lines, sums):
+        def codegen(context, builder, signature, args):
+            compute(builder, *args)
+            return context.get_dummy_value()
+
+        i64 = types.int64
+        return types.void(i64, i64, i64, i64, i64, i64), codegen
+
+    return weigh
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    """e^x for x <= 0, to about 2e-7: 2^n e^r with |r| <= ln 2 / 2, e^r by its Taylor series."""
+    unary = ir.FunctionType(FLOATS, [FLOATS])
+    rint = cgutils.get_or_insert_function(builder.module, unary, "llvm.rint.v16f32")
+    binary = ir.FunctionType(FLOATS, [FLOATS, FLOATS])
+    maximum = cgutils.get_or_insert_function(builder.module, binary, "llvm.maxnum.v16f32")
+
+    def constant(value: float) -> Any:
+        return ir.Constant(FLOATS, [value] * 16)
+
+    x = builder.call(maximum, [x, constant(-87.0)])
+    n = builder.call(rint, [builder.fmul(x, constant(1.4426950408889634))])
+    r = _fma(builder, n, constant(-0.693145751953125), x)  # ln 2 in two parts
+    r = _fma(builder, n, constant(-1.428606820309417e-06), r)
+    y = constant(1 / 720)
+    for factor in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        y = _fma(builder, y, r, constant(factor))
+    exponent = builder.shl(builder.fptosi(n, INTS), ir.Constant(INTS, [23] * 16))
+    return builder.bitcast(builder.add(builder.bitcast(y, INTS), exponent), FLOATS)
+
+
+@intrinsic
+def exponentials(typingctx, scores, top):
+    """The 16 floats at scores become e^(score - top); returns their sum."""
+
+    def codegen(context, builder, signature, args):
+        place = _at(builder, args[0])
+        x = builder.fsub(builder.load(place, typ=FLOATS, align=4), _splat(builder, args[1]))
+        y = _exp(builder, x)
+        builder.store(y, place, align=4)
+        kind = ir.FunctionType(F32, [F32, FLOATS])
+        add = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+        return builder.call(add, [ir.Constant(F32, 0.0), y], fastmath=("reassoc",))
+
+    return types.float32(types.int64, types.float32), codegen
+
+
+@intrinsic
+def maximum(typingctx, scores):
+    """The greatest of the 16 floats at scores."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(F32, [FLOATS])
+        top = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fmax.v16f32")
+        return builder.call(top, [builder.load(_at(builder, args[0]), typ=FLOATS, align=4)])
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def draw(typingctx, address):
+    """The count at `address`, then raised by one; atomic."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", _at(builder, args[0]), I64(1), "seq_cst")
+
+    return types.int64(types.int64), codegen
+
+
+def _pointer(kind: Any) -> Any:
+    @intrinsic
+    def pointer(typingctx, address):
+        def codegen(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), codegen
+
+    return pointer
+
+
+floats_at, ints_at, longs_at = _pointer(types.float32), _pointer(types.int32), _pointer(types.int64)
+scores_bf16, scores_f32 = _scores(True), _scores(False)
+weigh1_bf16, weigh1_f32 = _weigh(True, 1), _weigh(False, 1)
+weigh4_bf16, weigh4_f32 = _weigh(True, 4), _weigh(False, 4)
+
+
+@njit(error_model="numpy")
+def _place(d, bf16):
+    """Where value d of a head stands in a query or a sum."""
+    return (d // 32) * 32 + (d % 2) * 16 + (d % 32) // 2 if bf16 else d
+
+
+@njit(error_model="numpy")
+def _score_block(a, q, keys, count, scores):
+    """The scores of a block's `count` keys for all heads, the rest of a vector -inf."""
+    g_count, size, tokens = a[G], a[D], a[BLOCK_TOKENS]
+    lines = size * (2 if a[BF16] else 4) // LINE
+    scale = types.float32(1.0) / types.float32(size) ** types.float32(0.5)
+    vectors = (count + KEYS - 1) // KEYS
+    values = carray(floats_at(scores), (g_count * tokens,))
+    for i in range(vectors):
+        for g in range(g_count):
+            out = scores + 4 * (g * tokens + i * KEYS)
+            if a[BF16]:
+                scores_bf16(q + 4 * g * size, keys + i * KEYS * lines * LINE, lines, scale, out)
+            else:
+                scores_f32(q + 4 * g * size, keys + i * KEYS * lines * LINE, lines, scale, out)
+    for g in range(g_count):
+        for t in range(count, vectors * KEYS):
+            values[g * tokens + t] = -3.0e38
+
+
+@njit(error_model="numpy")
+def _soften(a, count, scores, tops, totals, sums):
+    """Scores become weights against the greatest so far; what was summed before is scaled to it."""
+    size, tokens = a[D], a[BLOCK_TOKENS]
+    vectors = (count + KEYS - 1) // KEYS
+    for g in range(a[G]):
+        row = scores + 4 * g * tokens
+        top = tops[g]
+        for i in range(vectors):
+            top = max(top, maximum(row + 64 * i))
+        if top > tops[g]:
+            shrink = _shrink(tops[g] - top)
+            totals[g] *= shrink
+            for d in range(g * size, (g + 1) * size):
+                sums[d] *= shrink
+            tops[g] = top
+        for i in range(vectors):
+            totals[g] += exponentials(row + 64 * i, top)
+
+
+@njit(error_model="numpy")
+def _shrink(x):
+    """e^x for x <= 0."""
+    return types.float32(0.0) if x < -87.0 else types.float32(math.exp(x))
+
+
+@njit(error_model="numpy")
+def _weigh_block(a, values, count, scores, sums):
+    """Add the block's `count` values, weighted, to the sums of all heads."""
+    size, tokens = a[D], a[BLOCK_TOKENS]
+    lines = size * (2 if a[BF16] else 4) // LINE
+    g = 0
+    while g < a[G]:
+        p, to = scores + 4 * g * tokens, sums + 4 * g * size
+        if g + 4 <= a[G]:
+            if a[BF16]:
+                weigh4_bf16(p, tokens, values, count, lines, to)
+            else:
+                weigh4_f32(p, tokens, values, count, lines, to)
+            g += 4
+        else:
+            if a[BF16]:
+                weigh1_bf16(p, tokens, values, count, lines, to)
+            else:
+                weigh1_f32(p, tokens, values, count, lines, to)
+            g += 1
+
+
+@njit(error_model="numpy")
+def _piece(a, sequence, head, first, last, space):
+    """Blocks first..last of one sequence and key head; leaves tops, totals and sums in `space`."""
+    g_count, size, tokens = a[G], a[D], a[BLOCK_TOKENS]
+    tops = carray(floats_at(space), (g_count,))
+    totals = carray(floats_at(space + 4 * g_count), (g_count,))
+    sums_at = space + 8 * g_count
+    q_at = sums_at + 4 * g_count * size
+    scores_at = q_at + 4 * g_count * size
+    sums = carray(floats_at(sums_at), (g_count * size,))
+    q = carray(floats_at(q_at), (g_count * size,))
+    given = carray(
+        floats_at(a[Q] + 4 * (sequence * a[VALUE_HEADS] + head) * g_count * size), (g_count * size,)
+    )
+    table = carray(ints_at(a[TABLES] + 4 * sequence * a[TABLE_STRIDE]), (last,))
+    length = carray(longs_at(a[LENGTHS]), (a[B],))[sequence]
+    for g in range(g_count):
+        tops[g], totals[g] = -3.0e38, 0.0
+        for d in range(size):
+            q[g * size + _place(d, a[BF16])] = given[g * size + d]
+    sums[:] = 0.0
+    bytes_ = tokens * size * (2 if a[BF16] else 4)
+    for block in range(first, last):
+        count = min(tokens, length - block * tokens)
+        offset = (table[block] * a[VALUE_HEADS] + head) * bytes_
+        _score_block(a, q_at, a[K] + offset, count, scores_at)
+        _soften(a, count, scores_at, tops, totals, sums)
+        _weigh_block(a, a[V] + offset, count, scores_at, sums_at)
+
+
+@njit(error_model="numpy")
+def _finish(a, sequence, head, totals, sums):
+    g_count, size = a[G], a[D]
+    out = carray(
+        floats_at(a[OUT] + 4 * (sequence * a[VALUE_HEADS] + head) * g_count * size), (g_count * size,)
+    )
+    for g in range(g_count):
+        for d in range(size):
+            out[g * size + d] = sums[g * size + _place(d, a[BF16])] / totals[g]
+
+
+@njit(error_model="numpy")
+def _join(a):
+    """Complete the heads of which several parts hold a share. Shares lie in order of the parts."""
+    g_count, size = a[G], a[D]
+    share = 2 * g_count + g_count * size
+    opened = carray(longs_at(a[OPEN]), (2 * a[PARTS],))
+    base = a[SCRATCH] + 4 * a[PARTS] * _space(a)
+    before = -1
+    for i in range(2 * a[PARTS]):
+        item = opened[i]
+        if item < 0:
+            continue
+        tops = carray(floats_at(base + 4 * i * share), (g_count,))
+        totals = carray(floats_at(base + 4 * (i * share + g_count)), (g_count,))
+        sums = carray(floats_at(base + 4 * (i * share + 2 * g_count)), (g_count * size,))
+        if before >= 0 and opened[before] == item:
+            tops0 = carray(floats_at(base + 4 * before * share), (g_count,))
+            totals0 = carray(floats_at(base + 4 * (before * share + g_count)), (g_count,))
+            sums0 = carray(floats_at(base + 4 * (before * share + 2 * g_count)), (g_count * size,))
+            for g in range(g_count):
+                top = max(tops[g], tops0[g])
+                mine, theirs = _shrink(tops[g] - top), _shrink(tops0[g] - top)
+                tops[g], totals[g] = top, totals[g] * mine + totals0[g] * theirs
+                for d in range(g * size, (g + 1) * size):
+                    sums[d] = sums[d] * mine + sums0[d] * theirs
+        before = i
+        _finish(a, item // a[VALUE_HEADS], item % a[VALUE_HEADS], totals, sums)
+
+
+@njit(error_model="numpy")
+def _space(a):
+    """Floats of scratch that a part works in."""
+    return a[G] * (2 * a[D] + a[BLOCK_TOKENS] + 2)
+
+
+@njit(error_model="numpy")
+def _part(a, part):
+    """The blocks of one part: an equal share of all, counted sequence by sequence and head by head."""
+    begin, end = part * a[TOTAL] // a[PARTS], (part + 1) * a[TOTAL] // a[PARTS]
+    lengths = carray(longs_at(a[LENGTHS]), (a[B],))
+    opened = carray(longs_at(a[OPEN]), (2 * a[PARTS],))
+    space = a[SCRATCH] + 4 * part * _space(a)
+    share = 2 * a[G] + a[G] * a[D]
+    kept = 0
+    start = 0
+    for sequence in range(a[B]):
+        blocks = (lengths[sequence] + a[BLOCK_TOKENS] - 1) // a[BLOCK_TOKENS]
+        if start + blocks * a[VALUE_HEADS] <= begin:
+            start += blocks * a[VALUE_HEADS]
+            continue
+        if start >= end:
+            break
+        for head in range(a[VALUE_HEADS]):
+            first, last = max(begin - start, 0), min(end - start, blocks)
+            start += blocks
+            if first >= last:
+                continue
+            _piece(a, sequence, head, first, last, space)
+            whole = carray(floats_at(space), (share,))
+            if first == 0 and last == blocks:
+                _finish(a, sequence, head, whole[a[G] : 2 * a[G]], whole[2 * a[G] :])
+                continue
+            i = 2 * part + kept
+            kept += 1
+            opened[i] = sequence * a[VALUE_HEADS] + head
+            to = carray(floats_at(a[SCRATCH] + 4 * (a[PARTS] * _space(a) + i * share)), (share,))
+            to[:] = whole
+
+
+@cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+def attend(table):
+    """Every thread's way through a call: parts as long as there are any; the last to finish joins."""
+    a = carray(table, (TABLE_SIZE,))
+    address = a.ctypes.data
+    while True:
+        part = draw(address + 8 * NEXT)
+        if part >= a[PARTS]:
+            break
+        _part(a, part)
+        if draw(address + 8 * DONE) == a[PARTS] - 1:
+            _join(a)

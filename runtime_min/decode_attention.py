@@ -1,0 +1,103 @@
+"""Attention of one new token per sequence over a KV cache in blocks: compiled, or in plain torch.
+
+A cache of keys, and one of values, is a tensor [blocks, V, block_tokens, D]: a block holds the keys of
+`block_tokens` neighbouring tokens of one sequence, those of a head in one run of memory. That is the layout
+in which reading is fastest: the processor meets long runs, and the heads of a block are read by
+different threads. `tables` [B, M] names the blocks of each sequence in order; entries past its length are
+not looked at.
+
+B sequences, T tokens, Q query heads, V key and value heads, G = Q / V query heads to each, D head dimension
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeplan.runtime_min import team
+
+PARTS_PER_THREAD = 4  # so that a thread that is interrupted leaves parts to the others
+
+
+def store(cache: Tensor, tables: Tensor, sequences: Tensor, positions: Tensor, x: Tensor) -> None:
+    """Keep x [T, V, D], keys or values, at `positions` [T] of `sequences` [T], the rows of `tables`."""
+    blocks = tables[sequences, positions // cache.shape[2]].long()  # [T]
+    cache[blocks, :, positions % cache.shape[2]] = x
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
+    """Attention of q [B, Q, D] over the first `lengths` [B] tokens of each sequence, one or more: [B, Q * D].
+
+    Products and sums are float32, the result has q's dtype. `tables` is int32. Compiled by Numba where it is
+    installed, for bf16 and float32 caches whose rows are multiples of 64 bytes, in blocks of a multiple of 16
+    tokens; `plain` computes the rest.
+    """
+    kernel = _kernel() if _fits(q, k_cache, v_cache) else None
+    if kernel is None:
+        return plain(q, k_cache, v_cache, tables, lengths)
+    lengths = lengths.to(torch.int64).contiguous()
+    tables = tables.to(torch.int32).contiguous()
+    return _compiled(kernel, q, k_cache, v_cache, tables, lengths)
+
+
+def plain(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
+    """The same in torch alone, one sequence at a time."""
+    rows = []
+    for i, length in enumerate(lengths.tolist()):
+        blocks = tables[i, : -(-length // k_cache.shape[2])].long()
+        k = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]  # [V, length, D]
+        v = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]
+        grouped = q[i].reshape(k.shape[0], -1, q.shape[2])  # [V, G, D]
+        rows.append(F.scaled_dot_product_attention(grouped.float(), k.float(), v.float()).flatten())
+    return torch.stack(rows).to(q.dtype)
+
+
+def _fits(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    block_tokens, size = k_cache.shape[2:]
+    return (
+        q.device.type == "cpu"
+        and k_cache.dtype == v_cache.dtype
+        and k_cache.dtype in (torch.bfloat16, torch.float32)
+        and block_tokens % 16 == 0
+        and size * k_cache.element_size() % 64 == 0
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+    )
+
+
+@functools.cache
+def _kernel() -> Any | None:
+    """The module of the compiled kernel, or None without Numba."""
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return None
+    with team.kept(str(Path(__file__).with_name("attention_kernel.py"))):
+        from moeplan.runtime_min import attention_kernel
+    return attention_kernel
+
+
+def _compiled(
+    kernel: Any, q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor
+) -> Tensor:
+    heads, block_tokens, size = k_cache.shape[1:]
+    group = q.shape[1] // heads
+    given = q.float().contiguous()
+    out = torch.empty_like(given)
+    total = int(lengths.add(block_tokens - 1).div(block_tokens, rounding_mode="floor").sum()) * heads
+    parts = min(total, PARTS_PER_THREAD * torch.get_num_threads())
+    space = group * (2 * size + block_tokens + 2) + 2 * group * (size + 2)
+    scratch = torch.empty(parts * space, dtype=torch.float32)
+    opened = torch.full((2 * parts,), -1, dtype=torch.int64)
+    table = [
+        *(0, 0, parts, given.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()),
+        *(tables.data_ptr(), tables.shape[1], lengths.data_ptr(), len(q), heads, group, size, block_tokens),
+        *(k_cache.dtype == torch.bfloat16, out.data_ptr(), scratch.data_ptr(), opened.data_ptr(), total),
+    ]
+    team.run(kernel.attend, table)
+    return out.flatten(1).to(q.dtype)

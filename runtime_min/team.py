@@ -1,0 +1,61 @@
+"""Compiled kernels, run by the threads that torch uses, so that two pools never compete for the cores.
+
+A kernel is a C function of one pointer, to a table of integers: addresses, sizes, and a counter from which
+every thread draws its next part. So any number of threads will do, one included.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeplan.runtime_min import lanes
+
+Kernel = Any  # a Numba CFunc of a pointer to int64
+
+
+@contextmanager
+def kept(*sources: str) -> Iterator[None]:
+    """What Numba compiles meanwhile is kept in the user's cache by the contents of the files `sources`."""
+    digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
+    with lanes._compiled_apart(f"kernels-{digest[:16]}"):
+        yield
+
+
+def run(kernel: Kernel, table: list[int]) -> None:
+    """Execute `kernel` over `table` on torch's threads; returns when all have finished."""
+    values = (ctypes.c_int64 * len(table))(*table)
+    address = ctypes.cast(values, ctypes.c_void_p)
+    _parallel()(ctypes.c_void_p(kernel.address), address, torch.get_num_threads())
+
+
+@functools.cache
+def _parallel() -> Callable[[ctypes.c_void_p, ctypes.c_void_p, int], None]:
+    """GOMP_parallel of the libgomp that torch has loaded; plain threads where there is none."""
+    for path in sorted(Path(torch.__file__).parent.rglob("libgomp*.so*")):
+        try:
+            function = ctypes.CDLL(str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        function.restype = None
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        return lambda kernel, table, threads: function(kernel, table, threads, 0)
+    return _plain_threads
+
+
+def _plain_threads(kernel: ctypes.c_void_p, table: ctypes.c_void_p, threads: int) -> None:
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.value or 0)
+    others = [threading.Thread(target=function, args=(table,)) for _ in range(threads - 1)]
+    for thread in others:
+        thread.start()
+    function(table)
+    for thread in others:
+        thread.join()

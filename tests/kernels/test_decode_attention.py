@@ -1,0 +1,86 @@
+"""Decode attention, compiled and plain, against softmax written out in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeplan.runtime_min import decode_attention as attention
+from moeplan.runtime_min import team
+
+# sequences, key heads, query heads to each, head dimension, longest, tokens of a block
+SHAPES = [
+    (1, 1, 1, 64, 5, 32),
+    (1, 1, 1, 64, 700, 32),  # one head, shared out to all threads and joined
+    (3, 2, 4, 128, 100, 64),
+    (5, 8, 8, 128, 333, 32),
+    (2, 3, 5, 96, 77, 16),
+    (7, 2, 2, 64, 512, 32),
+    (3, 2, 2, 40, 60, 32),  # rows of no whole lines: the plain form
+]
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Random queries, keys, values, scattered blocks and lengths; what no sequence may look at is NaN."""
+    count, heads, group, size, longest, tokens = shape
+    torch.manual_seed(0)
+    lengths = torch.randint(1, longest + 1, (count,))
+    lengths[-1] = longest
+    blocks = -(-longest // tokens)
+    tables = torch.randperm(count * blocks).reshape(count, blocks).int()
+    caches = [torch.full((count * blocks, heads, tokens, size), torch.nan).to(dtype) for _ in range(2)]
+    for cache in caches:
+        sequences = torch.arange(count).repeat_interleave(lengths)
+        positions = torch.cat([torch.arange(int(length)) for length in lengths])
+        attention.store(
+            cache, tables, sequences, positions, torch.randn(len(positions), heads, size).to(dtype)
+        )
+    q = torch.randn(count, heads * group, size).to(dtype)
+    return q, *caches, tables, lengths
+
+
+def written_out(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
+    """One query head at a time, one key at a time."""
+    tokens, group = k_cache.shape[2], q.shape[1] // k_cache.shape[1]
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for i in range(len(q)):
+        places = [(tables[i, t // tokens], t % tokens) for t in range(int(lengths[i]))]
+        for head in range(q.shape[1]):
+            keys = torch.stack([k_cache[block, head // group, t] for block, t in places]).double()
+            values = torch.stack([v_cache[block, head // group, t] for block, t in places]).double()
+            weights = torch.softmax(keys @ q[i, head].double() / q.shape[2] ** 0.5, dim=0)
+            out[i, head] = weights @ values
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_form_computes_softmax(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """bf16 results are within a rounding of bf16, 2^-8, of the exact ones; float32 within 1e-5."""
+    arguments = case(shape, dtype)
+    exact = written_out(*arguments)
+    tolerance = {"rtol": 2**-8, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 2e-6}
+    torch.testing.assert_close(attention.decode_attention(*arguments).double(), exact, **tolerance)
+    torch.testing.assert_close(attention.plain(*arguments).double(), exact, **tolerance)
+
+
+def test_scores_far_apart() -> None:
+    """Scores of thousands, ascending and descending, neither overflow nor lose the greatest."""
+    q, k_cache, v_cache, tables, lengths = case((1, 1, 1, 64, 200, 32), torch.float32)
+    arguments = (q * 1000, k_cache * 10, v_cache, tables, lengths)
+    torch.testing.assert_close(
+        attention.decode_attention(*arguments).double(), written_out(*arguments), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_compiled_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes above are not all computed by the plain form."""
+    monkeypatch.setattr(attention, "plain", None)
+    assert attention.decode_attention(*case(SHAPES[2], torch.bfloat16)).isfinite().all()
+
+
+def test_plain_threads_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch brings no libgomp the kernel runs on threads of our own."""
+    arguments = case(SHAPES[3], torch.bfloat16)
+    expected = attention.decode_attention(*arguments)
+    monkeypatch.setattr(team, "_parallel", lambda: team._plain_threads)
+    assert torch.equal(attention.decode_attention(*arguments), expected)
