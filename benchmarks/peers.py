@@ -99,7 +99,7 @@ def main() -> None:
     options = _options()
     settings = [
         Setting("small", 0, (1, 32, 128, 512), 32, 6),
-        Setting("big", int(options.limit * 2**30), (32, 128, 512, 1024), 8, 4),
+        Setting("big", int(options.limit * 2**30), (32, 128, 512, 2048), 8, 4),
     ]
     for setting in settings:
         _write_checkpoint(setting.shape, options)
@@ -149,8 +149,8 @@ def _peers(options: argparse.Namespace) -> dict[str, Measure]:
     else:
         print(f"transformers, accelerate: skipped, no {options.python}")
     if (options.llama / "llama-batched-bench").exists():
-        peers["llama.cpp bf16"] = _llama(options.llama, quantised=False)
-        peers["llama.cpp q8_0"] = _llama(options.llama, quantised=True)
+        for kind in ("bf16", "bf16 -kvu", "q8_0"):
+            peers[f"llama.cpp {kind}"] = _llama(options.llama, kind)
     else:
         print(f"llama.cpp: skipped, no {options.llama / 'llama-batched-bench'}")
     return peers
@@ -180,15 +180,16 @@ def _transformers(python: Path, experts: str) -> Measure:
     return measure
 
 
-def _llama(folder: Path, quantised: bool) -> Measure:
-    name = "llama.cpp q8_0" if quantised else "llama.cpp bf16"
+def _llama(folder: Path, kind: str) -> Measure:
+    """`-kvu`: one KV cache for all sequences, of 256 tokens and more for each otherwise."""
 
     def measure_one(setting: Setting, batch: int) -> Result:
-        model = _quantised(folder, setting.shape) if quantised else setting.shape.gguf
+        model = _quantised(folder, setting.shape) if kind == "q8_0" else setting.shape.gguf
         context = batch * (setting.prompt + setting.tokens)
         command = [str(folder / "llama-batched-bench"), "-m", str(model), "-t", str(os.cpu_count())]
         command += ["-c", str(-(-context // 256) * 256), "-b", "2048", "-ub", str(UBATCH), "-npl", str(batch)]
         command += ["-npp", str(setting.prompt), "-ntg", str(setting.tokens), "--output-format", "jsonl"]
+        command += kind.split()[1:]
         ended = _run(command, setting)
         rows = [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
         passes = 1 + setting.tokens + -(-batch * setting.prompt // UBATCH)  # it warms up with one
@@ -201,7 +202,7 @@ def _llama(folder: Path, quantised: bool) -> Measure:
                 "pass_bytes": ended.read_bytes / passes,
             }
         )
-        return _result(name, setting, batch, figures, ended, command)
+        return _result(f"llama.cpp {kind}", setting, batch, figures, ended, command)
 
     return lambda setting, batches: (measure_one(setting, batch) for batch in batches)
 
@@ -408,8 +409,10 @@ def _measure(
 
 
 def _left_out(system: str, setting: Setting, number: int) -> bool:
-    """Under the limit minutes go by with each run: one round, and of variants the one that is the faster."""
-    return bool(setting.limit_bytes) and system in ("transformers grouped_mm", "llama.cpp q8_0")
+    """Under the limit minutes go by with each run of a peer: one round, in the checkpoint's own dtype."""
+    if not setting.limit_bytes:
+        return system.endswith("-kvu")
+    return (number > 0 and system != OURS) or system in ("transformers grouped_mm", "llama.cpp q8_0")
 
 
 def _batches(system: str, setting: Setting) -> Iterator[int]:
