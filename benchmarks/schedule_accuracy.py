@@ -194,6 +194,8 @@ def plan_of(case: Case, schedule: Schedule, text: str) -> RuntimePlan:
         micro_batch=case.micro_batch,
         prefill_tokens=2048,
         prompt_tokens=case.prompt,
+        pass_tokens=case.sequences * case.prompt,
+        kv_tokens=case.sequences * (case.prompt + case.output),
         context_tokens=case.prompt + case.output,
     )
     held = replace(

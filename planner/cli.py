@@ -199,7 +199,7 @@ def _recorder(plan: Path, replica: str, profile: Path) -> Callable[[Report], Non
         if full is None:
             print(f"{profile}: no row added: the whole run was resumed", file=sys.stderr)
             return
-        requests = full.sequences * full.batches
+        requests = full.sums.requests
         row = ProfileRow(
             machine=policy["machine"]["name"],
             model=compiled["workload"]["model"]["name"],

@@ -22,7 +22,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
     "stream": (False,),
     "echo": (False,),
-    "logprobs": (False,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
@@ -31,12 +30,16 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},),
 }
 IGNORED = {"model", "user", "metadata", "store", "service_tier"}
-READ = {"max_tokens", "temperature", "top_p", "seed", "stop"}
+READ = {"max_tokens", "temperature", "top_p", "seed", "stop", "logprobs"}
+MOST_LOGPROBS, MOST_TOP_LOGPROBS = 5, 20  # of /v1/completions and of /v1/chat/completions
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request as asked. `prompt` is text, or the messages of a chat; `max_tokens` None means the rest."""
+    """One request as asked. `prompt` is text, or the messages of a chat; `max_tokens` None means the rest.
+
+    `logprobs` is how many of the best tokens are to be told beside each one's log-probability; None: neither.
+    """
 
     line: int
     custom_id: str
@@ -47,6 +50,25 @@ class Request:
     top_p: float
     seed: int | None
     stop: tuple[str, ...]
+    logprobs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token as text and bytes, and its log-probability."""
+
+    text: str
+    utf8: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A token of an answer, where its text begins there, and the best tokens of its place, best first."""
+
+    token: TokenScore
+    offset: int
+    best: tuple[TokenScore, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +83,13 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a request got. Token counts include the end token."""
+    """What a request got. Token counts include the end token; `places` are those of the text's tokens."""
 
     text: str
     finish: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
+    places: tuple[Place, ...] | None = None
 
 
 class _InvalidError(Exception):
@@ -138,11 +161,13 @@ def _request(number: int, custom_id: str, data: dict[str, Any]) -> Request:
         top_p=_number(body, "top_p", 1.0, 0.0, 1.0),
         seed=_integer(body["seed"], "seed", -(2**63), 2**63 - 1) if "seed" in body else None,
         stop=_stop(body.get("stop", [])),
+        logprobs=_logprobs(body, url == CHAT),
     )
 
 
 def _check_parameters(body: dict[str, Any], prompt_key: str) -> None:
     known = IGNORED | READ | {prompt_key, "max_completion_tokens"}
+    known |= {"top_logprobs"} if prompt_key == "messages" else set()
     for key, value in body.items():
         neutral = NEUTRAL.get(key, ())
         if key not in known and not any(value == n and type(value) is type(n) for n in neutral):
@@ -188,6 +213,19 @@ def _max_tokens(body: dict[str, Any], default: int | None) -> int | None:
     return min((_integer(body[key], key, 1, 2**31) for key in asked), default=default)
 
 
+def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
+    """A chat says whether and then how many; a completion says how many."""
+    asked = body.get("logprobs")
+    if not chat:
+        return None if asked is None or asked is False else _integer(asked, "logprobs", 0, MOST_LOGPROBS)
+    if asked is not None and not isinstance(asked, bool):
+        _refuse("invalid_parameter", "logprobs must be true or false")
+    top = body.get("top_logprobs")
+    if top is not None and not asked:
+        _refuse("invalid_parameter", "top_logprobs needs logprobs: true")
+    return _integer(top or 0, "top_logprobs", 0, MOST_TOP_LOGPROBS) if asked else None
+
+
 def _integer(value: object, name: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         _refuse("invalid_parameter", f"{name} must be a whole number from {low} to {high}")
@@ -222,7 +260,8 @@ def answer_record(request: Request, answer: Answer, model: str) -> dict[str, Any
     """The output record of a request that ran; `model` names what it asked no name for."""
     chat = not isinstance(request.prompt, str)
     said = {"message": {"role": "assistant", "content": answer.text}} if chat else {"text": answer.text}
-    choice = {"index": 0, **said, "finish_reason": answer.finish, "logprobs": None}
+    scores = None if answer.places is None else (_chat_scores if chat else _scores)(answer.places)
+    choice = {"index": 0, **said, "finish_reason": answer.finish, "logprobs": scores}
     body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{request.line}",
         "object": "chat.completion" if chat else "text_completion",
@@ -237,6 +276,26 @@ def answer_record(request: Request, answer: Answer, model: str) -> dict[str, Any
     }
     response = {"status_code": 200, "request_id": f"req_{request.line}", "body": body}
     return {**_head(request.line, request.custom_id), "response": response, "error": None}
+
+
+def _chat_scores(places: tuple[Place, ...]) -> dict[str, Any]:
+    """The logprobs of a chat's choice."""
+
+    def entry(token: TokenScore) -> dict[str, Any]:
+        return {"token": token.text, "logprob": token.logprob, "bytes": list(token.utf8)}
+
+    content = [{**entry(p.token), "top_logprobs": [entry(best) for best in p.best]} for p in places]
+    return {"content": content, "refusal": None}
+
+
+def _scores(places: tuple[Place, ...]) -> dict[str, Any]:
+    """The logprobs of a completion's choice; of best tokens with the same text, the better one's."""
+    return {
+        "tokens": [p.token.text for p in places],
+        "token_logprobs": [p.token.logprob for p in places],
+        "top_logprobs": [{best.text: best.logprob for best in reversed(p.best)} for p in places],
+        "text_offset": [p.offset for p in places],
+    }
 
 
 def failure_record(failure: Failure) -> dict[str, Any]:

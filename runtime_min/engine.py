@@ -1,41 +1,53 @@
-"""Batches of sequences through the model: prefill once, then one token each per pass until all are done."""
+"""Sequences through the model, pass by pass: as some finish, others take their places."""
 
 from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from types import TracebackType
 from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from moeplan.runtime_min.lanes import (
-    Lane,
-    Lanes,
-)
+from moeplan.runtime_min.lanes import Lane, Lanes
 from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.plan_file import RuntimePlan
-from moeplan.runtime_min.sampling import Sampling, draw, generator, greedy
+from moeplan.runtime_min.sampling import Sampling, Scored, best_scored, draw, generator, greedy
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Generation:
-    """A request under way. `ends` are tokens that finish it, `stopped` a test of the tokens so far."""
+    """A request under way. `ends` are tokens that finish it, `stopped` a test of the tokens so far.
+
+    `top_scored` asks for the log-probability of each token and of so many of the best (None: for none);
+    they come in `scored`. `cached` counts the tokens whose keys and values are kept. A generation whose
+    scores are no numbers ends as "invalid".
+    """
 
     prompt: Sequence[int]
     max_tokens: int
     sampling: Sampling
     ends: frozenset[int] = frozenset()
     stopped: Callable[[Sequence[int]], bool] | None = None
+    top_scored: int | None = None
     tokens: list[int] = field(default_factory=list)
-    finish: Literal["", "stop", "length"] = ""
+    scored: list[Scored] = field(default_factory=list)
+    finish: Literal["", "stop", "length", "invalid"] = ""
+    cached: int = 0
 
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.tokens)
+
+    @property
+    def most_tokens(self) -> int:
+        """The longest it may become."""
+        return len(self.prompt) + self.max_tokens
 
     def accept(self, token: int) -> None:
         """Append the next token; set `finish` if it is the last."""
@@ -46,19 +58,34 @@ class Generation:
             self.finish = "length"
 
 
-Active = Sequence[tuple[int, Generation]]  # (place in the KV cache, generation), places ascending
+Active = Sequence[tuple[int, Generation]]  # (place, generation), places ascending
 
 
 @dataclass(slots=True)
 class Stats:
-    """Sums over the passes so far; `decode_tokens` leaves out the tokens that prefill passes gave."""
+    """Sums over the passes so far.
 
+    `decode_tokens` leaves out each request's first token. Seconds go to prefill for passes that only read
+    prompts, to decode for those that read none, else to mixed; `first_tokens_s` sums over requests what
+    passed from being taken in to the first token.
+    """
+
+    requests: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     decode_tokens: int = 0
+    prefilled_tokens: int = 0  # prompt tokens of prefill passes
+    decoded_tokens: int = 0  # tokens of decode passes
     decode_passes: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    mixed_s: float = 0.0
+    first_tokens_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of all passes."""
+        return self.prefill_s + self.decode_s + self.mixed_s
 
     def since(self, before: Stats) -> Stats:
         """What came to `before`."""
@@ -69,8 +96,28 @@ class Stats:
         return Stats(*(getattr(self, f.name) + getattr(more, f.name) for f in fields(self)))
 
 
+class Waiting:
+    """Requests not yet taken in, made ready no earlier than needed."""
+
+    def __init__(self, requests: Iterable[Generation]) -> None:
+        self._more, self._ready = iter(requests), deque[Generation]()
+
+    def first(self, count: int) -> list[Generation]:
+        """Up to `count` of them, in order; they go on waiting."""
+        self._ready.extend(islice(self._more, max(0, count - len(self._ready))))
+        return list(islice(self._ready, count))
+
+    def drop(self, count: int) -> None:
+        """Forget the first `count`."""
+        for _ in range(count):
+            self._ready.popleft()
+
+    def __bool__(self) -> bool:
+        return bool(self.first(1))
+
+
 class Batches:
-    """Runs batches of sequences, pass by pass. A subclass knows how a pass is executed.
+    """Runs sequences through the model. A subclass knows how a pass is executed, and what it has room for.
 
     Use as a context manager: the lanes' threads end with it.
     """
@@ -81,8 +128,9 @@ class Batches:
         self.plan = plan
         self.lanes = lanes
         self.stats = Stats()
-        self.batches: list[tuple[int, Stats]] = []  # sequences and sums of each batch
+        self.batches: list[tuple[int, Stats]] = []  # from empty to empty: most sequences at once, sums
         self._sources: dict[int, torch.Generator] = {}
+        self._since: dict[int, float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -103,50 +151,99 @@ class Batches:
     @torch.inference_mode()
     def run(
         self,
-        generations: Sequence[Generation],
+        requests: Iterable[Generation],
         finished: Callable[[Generation], None] = lambda _: None,
-        more: bool = False,
         after_pass: Callable[[], None] = lambda: None,
     ) -> None:
-        """Complete a batch of at most N generations, each handed to `finished` as soon as it is.
+        """Complete all `requests`, each handed to `finished` as soon as it is; at most N are under way.
 
-        `more` says that another batch follows, for which weights may be read ahead.
+        They are taken from the iterator as places become free, so that it may be long, or lazy.
         """
-        before = replace(self.stats)
-        order = pack([len(g.prompt) for g in generations], self.plan.batch.micro_batch)
-        active = [(place, generations[at]) for place, at in enumerate(order)]
-        self._sources = {id(g): generator(g.sampling) for g in generations}
-        prefill = True
-        while active:
-            start = time.perf_counter()
-            self._pass(active, prefill, more)
-            self._count(active, prefill, time.perf_counter() - start)
-            for _, generation in active:
+        waiting = Waiting(requests)
+        active: Active = ()
+        before, most = replace(self.stats), 0
+        while active := self._admitted(active, waiting):
+            most = max(most, len(active))
+            self._timed_pass(active, bool(waiting))
+            for place, generation in active:
                 if generation.finish:
+                    self._leave(place, generation)
                     finished(generation)
             active = [(place, g) for place, g in active if not g.finish]
-            prefill = False
             after_pass()
-        self.batches.append((len(generations), self.stats.since(before)))
+            if not active:
+                self.batches.append((most, self.stats.since(before)))
+                before, most = replace(self.stats), 0
 
-    def _pass(self, active: Active, prefill: bool, more: bool) -> None:
-        """One pass over the prompts or the newest tokens of `active`; each accepts its next token."""
+    def _admitted(self, active: Active, waiting: Waiting) -> Active:
+        """`active` and those for which there is room now, in the order of their places."""
+        n, most = self.plan.batch.sequences, self.plan.batch.micro_batch
+        room = self._room(waiting.first(n - len(active))) if self._may_enter(active) else 0
+        new = waiting.first(room)
+        waiting.drop(room)
+        places = pack([len(g.prompt) for g in new], {p: g.length for p, g in active}, n, most)
+        for place, generation in zip(places, new, strict=True):
+            self._enter(place, generation)
+        return sorted([*active, *zip(places, new, strict=True)], key=lambda member: member[0])
+
+    def _may_enter(self, active: Active) -> bool:
+        """Whether sequences may enter beside `active`."""
+        return True
+
+    def _room(self, candidates: Sequence[Generation]) -> int:
+        """How many of `candidates`, in their order, may enter."""
+        return len(candidates)
+
+    def _enter(self, place: int, generation: Generation) -> None:
+        self._sources[id(generation)] = generator(generation.sampling)
+        self._since[id(generation)] = time.perf_counter()
+
+    def _leave(self, place: int, generation: Generation) -> None:
+        del self._sources[id(generation)], self._since[id(generation)]
+
+    def _pass(self, active: Active, more: bool) -> None:
+        """One pass over tokens of `active` that are not cached; those that have all accept their next token.
+
+        `more`: others wait, so that a pass follows.
+        """
         raise NotImplementedError
 
     def _accept(self, scores: Tensor, active: Active) -> None:
         """Let `active` accept a token each from `scores` [N, vocab]."""
-        for (_, generation), token in zip(active, choose(scores, active, self._sources), strict=True):
-            generation.accept(token)
+        best, values = greedy(scores)
+        for row, (_, g) in enumerate(active):
+            if not values[row] < float("inf"):  # nor is NaN
+                g.finish = "invalid"
+                continue
+            drawn = g.sampling.temperature > 0
+            token = draw(scores[row], g.sampling, self._sources[id(g)]) if drawn else best[row]
+            if g.top_scored is not None:
+                g.scored.append(best_scored(scores[row], token, g.top_scored))
+            g.accept(token)
 
-    def _count(self, active: Active, prefill: bool, seconds: float) -> None:
-        self.stats.generated_tokens += len(active)
-        if prefill:
-            self.stats.prompt_tokens += sum(len(g.prompt) for _, g in active)
-            self.stats.prefill_s += seconds
+    def _timed_pass(self, active: Active, more: bool) -> None:
+        new = [g for _, g in active if not g.tokens]
+        cached, said = sum(g.cached for g in new), sum(len(g.tokens) for _, g in active)
+        start = time.perf_counter()
+        self._pass(active, more)
+        end = time.perf_counter()
+        stats, first = self.stats, [g for g in new if g.tokens]
+        prompt = sum(g.cached for g in new) - cached
+        tokens = sum(len(g.tokens) for _, g in active) - said
+        stats.requests += len(first)
+        stats.first_tokens_s += sum(end - self._since[id(g)] for g in first)
+        stats.prompt_tokens += prompt
+        stats.generated_tokens += tokens
+        stats.decode_tokens += tokens - len(first)
+        if len(new) == len(active):
+            stats.prefilled_tokens += prompt
+            stats.prefill_s += end - start
+        elif not new:
+            stats.decoded_tokens += tokens
+            stats.decode_passes += 1
+            stats.decode_s += end - start
         else:
-            self.stats.decode_tokens += len(active)
-            self.stats.decode_passes += 1
-            self.stats.decode_s += seconds
+            stats.mixed_s += end - start
 
 
 def goes_on(generation: Generation) -> bool:
@@ -154,37 +251,41 @@ def goes_on(generation: Generation) -> bool:
     return len(generation.tokens) + 1 < generation.max_tokens
 
 
-def pack(lengths: Sequence[int], micro_batch: int) -> list[int]:
-    """The order of sequences in the batch: micro-batch after micro-batch, their tokens balanced.
+def pack(lengths: Sequence[int], taken: dict[int, int], sequences: int, micro_batch: int) -> list[int]:
+    """A place for each new sequence, so that the tokens of micro-batches are balanced.
 
-    Longest first, each into the micro-batch with the fewest tokens that has room; ties in request order.
-    Source: MoE-Lightning (ASPLOS'25), Algorithm 2.
+    Micro-batch j has the places from j·μ on; `taken` has the tokens at those that are not free. Longest
+    first, each into the micro-batch with the fewest tokens that has room, among the first that have room for
+    all; ties in request order. Source: MoE-Lightning (ASPLOS'25), Algorithm 2.
     """
-    bins: list[list[int]] = [[] for _ in range(-(-len(lengths) // micro_batch))]
-    room = [(0, number) for number in range(len(bins))]
+    room: list[Iterator[int]] = []
+    loads: list[tuple[int, int]] = []
+    left = len(lengths)
+    for first in range(0, sequences, micro_batch):
+        places = range(first, min(first + micro_batch, sequences))
+        free = [place for place in places if place not in taken]
+        if free and left > 0:
+            heapq.heappush(loads, (sum(taken.get(place, 0) for place in places), len(room)))
+            room.append(iter(free))
+            left -= len(free)
+    chosen = [0] * len(lengths)
     for at in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
-        tokens, number = heapq.heappop(room)
-        bins[number].append(at)
-        if len(bins[number]) < micro_batch:
-            heapq.heappush(room, (tokens + lengths[at], number))
-    return [at for members in sorted(bins, key=len, reverse=True) for at in members]
+        place = None
+        while place is None:
+            tokens, number = heapq.heappop(loads)
+            place = next(room[number], None)
+        chosen[at] = place
+        heapq.heappush(loads, (tokens + lengths[at], number))
+    return chosen
 
 
-def groups(lengths: Sequence[int], most: int) -> list[slice]:
+def groups(lengths: Sequence[int], most: int) -> Iterator[slice]:
     """Cut a row of sequences into groups of at most `most` tokens, or of one sequence."""
-    cuts, tokens = [0], 0
+    start, tokens = 0, 0
     for at, length in enumerate(lengths):
         if tokens and tokens + length > most:
-            cuts.append(at)
-            tokens = 0
+            yield slice(start, at)
+            start, tokens = at, 0
         tokens += length
-    return [slice(start, end) for start, end in zip(cuts, [*cuts[1:], len(lengths)], strict=True)]
-
-
-def choose(scores: Tensor, active: Active, sources: dict[int, torch.Generator]) -> list[int]:
-    """The next token of each active generation from scores [N, vocab]."""
-    tokens = greedy(scores)
-    for row, (_, g) in enumerate(active):
-        if g.sampling.temperature > 0:
-            tokens[row] = draw(scores[row], g.sampling, sources[id(g)])
-    return tokens
+    if lengths:
+        yield slice(start, len(lengths))

@@ -140,11 +140,18 @@ class Offload(Batches):
 
     # Passes
 
-    def _pass(self, active: Active, prefill: bool, more: bool) -> None:
+    def _may_enter(self, active: Active) -> bool:
+        """A batch is read, then decoded to its end."""
+        return not active
+
+    def _pass(self, active: Active, more: bool) -> None:
+        prefill = not active[0][1].tokens
         step = self._step(active, prefill)
         decode = 0 if prefill else len(step.active)
         coming = [place for place, g in active if goes_on(g)]
         following = max(coming) // self.plan.batch.micro_batch + 1 if coming else 0
+        for _, generation in active:
+            generation.cached = generation.length
         rows = self.lanes.issue(decode, len(step.pieces), following)
         self._next = Step(self._passes, step.active)
         self.lanes.run(rows, list(self._work(rows, step, self._next)))

@@ -17,10 +17,12 @@ from typing import Any, Literal, TypeVar
 
 from moeplan.runtime_min.errors import RunError
 
-FORMAT = 2
+FORMAT = 3
 SCHEDULE_FORMAT = 2
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
 ARCHITECTURES = ("mixtral",)  # model types that this version of the runtime executes, on CPU
+PASS_TOKENS = 32768  # that a pass of a stream plan takes at most, where its prompts are shorter
+KV_BLOCK_TOKENS = 32  # tokens of one block of the KV cache of a stream plan
 ALIGNMENT_BYTES = 4096  # of direct reads: their file offset, length and place in memory
 
 
@@ -59,7 +61,9 @@ class BatchPlan:
     `sequences` (N) run through the model together; attention takes `micro_batch` (μ) of them per call in
     decode and about `prefill_tokens` prompt tokens per call in prefill (one sequence at least).
     `prompt_tokens` is the longest prompt and `context_tokens` the longest prompt plus output that a sequence
-    may have; a request beyond them is answered with an error record.
+    may have; a request beyond them is answered with an error record. A pass takes at most `pass_tokens`
+    tokens, the rest of longer prompts comes in later ones. The KV cache holds `kv_tokens`: a sequence enters
+    when there is room for all that it may become.
     """
 
     sequences: int
@@ -67,6 +71,8 @@ class BatchPlan:
     prefill_tokens: int
     prompt_tokens: int
     context_tokens: int
+    pass_tokens: int
+    kv_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,9 +210,19 @@ def weights_bytes(model: ModelPlan, pages: PagePlan) -> int:
     return (model.parameters - streamed) * ITEM_BYTES[model.compute_dtype]
 
 
+def pass_tokens(sequences: int, prompt_tokens: int) -> int:
+    """What a pass of a stream plan has to take: all prompts, or as many tokens as keep the cores busy."""
+    return min(sequences * prompt_tokens, max(PASS_TOKENS, prompt_tokens, sequences))
+
+
+def kv_blocks(tokens: int) -> int:
+    """The blocks that hold `tokens` of one sequence."""
+    return -(-tokens // KV_BLOCK_TOKENS)
+
+
 def kv_bytes(model: ModelPlan, batch: BatchPlan) -> int:
-    """Keys and values [layers, sequences, kv heads, context, head dim], twice, in the compute dtype."""
-    tokens = batch.sequences * batch.context_tokens
+    """Keys and values [layers, blocks, kv heads, block tokens, head dim], twice, in the compute dtype."""
+    tokens = kv_blocks(batch.kv_tokens) * KV_BLOCK_TOKENS
     return 2 * model.layers * tokens * model.kv_heads * model.head_dim * ITEM_BYTES[model.compute_dtype]
 
 
@@ -215,12 +231,11 @@ def call_tokens(batch: BatchPlan) -> int:
 
     Never more than the largest pass has; otherwise at least 1,024, below which products lose speed.
     """
-    largest_pass = batch.sequences * batch.prompt_tokens
-    return min(largest_pass, max(batch.prefill_tokens, batch.prompt_tokens, batch.micro_batch, 1024))
+    return min(batch.pass_tokens, max(batch.prefill_tokens, batch.micro_batch, 1024))
 
 
 def workspace_bytes(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
-    """What a run needs beside weights, slots and the KV cache. T = N · prompt_tokens, C = `call_tokens`.
+    """What a run needs beside weights, slots and the KV cache. T = `pass_tokens`, C = `call_tokens`.
 
     pass      T tokens: hidden (float32) and normed (at most float32), `hidden` wide; per token 24 bytes of
               identifiers and per expert choice 64 bytes of routing
@@ -235,7 +250,7 @@ def workspace_bytes(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
     page = 4 * max(page_parameters(model, pages, p) for p in range(pages.pages_per_layer))
     loading = pages.readers * (pages.block_bytes + 2 * ALIGNMENT_BYTES) + (32 << 20)
     logits = 4 * batch.sequences * model.vocab
-    return scratch_bytes(model, batch, batch.sequences * batch.prompt_tokens, 4) + logits + page + loading
+    return scratch_bytes(model, batch, batch.pass_tokens, 4) + logits + page + loading
 
 
 def scratch_bytes(model: ModelPlan, batch: BatchPlan, tokens: int, value_bytes: int) -> int:

@@ -35,6 +35,7 @@ class Prompts:
         if size > vocab:
             raise CheckpointError([f"{path}: has {size} tokens, the model {vocab}"])
         self._template: ChatTemplate | None = None
+        self._byte_level: dict[str, Any] | None = None
 
     def encode(self, request: Request) -> list[int]:
         """The prompt's tokens, with those the tokenizer or the chat template puts around it."""
@@ -54,10 +55,37 @@ class Prompts:
         alone: str = self._tokenizer.decode(list(answer))  # the prompt ends within a character
         return alone
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for: part of a character where the vocabulary is of bytes."""
+        text: str = self._tokenizer.id_to_token(token) or ""
+        if self._byte_level is None:
+            self._byte_level = json.loads(self._tokenizer.to_str()).get("decoder") or {}
+        if _has_kind(self._byte_level, "ByteLevel") and all(letter in _BYTES for letter in text):
+            return bytes(_BYTES[letter] for letter in text)
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes.fromhex(text[3:5])
+        return text.replace("\u2581", " ").encode()
+
     def _chat(self, messages: tuple[dict[str, str], ...]) -> str:
         if self._template is None:
             self._template = ChatTemplate(self._folder)
         return self._template.render(messages)
+
+
+def _has_kind(decoder: dict[str, Any], kind: str) -> bool:
+    """Whether the decoder of a tokenizer.json is of `kind`, or one of its steps is."""
+    return decoder.get("type") == kind or any(_has_kind(d, kind) for d in decoder.get("decoders", ()))
+
+
+def _byte_letters() -> dict[str, int]:
+    """The byte of each letter of a byte-level vocabulary: bytes that print stand for themselves (GPT-2)."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    letters = {chr(byte): byte for byte in printed}
+    return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_letters()
 
 
 class ChatTemplate:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 from moeplan.runtime_min.batch_file import (
     Answer,
     Failure,
+    Place,
     Request,
+    TokenScore,
     answer_record,
     failure_record,
     read_requests,
@@ -34,7 +36,8 @@ Progress = Callable[[int, int, int], None]  # requests done, requests in all, to
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullBatches:
-    """The fullest batches of a run, all of one number of `sequences`, and the sums over them.
+    """The fullest batches of a run, all of one number of `sequences`, and the sums over them. A batch goes on
+    while requests take the places of others.
 
     `warm`: without the first batch of the run, which waits for caches and threads to come up.
     """
@@ -48,19 +51,20 @@ class FullBatches:
         """Measured rates and latencies, by the names that a profile has for them."""
         sums = self.sums
         figures = {
-            "prefill_tokens_per_s": sums.prompt_tokens / sums.prefill_s,
-            "requests_per_s": self.sequences * self.batches / (sums.prefill_s + sums.decode_s),
-            "ttft_s": sums.prefill_s / self.batches,
+            "prefill_tokens_per_s": sums.prefilled_tokens / sums.prefill_s,
+            "requests_per_s": sums.requests / sums.seconds,
+            "ttft_s": sums.first_tokens_s / sums.requests,
         }
         if sums.decode_passes:
-            figures["decode_tokens_per_s"] = sums.decode_tokens / sums.decode_s
+            figures["decode_tokens_per_s"] = sums.decoded_tokens / sums.decode_s
             figures["itl_s"] = sums.decode_s / sums.decode_passes
         return figures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a run did. `decode_tokens` came from decode passes, `generated_tokens` from all passes.
+    """What a run did. Passes that read prompts beside decoding are mixed: `mixed_s` is in no other time, and
+    their tokens are among the `generated_tokens` alone.
 
     `stalls_s` says how long each lane waited for others; the first computes. `rehearsed`: the CPU took the
     accelerator's place.
@@ -75,6 +79,7 @@ class Report:
     decode_passes: int
     prefill_s: float
     decode_s: float
+    mixed_s: float
     stalls_s: dict[str, float]
     bytes_read: int
     peak_bytes: int
@@ -135,9 +140,9 @@ def bench_plan(
 
     numbers = random.Random(0)
     with _load(runtime_dir, plan, folder, rehearse) as engine:
-        for left in reversed(range(batches)):
-            texts = [numbers.choices(range(plan.model.vocab), k=prompt) for _ in range(plan.batch.sequences)]
-            engine.run([Generation(text, tokens, Sampling(0.0, 1.0, 0)) for text in texts], more=left > 0)
+        count = plan.batch.sequences * batches
+        texts = (numbers.choices(range(plan.model.vocab), k=prompt) for _ in range(count))
+        engine.run(Generation(text, tokens, Sampling(0.0, 1.0, 0)) for text in texts)
         return _report(engine, plan.batch.sequences * batches, 0, 0, rehearse)
 
 
@@ -153,12 +158,18 @@ class _Run:
 
     def all(self, items: Iterator[Request | Failure]) -> None:
         done = self._results.done
-        ready = self._ready(item for item in items if item.line not in done)
-        batch = list(islice(ready, self._engine.plan.batch.sequences))
-        while batch:
-            following = list(islice(ready, self._engine.plan.batch.sequences))
-            self._batch(batch, more=bool(following))
-            batch = following
+        requests: dict[int, Request] = {}
+
+        def generations() -> Iterator[Generation]:
+            for request, generation in self._ready(item for item in items if item.line not in done):
+                requests[id(generation)] = request
+                yield generation
+
+        def finished(generation: Generation) -> None:
+            self._record(requests.pop(id(generation)), generation)
+
+        self._tell()
+        self._engine.run(generations(), finished, self._tell)
         self._tell()
 
     def _ready(self, items: Iterator[Request | Failure]) -> Iterator[tuple[Request, Generation]]:
@@ -195,6 +206,7 @@ class _Run:
             sampling=Sampling(request.temperature, request.top_p, seed),
             ends=self._engine.config.eos,
             stopped=self._stop_test(prompt, request.stop) if request.stop else None,
+            top_scored=request.logprobs,
         )
 
     def _stop_test(self, prompt: list[int], stop: tuple[str, ...]) -> Callable[..., bool]:
@@ -204,28 +216,45 @@ class _Run:
 
         return stopped
 
-    def _batch(self, batch: list[tuple[Request, Generation]], more: bool) -> None:
-        requests = {id(generation): request for request, generation in batch}
-
-        def finished(generation: Generation) -> None:
-            request = requests[id(generation)]
-            record = answer_record(request, self._answer(request, generation), self._engine.plan.name)
-            self._results.add(record)
-            self.answered += 1
-
-        self._tell()
-        self._engine.run([generation for _, generation in batch], finished, more, self._tell)
+    def _record(self, request: Request, generation: Generation) -> None:
+        if generation.finish == "invalid":
+            message = f"line {request.line}: the model's scores are no numbers"
+            failure = Failure(request.line, request.custom_id, "invalid_scores", message)
+            self._results.add(failure_record(failure))
+            self.failed += 1
+            return
+        record = answer_record(request, self._answer(request, generation), self._engine.plan.name)
+        self._results.add(record)
+        self.answered += 1
 
     def _answer(self, request: Request, generation: Generation) -> Answer:
         said = [token for token in generation.tokens if token not in generation.ends]
         text = self._prompts.decode(generation.prompt, said)
         ends = [at for at in (text.find(word) for word in request.stop) if at >= 0]
+        end = min(ends, default=len(text))
         return Answer(
-            text=text[: min(ends, default=len(text))],
+            text=text[:end],
             finish="length" if generation.finish == "length" else "stop",
             prompt_tokens=len(generation.prompt),
             completion_tokens=len(generation.tokens),
+            places=None if request.logprobs is None else self._places(generation, end),
         )
+
+    def _places(self, generation: Generation, end: int) -> tuple[Place, ...]:
+        """The scores of the tokens whose text begins before `end`."""
+        places, said = [], b""
+        for scored in generation.scored:
+            offset = len(said.decode(errors="ignore"))
+            if scored.token in generation.ends or offset >= end:
+                break
+            best = tuple(self._scored(*pair) for pair in scored.best)
+            places.append(Place(self._scored(scored.token, scored.logprob), offset, best))
+            said += places[-1].token.utf8
+        return tuple(places)
+
+    def _scored(self, token: int, logprob: float) -> TokenScore:
+        utf8 = self._prompts.token_bytes(token)
+        return TokenScore(utf8.decode(errors="replace"), utf8, logprob)
 
     def _tell(self) -> None:
         done = self.answered + self.failed + self.resumed
@@ -302,12 +331,13 @@ def _report(engine: Batches, answered: int, failed: int, resumed: int, rehearse:
         answered=answered,
         failed=failed,
         resumed=resumed,
-        prompt_tokens=stats.prompt_tokens,
+        prompt_tokens=stats.prefilled_tokens,
         generated_tokens=stats.generated_tokens,
-        decode_tokens=stats.decode_tokens,
+        decode_tokens=stats.decoded_tokens,
         decode_passes=stats.decode_passes,
         prefill_s=stats.prefill_s,
         decode_s=stats.decode_s,
+        mixed_s=stats.mixed_s,
         stalls_s=engine.lanes.stalls_s,
         bytes_read=engine.disk.bytes_read,
         peak_bytes=_peak_bytes(),
@@ -338,7 +368,7 @@ def _peak_bytes() -> int:
 def summary(plan: RuntimePlan, report: Report) -> str:
     """The run in lines of text, its speeds beside those that the plan expects."""
     expected = plan.predicted
-    all_s = report.prefill_s + report.decode_s
+    all_s = report.prefill_s + report.decode_s + report.mixed_s
     speeds = (
         ("prefill", report.prompt_tokens, report.prefill_s, expected.prefill_tokens_per_s),
         ("decode", report.decode_tokens, report.decode_s, expected.decode_tokens_per_s),

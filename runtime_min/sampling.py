@@ -18,6 +18,15 @@ class Sampling:
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The log-probability of a token, and the best (token, log-probability) of its place, best first."""
+
+    token: int
+    logprob: float
+    best: tuple[tuple[int, float], ...]
+
+
 def default_seed(custom_id: str) -> int:
     """A seed of 63 bits for a request that names none: the same for the same request."""
     digest = hashlib.sha256(custom_id.encode("utf-8", "surrogatepass")).digest()
@@ -39,7 +48,15 @@ def draw(scores: Tensor, sampling: Sampling, source: torch.Generator) -> int:
     return int(tokens[min(place, kept - 1)])
 
 
-def greedy(scores: Tensor) -> list[int]:
-    """The best token of each row of scores [N, vocab]."""
-    best: list[int] = scores.argmax(dim=-1).tolist()
-    return best
+def greedy(scores: Tensor) -> tuple[list[int], list[float]]:
+    """The best token of each row of scores [N, vocab], and its score: NaN where any is."""
+    values, tokens = scores.max(dim=-1)
+    return tokens.tolist(), values.tolist()
+
+
+def best_scored(scores: Tensor, token: int, top: int) -> Scored:
+    """The log-probability of `token`, and the `top` best, of float32 scores [vocab] at temperature 1."""
+    logprobs = torch.log_softmax(scores, dim=-1)
+    best = logprobs.topk(min(top, len(scores)))
+    pairs = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Scored(token, float(logprobs[token]), pairs)

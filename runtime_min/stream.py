@@ -5,18 +5,18 @@ N sequences, T tokens, H hidden, Q query heads, V key and value heads, D head di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moeplan.runtime_min.attention import KvCache, MicroBatch, attend, decode_batch, prefill_batch
 from moeplan.runtime_min.checkpoint import find_tensors
 from moeplan.runtime_min.cpu import keep_freed_memory
-from moeplan.runtime_min.engine import Active, Batches, goes_on, groups
+from moeplan.runtime_min.engine import Active, Batches, Generation, goes_on, groups
 from moeplan.runtime_min.lanes import (
     ATTENTION,
     EMBED,
@@ -45,18 +45,21 @@ from moeplan.runtime_min.models.mixtral import (
     page_names,
     tensor_shapes,
 )
+from moeplan.runtime_min.paged import PagedBatch, PagedCache, attend_paged, decode_batch, prompt_batch
 from moeplan.runtime_min.pages import PageStore, Weights
-from moeplan.runtime_min.plan_file import RuntimePlan
+from moeplan.runtime_min.plan_file import RuntimePlan, call_tokens
 
 Read = Callable[[int, int, int], Sequence[Block]]  # layer, page, slot
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """The tokens [T] of one pass, cut into micro-batches, and the row of each sequence's last token [N]."""
+    """The tokens [T] of one pass, cut into attention calls, first `decode` of decode, and the rows [N] whose
+    scores are wanted."""
 
     tokens: Tensor
-    micro_batches: tuple[MicroBatch, ...]
+    calls: tuple[PagedBatch, ...]
+    decode: int
     last: Tensor
 
 
@@ -70,13 +73,12 @@ class StreamModel(Operations):
         super().__init__(plan, config, pages.resident)
         m, batch, dtype = plan.model, plan.batch, DTYPES[plan.model.compute_dtype]
         self._page_plan, self._pages = plan.pages, pages
-        tokens = batch.sequences * batch.prompt_tokens
+        tokens = batch.pass_tokens
         # Written once now: the first pass would wait for the system to find the memory.
         self._hidden = torch.empty(tokens, m.hidden).zero_()  # the residual stream, always float32
         self._normed = torch.empty(tokens, m.hidden, dtype=dtype).zero_()
         self._logits = torch.empty(batch.sequences, m.vocab).zero_()
-        cache = (m.layers, 2, batch.sequences, m.kv_heads, batch.context_tokens, m.head_dim)
-        self._cache = KvCache(torch.empty(cache, dtype=dtype).zero_())
+        self.cache = PagedCache(m.layers, m.kv_heads, m.head_dim, batch.kv_tokens, dtype)
         self._routing = Routing(torch.empty(0), torch.empty(0), [])
 
     def begin(self, step: Pass) -> None:
@@ -95,7 +97,7 @@ class StreamModel(Operations):
         if op == EMBED:
             self.embed(self._step.tokens, self.hidden)
         elif op == ATTENTION:
-            self._attention(layer, self._step.micro_batches[item], self._pages.view(layer, 0, slot))
+            self._attention(layer, self._step.calls[item], self._pages.view(layer, 0, slot))
         elif op == ROUTE:
             choice = self.choose(layer, self.hidden, self.normed)
             self._routing = sort_by_expert(*choice, self._model.experts)
@@ -104,10 +106,10 @@ class StreamModel(Operations):
         elif op == HEAD:
             self.scores(self.hidden, self._step.last, self.logits)
 
-    def _attention(self, layer: int, batch: MicroBatch, weights: Mapping[str, Tensor]) -> None:
+    def _attention(self, layer: int, batch: PagedBatch, weights: Mapping[str, Tensor]) -> None:
         residual = self.hidden[batch.rows]
         q, k, v = self.queries(layer, residual, batch.positions, weights)
-        self.add_attended(layer, residual, attend(layer, batch, self._cache, q, k, v), weights)
+        self.add_attended(layer, residual, attend_paged(layer, batch, self.cache, q, k, v), weights)
 
     def _experts(self, layer: int, page: int, weights: Mapping[str, Tensor]) -> None:
         """Add what the page's experts say to the residual stream."""
@@ -128,43 +130,75 @@ class Stream(Batches):
         self.model = model
         self._read = read
 
-    def _pass(self, active: Active, prefill: bool, more: bool) -> None:
-        step = self._prefill(active) if prefill else self._decode(active)
-        following = more or any(goes_on(g) for _, g in active)
-        self.execute(step, prefill, following)
-        self._accept(self.model.logits, active)
+    def _room(self, candidates: Sequence[Generation]) -> int:
+        return self.model.cache.room(g.most_tokens for g in candidates)
 
-    def execute(self, step: Pass, prefill: bool, following: bool) -> None:
+    def _enter(self, place: int, generation: Generation) -> None:
+        super()._enter(place, generation)
+        self.model.cache.take(place, generation.most_tokens)
+
+    def _leave(self, place: int, generation: Generation) -> None:
+        super()._leave(place, generation)
+        self.model.cache.give_back(place)
+
+    def _pass(self, active: Active, more: bool) -> None:
+        step, asking = self._step(active)
+        unread = any(g.cached < len(g.prompt) for _, g in active)
+        self.execute(step, more or unread or any(goes_on(g) for _, g in asking))
+        self._accept(self.model.logits, asking)
+
+    def execute(self, step: Pass, following: bool) -> None:
         """One pass of the schedule; the model has its scores. `following`: another comes."""
-        count = len(step.micro_batches)
         self.model.begin(step)
-        rows = self.lanes.issue(0 if prefill else count, count if prefill else 0, int(following))
+        rows = self.lanes.issue(step.decode, len(step.calls) - step.decode, int(following))
         self.lanes.run(rows, [self._work(row) for row in rows])
 
     def _work(self, row: Row) -> Blocks:
         op, _, layer, item, slot = row[:5]
         return partial(self._read, layer, item, slot) if op == READ else single(self.model.execute, row)
 
-    def _prefill(self, active: Active) -> Pass:
-        """All prompts, in micro-batches of about `prefill_tokens` tokens of whole prompts."""
-        lengths = [len(g.prompt) for _, g in active]
-        batches: list[MicroBatch] = []
-        row = 0
-        for group in groups(lengths, self.plan.batch.prefill_tokens):
-            batches.append(prefill_batch(row, [place for place, _ in active[group]], lengths[group]))
-            row = batches[-1].rows.stop
-        tokens = torch.tensor([token for _, g in active for token in g.prompt])
-        return Pass(tokens, tuple(batches), torch.tensor(lengths).cumsum(0) - 1)
+    def _step(self, active: Active) -> tuple[Pass, Active]:
+        """The pass that comes now, and those that get a token from it."""
+        decoding = [member for member in active if member[1].tokens]
+        pieces = list(self._pieces(active, self.plan.batch.pass_tokens - len(decoding)))
+        calls = list(self._decode_calls(decoding))
+        decode = len(calls)
+        ends = list(accumulate((end - start for _, start, end in pieces), initial=len(decoding)))
+        for group in groups([end - start for _, start, end in pieces], self.plan.batch.prefill_tokens):
+            parts = [(self.model.cache.table(place), start, end) for (place, _), start, end in pieces[group]]
+            calls.append(prompt_batch(ends[group.start], parts))
+        whole = [at for at, ((_, g), _, end) in enumerate(pieces) if end == len(g.prompt)]
+        last = [*range(len(decoding)), *(ends[at + 1] - 1 for at in whole)]
+        tokens = [g.tokens[-1] for _, g in decoding]
+        for (_, generation), start, end in pieces:
+            tokens += generation.prompt[start:end]
+        for _, generation in decoding:
+            generation.cached += 1
+        step = Pass(torch.tensor(tokens), tuple(calls), decode, torch.tensor(last, dtype=torch.int64))
+        return step, [*decoding, *(pieces[at][0] for at in whole)]
 
-    def _decode(self, active: Active) -> Pass:
-        """The newest token of each sequence, in micro-batches of at most μ."""
-        most = self.plan.batch.micro_batch
-        batches = []
-        for row in range(0, len(active), most):
-            part = active[row : row + most]
-            batches.append(decode_batch(row, [place for place, _ in part], [g.length for _, g in part]))
-        tokens = torch.tensor([g.tokens[-1] for _, g in active])
-        return Pass(tokens, tuple(batches), torch.arange(len(active)))
+    def _pieces(self, active: Active, room: int) -> Iterator[tuple[tuple[int, Generation], int, int]]:
+        """Prompt tokens not yet read, at most `room`, in pieces that fit one call: (member, from, to).
+
+        They count as cached from now on.
+        """
+        most = call_tokens(self.plan.batch)
+        for member in active:
+            generation = member[1]
+            while room > 0 and generation.cached < len(generation.prompt):
+                start = generation.cached
+                generation.cached = min(len(generation.prompt), start + min(room, most))
+                room -= generation.cached - start
+                yield member, start, generation.cached
+
+    def _decode_calls(self, decoding: Active) -> Iterator[PagedBatch]:
+        """The newest token of each sequence, in micro-batches."""
+        row = 0
+        for _, group in groupby(decoding, lambda member: member[0] // self.plan.batch.micro_batch):
+            members = list(group)
+            tables = [self.model.cache.table(place) for place, _ in members]
+            yield decode_batch(row, tables, [g.length for _, g in members])
+            row += len(members)
 
 
 class Engine(Stream):

@@ -162,12 +162,16 @@ def test_what_is_written_is_read(prompt: float, output: float, batch: int, value
 
 def test_the_runtime_names_figures_as_the_profile_does() -> None:
     sums = Stats(
+        requests=8,
         prompt_tokens=80,
         generated_tokens=40,
         decode_tokens=32,
+        prefilled_tokens=80,
+        decoded_tokens=32,
         decode_passes=8,
         prefill_s=2.0,
         decode_s=4.0,
+        first_tokens_s=8.0,
     )
     full = FullBatches(sequences=4, batches=2, warm=True, sums=sums)
     assert full.figures() == {

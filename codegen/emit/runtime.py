@@ -76,12 +76,17 @@ def _model_plan(plan: Plan, policy: Policy) -> plan_file.ModelPlan:
 
 
 def _batch_plan(policy: Policy, requests: RequestClass) -> plan_file.BatchPlan:
+    n, prompt, context = policy.sequences, requests.prompt_tokens_max, requests.context_tokens_max
+    stream = not policy.gpus
+    blocks = plan_file.kv_blocks(context) * plan_file.KV_BLOCK_TOKENS
     return plan_file.BatchPlan(
-        sequences=policy.sequences,
+        sequences=n,
         micro_batch=policy.micro_batch,
         prefill_tokens=policy.prefill_tokens,
-        prompt_tokens=requests.prompt_tokens_max,
-        context_tokens=requests.context_tokens_max,
+        prompt_tokens=prompt,
+        context_tokens=context,
+        pass_tokens=plan_file.pass_tokens(n, prompt) if stream else n * prompt,
+        kv_tokens=n * (blocks if stream else context),
     )
 
 

@@ -62,15 +62,6 @@ class RequestClass:
     def context_tokens_max(self) -> int:
         return self.prompt_tokens_max + self.output_tokens_max
 
-    def decode_passes(self) -> int:
-        """Passes until the longest output of a batch is done; the first token comes from prefill."""
-        return max(0, self.output_tokens_max - 1)
-
-    def decode_occupancy(self) -> float:
-        """The part of a batch that is still unfinished, on average over its decode passes."""
-        passes = self.decode_passes()
-        return max(0.0, self.mean_output_tokens() - 1.0) / passes if passes else 1.0
-
     def mean_prompt_tokens(self) -> float:
         return sum(b.share * b.prompt_tokens for b in self.buckets)
 

@@ -84,7 +84,7 @@ class _Case:
         for row in rows:
             if row.model == workload.model.name and _configuration(row) == _planned(policy):
                 bucket = Bucket(prompt_tokens=row.prompt_tokens, output_tokens=row.output_tokens, share=1.0)
-                like = resized(requests, bucket, row.batch)
+                like = resized(requests, bucket)
                 known.append(Known(row, figures(like, bucket, row.batch, AS_PREDICTED)))
         return _Case(requests, policy, figures, tuple(known))
 

@@ -74,20 +74,34 @@ def smallest_of_best(speed: NDArray[np.float64], size: NDArray[np.float64]) -> i
 def run_seconds(
     requests: RequestClass, sequences: Quantity, prefill_s: Quantity, decode_s: Quantity
 ) -> NDArray[np.float64]:
-    """Seconds for all requests of a batch class, `sequences` at a time.
-
-    A batch decodes until its longest output is done. The last batch is not full: its prefill is shorter in
-    proportion, its decode passes are taken as full.
-    """
+    """Seconds for all requests of a batch class, `sequences` at a time; decode passes are taken as full."""
     count = max(1, requests.requests)
-    batches = np.ceil(count / np.asarray(sequences, dtype=float))
     prefill = np.asarray(prefill_s) * count / np.asarray(sequences)
-    return np.asarray(prefill + batches * requests.decode_passes() * np.asarray(decode_s))
+    return np.asarray(prefill + decode_passes(requests, sequences) * np.asarray(decode_s))
+
+
+def decode_passes(requests: RequestClass, sequences: Quantity) -> NDArray[np.float64]:
+    """Passes that decode, of all requests; each one's first token comes from prefill.
+
+    Others enter as sequences finish, so a place gives mean outputs one after the other; at the end the
+    longest is waited for. Of outputs of equal length this is exact.
+    """
+    places = np.ceil(max(1, requests.requests) / np.asarray(sequences, dtype=float))
+    mean = max(1.0, requests.mean_output_tokens())
+    return np.asarray(places * (mean - 1.0) + requests.output_tokens_max - mean)
+
+
+def decode_rate(requests: RequestClass, sequences: float, decode_s: float) -> float:
+    """Tokens per second of decode passes over the whole run."""
+    passes = float(decode_passes(requests, sequences))
+    if not passes:
+        return sequences / decode_s
+    return max(1, requests.requests) * (requests.mean_output_tokens() - 1.0) / (passes * decode_s)
 
 
 def bottleneck(requests: RequestClass, prefill: PassTime, decode: PassTime) -> Bottleneck:
     """What bounds the phase in which a batch spends most of its time."""
-    if prefill.seconds > requests.decode_passes() * decode.seconds:
+    if prefill.seconds > (requests.mean_output_tokens() - 1.0) * decode.seconds:
         return prefill.bottleneck("prefill")
     return decode.bottleneck("decode")
 
@@ -101,8 +115,7 @@ def batch_rates(
     gpus: int,
     copies: int = 1,
 ) -> tuple[BucketRate, ...]:
-    """A batch class has one bucket: each batch, `sequences` on each copy, is prefilled, then decoded to the
-    end."""
+    """A batch class has one bucket; `sequences` are in flight on each copy."""
     seconds = float(run_seconds(requests, sequences * copies, prefill.seconds, decode.seconds))
     return (
         BucketRate(
@@ -115,8 +128,8 @@ def batch_rates(
     )
 
 
-def resized(requests: RequestClass, bucket: Bucket, count: int) -> RequestClass:
-    """`count` requests of the bucket's mean size, spread about it as `requests` are about theirs."""
+def resized(requests: RequestClass, bucket: Bucket) -> RequestClass:
+    """As many requests of the bucket's mean size, spread about it as `requests` are about theirs."""
     prompts = bucket.prompt_tokens / requests.mean_prompt_tokens()
     outputs = bucket.output_tokens / requests.mean_output_tokens()
     return replace(
@@ -125,7 +138,6 @@ def resized(requests: RequestClass, bucket: Bucket, count: int) -> RequestClass:
         prompt_tokens_min=max(1, round(requests.prompt_tokens_min * prompts)),
         prompt_tokens_max=max(1, round(requests.prompt_tokens_max * prompts)),
         output_tokens_max=max(1, round(requests.output_tokens_max * outputs)),
-        requests=count,
     )
 
 
@@ -133,7 +145,7 @@ def batch_figures(requests: RequestClass, sequences: int, prefill_s: float, deco
     """Figures of a batch class whose batches of `sequences` take so long to prefill and per decode pass."""
     return Figures(
         prefill_tokens_per_s=sequences * requests.mean_prompt_tokens() / prefill_s,
-        decode_tokens_per_s=sequences * requests.decode_occupancy() / decode_s,
+        decode_tokens_per_s=decode_rate(requests, sequences, decode_s),
         requests_per_s=requests.requests / float(run_seconds(requests, sequences, prefill_s, decode_s)),
         ttft_s=prefill_s,
         itl_s=decode_s,

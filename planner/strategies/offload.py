@@ -31,6 +31,7 @@ from moeplan.planner.strategies.common import (
     batch_figures,
     batch_rates,
     bottleneck,
+    decode_rate,
     estimate,
     host_threads,
     impossible,
@@ -180,7 +181,7 @@ def policy_of(problem: Costs, point: Point) -> Policy:
         prefill_tokens_per_s=estimate(
             roofline, flying * requests.mean_prompt_tokens() / prefill.seconds, gpus
         ),
-        decode_tokens_per_s=estimate(roofline, flying * requests.decode_occupancy() / decode.seconds, gpus),
+        decode_tokens_per_s=estimate(roofline, decode_rate(requests, flying, decode.seconds), gpus),
         generated_tokens_per_s=estimate(
             roofline, rates[0].requests_per_s.value * requests.mean_output_tokens(), gpus
         ),

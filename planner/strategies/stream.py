@@ -26,6 +26,7 @@ from moeplan.planner.strategies.common import (
     batch_figures,
     batch_rates,
     bottleneck,
+    decode_rate,
     estimate,
     lanes,
     run_seconds,
@@ -38,6 +39,8 @@ from moeplan.planner.strategies.task_costs import TaskCost, TaskCosts
 
 PROCESS_BYTES = 512 << 20  # Python, torch and its thread pools
 ALIGNMENT_BYTES = 4096  # of direct reads
+KV_BLOCK_TOKENS = 32
+PASS_TOKENS = 32768  # of prompts that one pass takes at most, where they are shorter
 READERS = 4  # threads that read the blocks of a page: with 256 KiB to 4 MiB blocks, near a disk's full rate
 BLOCK_BYTES = 1 << 20
 _MICRO_BATCH = 128
@@ -45,8 +48,6 @@ _PREFILL_TOKENS = 2048
 _PAGE_BYTES = 1 << 20  # pages of at least a mebibyte read at the disk's full rate
 _SLOTS = 4
 _SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-# Decode attention takes sequences of similar length in one call: the shortest at least 0.75 of the longest.
-_SIMILAR = 0.75
 # More than one thread must win this much: they wait for each other actively, and a busy neighbour that takes
 # a core of theirs costs milliseconds at every wait.
 _WORTH_SHARING = 1.25
@@ -147,7 +148,7 @@ class _Point:
 
     @cached_property
     def prefill_tokens(self) -> int:
-        return max(_PREFILL_TOKENS, self.requests.prompt_tokens_max)
+        return _PREFILL_TOKENS
 
     # Pages
 
@@ -227,16 +228,22 @@ class _Point:
 
     @cached_property
     def kv_bytes(self) -> float:
-        return float(
-            np.asarray(costs.kv_bytes_held(self.workload, self.sequences, self.requests.context_tokens_max))
-        )
+        """Of sequences that each hold the blocks for the longest context."""
+        context = -(-self.requests.context_tokens_max // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+        return float(np.asarray(costs.kv_bytes_held(self.workload, self.sequences, context)))
+
+    @property
+    def pass_tokens(self) -> int:
+        """As runtime_min.plan_file.pass_tokens has it."""
+        prompt = self.requests.prompt_tokens_max
+        return min(self.sequences * prompt, max(PASS_TOKENS, prompt, self.sequences))
 
     @cached_property
     def workspace_bytes(self) -> int:
         """Item by item what runtime_min.plan_file.workspace_bytes counts; a test holds the two together."""
         model, requests = self.workload.model, self.requests
         attention = model.attention
-        tokens = self.sequences * requests.prompt_tokens_max
+        tokens = self.pass_tokens
         per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token
         widest = max(
             3 * model.hidden + 8 * (attention.heads + attention.kv_heads) * attention.head_dim,
@@ -275,14 +282,6 @@ class _Point:
         return sum(self._stored_page_bytes[self.resident_pages :]) * self.workload.model.layers
 
     @cached_property
-    def _spans(self) -> int:
-        """Groups of similar length among the sequences of a batch, half-way through decoding."""
-        requests = self.requests
-        decoded = requests.mean_output_tokens() / 2
-        ratio = (requests.prompt_tokens_max + decoded) / (requests.prompt_tokens_min + decoded)
-        return min(self.sequences, 1 + int(math.log(ratio) / -math.log(_SIMILAR)))
-
-    @cached_property
     def _decode_step(self) -> PassShape:
         requests = self.requests
         return PassShape(
@@ -291,31 +290,33 @@ class _Point:
             sequences=self.sequences,
             context=requests.mean_bucket().context_tokens,
             calls=self.micro_batches,
-            spans=self.micro_batches - 1 + self._spans,
+            spans=self.micro_batches,
             call_tokens=self._call_tokens,
         )
 
     @cached_property
     def _prefill_step(self) -> PassShape:
-        """Whole prompts share a call while they fit; those of equal length share a product of scores."""
+        """One of the passes that read all prompts. Whole prompts share a call while they fit; those of equal
+        length share a product of scores."""
         requests, prompt = self.requests, self.requests.mean_prompt_tokens()
-        calls = math.ceil(self.sequences / max(1, int(self.prefill_tokens / prompt)))
+        sequences = self.sequences / self._prefill_passes
+        pieces = math.ceil(prompt / self._call_tokens)  # of each prompt
+        calls = math.ceil(sequences * pieces / max(1, int(self.prefill_tokens / prompt)))
         alike = requests.prompt_tokens_min == requests.prompt_tokens_max
         return PassShape(
             prefill=True,
-            tokens=self.sequences * prompt,
-            sequences=self.sequences,
+            tokens=sequences * prompt,
+            sequences=sequences,
             context=prompt,
             calls=calls,
-            spans=calls if alike else self.sequences,
+            spans=calls if alike else max(calls, sequences * pieces),
             call_tokens=self._call_tokens,
         )
 
     @cached_property
     def _call_tokens(self) -> int:
         """As runtime_min.plan_file.call_tokens has it."""
-        most = self.sequences * self.requests.prompt_tokens_max
-        return min(most, max(self.prefill_tokens, self.requests.prompt_tokens_max, self.micro_batch, 1024))
+        return min(self.pass_tokens, max(self.prefill_tokens, self.micro_batch, 1024))
 
     def _pass(self, step: PassShape) -> PassTime:
         """Cores and disk overlap; each slows the other down while it works."""
@@ -387,7 +388,16 @@ class _Point:
 
     @cached_property
     def prefill(self) -> PassTime:
-        return self._pass(self._prefill_step)
+        """All prompts of a batch: of long ones, in several passes."""
+        passes, once = self._prefill_passes, self._pass(self._prefill_step)
+        if passes == 1:
+            return once
+        times = [(lane.lane, passes * lane.seconds) for lane in once.lanes]
+        return PassTime(lanes=lanes(times), serial_s=passes * once.serial_s)
+
+    @property
+    def _prefill_passes(self) -> int:
+        return math.ceil(self.sequences * self.requests.mean_prompt_tokens() / self.pass_tokens)
 
     @cached_property
     def generated_tokens_per_s(self) -> float:
@@ -433,9 +443,7 @@ class _Point:
             prefill_tokens_per_s=estimate(
                 roofline, self.sequences * requests.mean_prompt_tokens() / prefill.seconds
             ),
-            decode_tokens_per_s=estimate(
-                roofline, self.sequences * requests.decode_occupancy() / decode.seconds
-            ),
+            decode_tokens_per_s=estimate(roofline, decode_rate(requests, self.sequences, decode.seconds)),
             generated_tokens_per_s=estimate(roofline, self.generated_tokens_per_s),
             rates=batch_rates(roofline, requests, self.sequences, prefill, decode, gpus=0),
             bottleneck=bottleneck(requests, prefill, decode),

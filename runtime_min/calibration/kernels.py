@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeplan.runtime_min import attention
 from moeplan.runtime_min.calibration.probe import Probe, Shape
 from moeplan.runtime_min.lanes import ATTENTION, ROUTE
 from moeplan.runtime_min.layers import linear
 from moeplan.runtime_min.models.mixtral import DTYPES
+from moeplan.runtime_min.paged import PagedCache, decode_attention, decode_batch, prompt_attention
+from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, kv_blocks
 from moeplan.runtime_min.sampling import greedy
 
 # Weights that lie in a cache between two uses, and weights that lie further and further away.
@@ -320,14 +321,16 @@ class _Bench:
     def _decode_s(self, context: int) -> float:
         """Of decode attention alone, one layer's cache after the other."""
         shape, sequences, layers = self._sizes.large, max(self._sizes.sequences), 4
-        sizes = (layers, 2, sequences, shape.kv_heads, context, shape.head_dim)
-        cache = attention.KvCache(torch.empty(sizes, dtype=self._dtype).zero_())
+        tokens = sequences * kv_blocks(context) * KV_BLOCK_TOKENS
+        cache = PagedCache(layers, shape.kv_heads, shape.head_dim, tokens, self._dtype)
+        for number in range(sequences):
+            cache.take(number, context)
         q = self._random(sequences, shape.heads, shape.head_dim)
-        span = attention.decode_batch(0, range(sequences), [context] * sequences).spans[0]
+        batch = decode_batch(0, [cache.table(n) for n in range(sequences)], [context] * sequences)
 
         def work() -> None:
             for layer in range(layers):
-                attention._decode(q, *cache.load(layer, span), span.mask)
+                decode_attention(q, *cache.layer(layer), batch.tables, batch.lengths)
 
         return seconds(work, self._least) / layers
 
@@ -340,7 +343,7 @@ class _Bench:
         q = self._random(count * prompt, shape.heads, shape.head_dim)
         k = self._random(count * prompt, shape.kv_heads, shape.head_dim)
         flops = 4 * count * prompt**2 * shape.heads * shape.head_dim
-        return flops / seconds(lambda: attention._prefill(q, k, k, prompt), self._least)
+        return flops / seconds(lambda: prompt_attention(q, k, k, prompt), self._least)
 
     def _scores(self) -> float:
         rows, vocab = 16, 2 * self._sizes.large.vocab

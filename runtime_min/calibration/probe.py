@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeplan.runtime_min.attention import decode_batch, prefill_batch
 from moeplan.runtime_min.engine import Generation
 from moeplan.runtime_min.lanes import (
     ATTENTION,
@@ -32,7 +31,9 @@ from moeplan.runtime_min.lanes import (
 from moeplan.runtime_min.layers import Routing, sort_by_expert
 from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.models.mixtral import DTYPES, tensor_shapes
+from moeplan.runtime_min.paged import decode_batch, prompt_batch
 from moeplan.runtime_min.plan_file import (
+    KV_BLOCK_TOKENS,
     NO_OFFLOAD,
     BatchPlan,
     MemoryPlan,
@@ -42,6 +43,7 @@ from moeplan.runtime_min.plan_file import (
     Range,
     RuntimePlan,
     SchedulePlan,
+    kv_blocks,
 )
 from moeplan.runtime_min.sampling import Sampling
 from moeplan.runtime_min.stream import Pass, Stream, StreamModel
@@ -100,25 +102,31 @@ class Probe:
         }
         config = ModelConfig(norm_eps=1e-5, rope_theta=1e4, tied=False, eos=frozenset())
         self._model = StreamModel(self._plan, config, _InMemory(weights))
+        self._take_blocks()
+
+    def _take_blocks(self) -> None:
+        for number in range(self._plan.batch.sequences):
+            self._model.cache.take(number, self._plan.batch.context_tokens)
 
     def prefill(self, sequences: int, prompt: int) -> dict[int, float]:
         """Seconds of each operation of a prefill, summed over layers."""
-        batch = prefill_batch(0, range(sequences), [prompt] * sequences)
+        batch = prompt_batch(0, [(self._model.cache.table(n), 0, prompt) for n in range(sequences)])
         tokens = torch.randint(self.shape.vocab, (sequences * prompt,))
-        return self._timed(Pass(tokens, (batch,), torch.arange(1, sequences + 1) * prompt - 1))
+        return self._timed(Pass(tokens, (batch,), 0, torch.arange(1, sequences + 1) * prompt - 1))
 
     def decode(self, sequences: int, context: int) -> dict[int, float]:
         """Seconds of each operation of a decode pass, summed over layers."""
-        batch = decode_batch(0, range(sequences), [context] * sequences)
+        tables = [self._model.cache.table(n) for n in range(sequences)]
+        batch = decode_batch(0, tables, [context] * sequences)
         tokens = torch.randint(self.shape.vocab, (sequences,))
-        return self._timed(Pass(tokens, (batch,), torch.arange(sequences)))
+        return self._timed(Pass(tokens, (batch,), 1, torch.arange(sequences)))
 
     def experts(self, rows: int) -> float:
         """Mean seconds of an expert that gets `rows` tokens, where they are many only on average."""
         shape = self.shape
         count = max(1, rows * shape.experts // shape.experts_per_token)
         tokens = torch.zeros(count, dtype=torch.int64)
-        self._model.begin(Pass(tokens, (prefill_batch(0, [0], [count]),), tokens[-1:]))
+        self._model.begin(Pass(tokens, (), 0, tokens[-1:]))
         self._model.route_as(self._routing(rows, count))
         start = time.perf_counter()
         for row in self._order:
@@ -139,7 +147,10 @@ class Probe:
         """Of decode passes: mean seconds outside the rows of their schedule, and between two rows."""
         lanes = _TimedLanes(self._schedule())
         batches = Stream(self._plan, self._model, lanes, lambda *_: ())
+        for number in range(self._plan.batch.sequences):
+            self._model.cache.give_back(number)
         batches.run([Generation([1], 1 + passes, GREEDY) for _ in range(sequences)])
+        self._take_blocks()
         stats = batches.stats
         outside = stats.decode_s - lanes.inside_s - lanes.between_s
         return outside / stats.decode_passes, lanes.between_s / stats.decode_passes / (len(self._order) - 1)
@@ -235,6 +246,8 @@ def _plan(shape: Shape, dtype: Any, sequences: int, prompt: int, context: int) -
             prefill_tokens=sequences * prompt,
             prompt_tokens=prompt,
             context_tokens=context,
+            pass_tokens=sequences * prompt,
+            kv_tokens=sequences * kv_blocks(context) * KV_BLOCK_TOKENS,
         ),
         pages=PagePlan(
             pages_per_layer=1 + shape.experts,

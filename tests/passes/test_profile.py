@@ -54,7 +54,7 @@ class Case:
 
     def row(self, line: int, bucket: Bucket, batch: int, **factors: float) -> ProfileRow:
         """What would be measured at a point if the named figures were `factors` times the predicted."""
-        like = resized(self.requests, bucket, batch)
+        like = resized(self.requests, bucket)
         said = figures_at(self.workload, self.roofline, self.policy, like, bucket, batch)
         figures: dict[FigureName, float] = {
             name: said.get(name) * factors[name] for name in FIGURES if name in factors

@@ -123,7 +123,16 @@ def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
         parameters=shape.layers * layer + embeddings + shape.hidden,
     )
     batch = _fields(
-        BatchPlan(sequences=4, micro_batch=2, prefill_tokens=16, prompt_tokens=48, context_tokens=64), changes
+        BatchPlan(
+            sequences=4,
+            micro_batch=2,
+            prefill_tokens=16,
+            prompt_tokens=48,
+            context_tokens=64,
+            pass_tokens=changes.get("sequences", 4) * 48,
+            kv_tokens=changes.get("sequences", 4) * 64,
+        ),
+        changes,
     )
     pages = _fields(
         PagePlan(

@@ -37,7 +37,7 @@ def with_body(**body: object) -> Request | Failure:
 def test_defaults():
     """Those of the API: 16 tokens for a completion, the rest of the context for a chat, temperature 1."""
     request = parse(COMPLETION)
-    assert request == Request(1, "a", "Once", None, 16, 1.0, 1.0, None, ())
+    assert request == Request(1, "a", "Once", None, 16, 1.0, 1.0, None, (), None)
     chat = parse(CHAT)
     assert isinstance(chat, Request)
     assert (chat.prompt, chat.max_tokens) == (({"role": "user", "content": "Hello"},), None)
@@ -47,8 +47,8 @@ def test_parameters():
     request = with_body(
         model="m", max_tokens=3, temperature=0, top_p=0.5, seed=-4, stop=["x", "y"], n=1, user="u"
     )
-    assert request == Request(1, "a", "Once", "m", 3, 0.0, 0.5, -4, ("x", "y"))
-    assert with_body(stop="x", max_completion_tokens=2, logprobs=None).max_tokens == 2
+    assert request == Request(1, "a", "Once", "m", 3, 0.0, 0.5, -4, ("x", "y"), None)
+    assert with_body(stop="x", max_completion_tokens=2, logprobs=0).logprobs == 0
 
 
 def test_text_parts_are_joined():
@@ -66,7 +66,9 @@ def test_text_parts_are_joined():
         ({"n": 2}, "unsupported_parameter"),
         ({"n": True}, "unsupported_parameter"),
         ({"stream": True}, "unsupported_parameter"),
-        ({"logprobs": 5}, "unsupported_parameter"),
+        ({"logprobs": 6}, "invalid_parameter"),
+        ({"logprobs": True}, "invalid_parameter"),
+        ({"top_logprobs": 2}, "unsupported_parameter"),
         ({"logit_bias": {"5": 1}}, "unsupported_parameter"),
         ({"top_k": 4}, "unsupported_parameter"),
         ({"messages": []}, "unsupported_parameter"),

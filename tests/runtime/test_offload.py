@@ -127,7 +127,7 @@ def test_batches_end_and_follow_each_other(model, tmp_path, micro_batch, across)
                 batch[0].max_tokens = batch[1].max_tokens = 12
             done: list[Generation] = []
             engine.scores.clear()
-            engine.run(batch, done.append, more=number < 4)
+            engine.run(batch, done.append)
             assert sorted(map(id, done)) == sorted(map(id, batch))
             assert all(g.finish == "stop" or len(g.tokens) == g.max_tokens for g in batch)
             check(engine, reference, batch)

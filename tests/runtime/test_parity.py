@@ -50,8 +50,9 @@ def generate(
     generations = [Generation(text, new, GREEDY) for text in texts]
     scores: list[torch.Tensor] = []
     engine.run(generations, after_pass=lambda: scores.append(engine.model.logits.clone()))
-    order = pack([len(text) for text in texts], engine.plan.batch.micro_batch)
-    rows = {at: row for row, at in enumerate(order)}
+    batch = engine.plan.batch
+    places = pack([len(text) for text in texts], {}, batch.sequences, batch.micro_batch)
+    rows = {places.index(place): row for row, place in enumerate(sorted(places))}
     return [(g.tokens, torch.stack([s[rows[at]] for s in scores])) for at, g in enumerate(generations)]
 
 
@@ -110,7 +111,7 @@ def test_batch_size_does_not_matter(size, checkpoints, engine_for):
     for start in range(0, len(texts), size):
         batch = texts[start : start + size]
         generations = [Generation(text, NEW, GREEDY) for text in batch]
-        engine.run(generations, more=start + size < len(texts))
+        engine.run(generations)
         for generation in generations:
             expected = reference.generate(
                 torch.tensor([generation.prompt]),
@@ -132,12 +133,74 @@ def test_sequences_leave_when_they_are_done(checkpoints, engine_for):
     engine.run(generations, done.append)
     assert sorted(map(id, done)) == sorted(map(id, generations))
     for generation in generations:
-        with torch.inference_mode():
-            context = torch.tensor([[*generation.prompt, *generation.tokens[:-1]]])
-            expected = reference(context).logits[0, len(generation.prompt) - 1 :].argmax(-1).tolist()
-        assert generation.tokens == expected
+        assert generation.tokens == reference_tokens(reference, generation)
         assert len(generation.tokens) == generation.max_tokens
         assert generation.finish == "length"
+
+
+def reference_tokens(reference: MixtralForCausalLM, generation: Generation) -> list[int]:
+    """The reference's best token after each of the tokens before."""
+    with torch.inference_mode():
+        context = torch.tensor([[*generation.prompt, *generation.tokens[:-1]]])
+        best: list[int] = reference(context).logits[0, len(generation.prompt) - 1 :].argmax(-1).tolist()
+    return best
+
+
+@pytest.mark.parametrize("pass_tokens", [7, 20, 48 * 3])
+def test_sequences_enter_as_others_leave(pass_tokens, checkpoints, engine_for):
+    """Three at a time of seven: prompts are read beside decoding, long ones in parts, and the answers are
+    those of the sequences alone. The cache has room for two of the longest."""
+    folder, reference = checkpoints["plain"]
+    changes = {"pass_tokens": pass_tokens, "kv_tokens": 128, "slots": 2}
+    engine = engine_for(folder, make_plan(SHAPES["plain"], sequences=3, micro_batch=2, **changes))
+    texts = prompts(LENGTHS, seed=4)
+    generations = [Generation(text, 2 + 5 * at % 7, GREEDY) for at, text in enumerate(texts)]
+    under_way: list[int] = []
+    left = iter(generations)
+    engine.run(left, lambda g: under_way.append(sum(h.cached > 0 and not h.finish for h in generations)))
+    assert all(g.tokens == reference_tokens(reference, g) for g in generations)
+    assert all(len(g.tokens) == g.max_tokens for g in generations)
+    assert max(under_way) >= 1  # others went on when one left
+    stats = engine.stats
+    assert stats.requests == len(texts)
+    assert stats.prompt_tokens == sum(map(len, texts))
+    assert stats.generated_tokens == sum(g.max_tokens for g in generations)
+    assert stats.mixed_s > 0
+    assert engine.model.cache.room([64] * 9) == 2  # all blocks came back
+
+
+def test_log_probabilities_are_the_references(checkpoints, engine_for):
+    folder, reference = checkpoints["plain"]
+    [text] = prompts([9])
+    generation = Generation(text, NEW, GREEDY, top_scored=3)
+    engine_for(folder, make_plan(SHAPES["plain"])).run([generation])
+    with torch.inference_mode():
+        scores = reference(torch.tensor([[*text, *generation.tokens[:-1]]])).logits[0, len(text) - 1 :]
+    for scored, token, expected in zip(
+        generation.scored, generation.tokens, scores.log_softmax(-1), strict=True
+    ):
+        assert scored.token == token
+        assert scored.logprob == pytest.approx(float(expected[token]), abs=1e-4)
+        assert [t for t, _ in scored.best] == expected.topk(3).indices.tolist()
+        assert [p for _, p in scored.best] == pytest.approx(expected.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_scores_that_are_no_numbers_end_one_request(checkpoints, engine_for):
+    """Its neighbours' answers are not touched."""
+    folder, reference = checkpoints["plain"]
+    engine = engine_for(folder, make_plan(SHAPES["plain"]))
+    scores = engine.model.scores
+
+    def poisoned(hidden: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+        scores(hidden, rows, out)
+        out[0, 5] = torch.nan
+
+    engine.model.scores = poisoned
+    generations = [Generation(text, 1, GREEDY) for text in prompts([9, 5])]
+    engine.run(generations)
+    assert [g.finish for g in generations] == ["invalid", "length"]
+    assert generations[0].tokens == []
+    assert generations[1].tokens == reference_tokens(reference, generations[1])
 
 
 def test_an_end_token_stops(checkpoints, engine_for):

@@ -288,7 +288,7 @@ def test_measured_allocations_stay_within_the_plan(checkpoint, tmp_path):
         model, pages = engine.model, engine._pages
         assert sum(t.nbytes for t in pages.resident.values()) == plan.memory.weights_bytes
         assert sum(t.nbytes for t in pages._slots) == plan.memory.slots_bytes
-        assert model._cache.tensor.nbytes == plan.memory.kv_bytes
+        assert model.cache.tensor.nbytes == plan.memory.kv_bytes
         held = sum(
             t.nbytes for t in (model._hidden, model._normed, model._logits, *vars(model._rope).values())
         )
@@ -309,3 +309,33 @@ def test_a_checkpoint_that_is_not_there(runtime_dir, tmp_path):
     with pytest.raises(RunError, match="no such checkpoint folder") as caught:
         run_plan(runtime_dir, tmp_path / "absent", source, tmp_path / "o.jsonl")
     assert "--checkpoint" in caught.value.hint
+
+
+def test_log_probabilities_as_the_api_has_them(checkpoint, runtime_dir, tmp_path):
+    """The best token of a greedy answer is its token; texts, bytes and offsets give the answer's text."""
+    lines = [
+        completion("completion", "Once upon a time", logprobs=2),
+        chat("chat", "Hello", logprobs=True, top_logprobs=3, temperature=0),
+        chat("alone", "Hello", logprobs=True, temperature=0),
+        completion("none", "Once upon a time"),
+    ]
+    output = tmp_path / "out.jsonl"
+    run_plan(runtime_dir, checkpoint, write_input(tmp_path, lines), output)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    said, told, alone, none = (r["response"]["body"]["choices"][0] for r in records)
+    scores = said["logprobs"]
+    assert none["logprobs"] is None
+    assert none["text"] == said["text"]
+    assert len(scores["tokens"]) == records[0]["response"]["body"]["usage"]["completion_tokens"]
+    for token, logprob, best in zip(
+        scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True
+    ):
+        assert logprob == pytest.approx(max(best.values()))
+        assert best[token] == pytest.approx(logprob)
+    assert scores["text_offset"][0] == 0
+    content = told["logprobs"]["content"]
+    text = b"".join(bytes(entry["bytes"]) for entry in content)
+    assert text.decode(errors="replace") == told["message"]["content"]
+    assert [len(entry["top_logprobs"]) for entry in content] == [3] * len(content)
+    assert [entry["top_logprobs"] for entry in alone["logprobs"]["content"]] == [[]] * len(content)
+    assert all(entry["logprob"] == pytest.approx(entry["top_logprobs"][0]["logprob"]) for entry in content)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import MixtralForCausalLM
 
-from moeplan.runtime_min.attention import prefill_batch
 from moeplan.runtime_min.engine import Generation
+from moeplan.runtime_min.paged import prompt_batch
 from moeplan.runtime_min.plan_file import load
 from moeplan.runtime_min.stream import Engine, Pass
 
@@ -64,11 +64,13 @@ def test_tokens_equal_transformers(shape, tmp_path):
 def perplexity(engine: Engine, tokens: list[int], start: int) -> float:
     """Of all tokens, in windows that do not overlap, each begun with the start token."""
     nats = 0.0
+    engine.model.cache.take(0, WINDOW)
+    table = engine.model.cache.table(0)
     for first in range(0, len(tokens), WINDOW - 1):
         window = torch.tensor([start, *tokens[first : first + WINDOW - 1]])
         inputs = window[:-1]
-        step = Pass(inputs, (prefill_batch(0, [0], [len(inputs)]),), torch.arange(len(inputs)))
-        engine.execute(step, prefill=True, following=True)
+        step = Pass(inputs, (prompt_batch(0, [(table, 0, len(inputs))]),), 0, torch.arange(len(inputs)))
+        engine.execute(step, following=True)
         nats += F.cross_entropy(engine.model.logits.double(), window[1:], reduction="sum").item()
     return math.exp(nats / len(tokens))
 

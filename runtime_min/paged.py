@@ -1,0 +1,175 @@
+"""A KV cache in blocks of equal size: a sequence holds as many as it can come to need, wherever they lie.
+
+B sequences, S tokens of each, T tokens in all, M blocks of a sequence, t tokens of a block, D head dimension,
+Q query heads, V key and value heads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, kv_blocks
+
+Piece = tuple[Tensor, int, int]  # a sequence's blocks [M], and its tokens from .. to that a pass reads
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Prompt tokens that attend in one call: `new` each of sequences that begin, or of one whose keys before
+    `start` are cached in the blocks `table` [M]."""
+
+    tokens: slice
+    start: int
+    new: int
+    table: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """The tokens of one attention call: their rows of the pass, positions, and places in the cache.
+
+    Either one token of each sequence, with the blocks and the lengths of all, or `spans` of prompts.
+    """
+
+    rows: slice
+    positions: Tensor  # [T]
+    blocks: Tensor  # [T]
+    offsets: Tensor  # [T], within the block
+    tables: Tensor  # [B, M] int32
+    lengths: Tensor  # [B] int32
+    spans: tuple[Span, ...]
+
+
+class PagedCache:
+    """Keys and values of all sequences: a tensor [layers, 2, blocks, V, t, D], and who has which blocks.
+
+    Of zeros at first: values that are masked still take part in a product with zero.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> None:
+        blocks = kv_blocks(tokens)
+        shape = (layers, 2, blocks, kv_heads, KV_BLOCK_TOKENS, head_dim)
+        self.tensor = torch.empty(shape, dtype=dtype).zero_()
+        self._free = list(reversed(range(blocks)))
+        self._tables: dict[int, Tensor] = {}
+
+    def room(self, tokens: Iterable[int]) -> int:
+        """How many sequences of so many `tokens`, in their order, fit beside those here."""
+        left = len(self._free)
+        fitting = 0
+        for count in tokens:
+            left -= kv_blocks(count)
+            fitting += left >= 0
+        return fitting
+
+    def take(self, key: int, tokens: int) -> None:
+        """Give the sequence `key` the blocks for `tokens`."""
+        self._tables[key] = torch.tensor([self._free.pop() for _ in range(kv_blocks(tokens))]).int()
+
+    def give_back(self, key: int) -> None:
+        """The sequence `key` is done."""
+        self._free += reversed(self._tables.pop(key).tolist())
+
+    def table(self, key: int) -> Tensor:
+        """The blocks [M] of the sequence `key`, int32."""
+        return self._tables[key]
+
+    def store(self, layer: int, batch: PagedBatch, k: Tensor, v: Tensor) -> None:
+        """Keep k and v [T, V, D] in the places of their tokens."""
+        self.tensor[layer, 0][batch.blocks, :, batch.offsets] = k
+        self.tensor[layer, 1][batch.blocks, :, batch.offsets] = v
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and the values [blocks, V, t, D] of a layer."""
+        return self.tensor[layer, 0], self.tensor[layer, 1]
+
+    def load(self, layer: int, table: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Copies of the first `tokens` keys and values [V, tokens, D] of a sequence."""
+        found = self.tensor[layer][:, table[: kv_blocks(tokens)]].transpose(1, 2)  # [2, V, M, t, D]
+        k, v = found.reshape(2, found.shape[1], -1, found.shape[4])[:, :, :tokens]
+        return k, v
+
+
+def decode_batch(first_row: int, tables: Sequence[Tensor], lengths: Sequence[int]) -> PagedBatch:
+    """The newest token of each sequence, whose length counts that token."""
+    positions = torch.tensor(lengths) - 1
+    padded = torch.nn.utils.rnn.pad_sequence(list(tables), batch_first=True)
+    blocks, offsets = _places(padded, positions)
+    rows = slice(first_row, first_row + len(lengths))
+    return PagedBatch(rows, positions, blocks, offsets, padded, torch.tensor(lengths).int(), ())
+
+
+def prompt_batch(first_row: int, pieces: Sequence[Piece]) -> PagedBatch:
+    """Parts of prompts, in the order of their rows; neighbours that begin and are as long share a call."""
+    spans: list[Span] = []
+    row = 0
+    for table, start, end in pieces:
+        new, last = end - start, spans[-1] if spans else None
+        if last and last.start == start == 0 and last.new == new:
+            spans[-1] = Span(slice(last.tokens.start, row + new), 0, new, table)
+        else:
+            spans.append(Span(slice(row, row + new), start, new, table))
+        row += new
+    positions = torch.cat([torch.arange(start, end) for _, start, end in pieces])
+    blocks = torch.cat([table[torch.arange(s, e) // KV_BLOCK_TOKENS] for table, s, e in pieces]).long()
+    none = torch.empty(0, dtype=torch.int32)
+    rows = slice(first_row, first_row + row)
+    return PagedBatch(rows, positions, blocks, positions % KV_BLOCK_TOKENS, none, none, tuple(spans))
+
+
+def _places(tables: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Block and place in it of one position of each sequence."""
+    at = (positions // KV_BLOCK_TOKENS)[:, None]
+    return tables.gather(1, at).squeeze(1).long(), positions % KV_BLOCK_TOKENS
+
+
+def attend_paged(layer: int, batch: PagedBatch, cache: PagedCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Store k and v [T, V, D]; return the attention of q [T, Q, D] over each sequence: [T, Q * D]."""
+    cache.store(layer, batch, k, v)
+    if not batch.spans:
+        return decode_attention(q, *cache.layer(layer), batch.tables, batch.lengths)
+    parts = [
+        _prompt(layer, span, cache, q[span.tokens], k[span.tokens], v[span.tokens]) for span in batch.spans
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _prompt(layer: int, span: Span, cache: PagedCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of prompt tokens: of whole prompts, given flat, or of a later part of one."""
+    if span.start == 0:
+        return prompt_attention(q, k, v, span.new)
+    keys, values = cache.load(layer, span.table, span.start + span.new)
+    seen = torch.ones(span.new, keys.shape[1], dtype=torch.bool).tril_(span.start)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], keys[None], values[None], attn_mask=seen, enable_gqa=grouped
+    )
+    return out[0].transpose(0, 1).flatten(1)
+
+
+def prompt_attention(q: Tensor, k: Tensor, v: Tensor, new: int) -> Tensor:
+    """Causal attention of whole prompts of `new` tokens each, given flat: [T, Q * D]."""
+    q, k, v = (x.reshape(-1, new, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # [B, heads, S, D]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
+    """Attention of one token [B, Q, D] per sequence over `keys` and `values` [blocks, V, t, D]: [B, Q * D].
+
+    The query heads that share keys stand where a sequence would: no key is copied for them.
+    """
+    most = int(lengths.max())
+    k, v = (_gathered(x, tables[:, : kv_blocks(most)]) for x in (keys, values))  # [B, V, M * t, D]
+    seen = (torch.arange(k.shape[2]) < lengths[:, None])[:, None, None]
+    grouped = q.reshape(len(q), k.shape[1], -1, q.shape[2])
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen).flatten(1)
+
+
+def _gathered(cache: Tensor, tables: Tensor) -> Tensor:
+    return cache[tables].transpose(1, 2).reshape(len(tables), cache.shape[1], -1, cache.shape[3])
