@@ -187,15 +187,17 @@ def _batch(engine: Engine, seed: int, read: bool = True) -> Row:
     engine.stats = type(before)()
     if not read:
         engine._read = lambda layer, page, slot: ()
+    passes: list[None] = []
     try:
-        engine.run([Generation(prompt, TOKENS, Sampling(0.0, 1.0, 0)) for prompt in prompts])
+        requests = [Generation(prompt, TOKENS, Sampling(0.0, 1.0, 0)) for prompt in prompts]
+        engine.run(requests, after_pass=lambda: passes.append(None))
     finally:
         engine._read = kept
     stats = engine.stats
     return {
         "prefill_s": stats.prefill_s,
         "decode_s": stats.decode_s / stats.decode_passes,
-        "pass_bytes": (engine.disk.bytes_read - bytes_before) / (1 + stats.decode_passes),
+        "pass_bytes": (engine.disk.bytes_read - bytes_before) / len(passes),
     }
 
 
