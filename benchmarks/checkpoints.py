@@ -249,7 +249,8 @@ class _Opened:
         from safetensors import safe_open
 
         with safe_open(self._folder / self._files[name], "pt") as file:
-            return file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
 
 
 def main() -> None:

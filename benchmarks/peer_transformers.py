@@ -58,7 +58,8 @@ def _load(options: argparse.Namespace) -> Any:
             "max_memory": {"cpu": options.cpu_bytes},
             "offload_folder": options.offload,
         }
-    return AutoModelForCausalLM.from_pretrained(options.folder, **how).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(options.folder, **how)
+    return model.eval()
 
 
 def _time(model: Any, batch: int, prompt: int, tokens: int) -> dict[str, float]:

@@ -125,7 +125,8 @@ def _balance(rows: list[Row]) -> int:
     ratio = _median(two, "compute_s") / _median(one, "compute_s")
     power = math.log(ratio) / math.log(two["batch"] / one["batch"])
     wanted = _disk_s(one) / _median(one, "compute_s")
-    return max(1, round(one["batch"] * wanted ** (1 / power)))
+    batch: float = one["batch"] * wanted ** (1 / power)
+    return max(1, round(batch))
 
 
 # --- the child: one plan, measured
@@ -230,19 +231,19 @@ def _gemm_ceiling(plan: RuntimePlan) -> float:
         for rows in GEMM_ROWS:
             x = torch.randn(rows, m.hidden).bfloat16()
             product = 2 * rows * m.hidden * m.expert_intermediate
-            best = max(best, 3 * product / _seconds(lambda x=x: expert(x, w1, w2, w3)))
+            best = max(best, 3 * product / _seconds(expert, x, w1, w2, w3))
             for dtype in (torch.bfloat16, torch.float32):
                 a, b = x.to(dtype), w1.to(dtype)
-                best = max(best, product / _seconds(lambda a=a, b=b: F.linear(a, b)))
+                best = max(best, product / _seconds(F.linear, a, b))
     return best
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(call: Callable[..., object], *arguments: object) -> float:
     """The least of several, after one that warms up."""
     taken = []
     for _ in range(8):
         start = time.perf_counter()
-        call()
+        call(*arguments)
         taken.append(time.perf_counter() - start)
     return min(taken[1:])
 
@@ -295,9 +296,8 @@ def _cells(row: Row) -> list[str]:
 def _of_roof(row: Row, measured: str, compute: str) -> float:
     """The median over rounds of roof over measured, each round with its own disk rate."""
     each = zip(row[measured], row[compute], row["pass_bytes"], row["disk_bytes_per_s"], strict=True)
-    return statistics.median(
-        max(compute_s, nbytes / rate if rate else 0.0) / taken for taken, compute_s, nbytes, rate in each
-    )
+    shares = [max(work_s, nbytes / rate if rate else 0.0) / taken for taken, work_s, nbytes, rate in each]
+    return float(statistics.median(shares))
 
 
 def _disk_s(row: Row) -> float:
@@ -306,7 +306,7 @@ def _disk_s(row: Row) -> float:
 
 
 def _median(row: Row, name: str) -> float:
-    return statistics.median(row[name])
+    return float(statistics.median(row[name]))
 
 
 if __name__ == "__main__":
