@@ -173,7 +173,7 @@ def _transformers(python: Path, experts: str) -> Measure:
         rows = [json.loads(line) for line in ended.output.splitlines() if line.startswith('{"batch"')]
         for batch in batches:
             row: dict[str, float] = next((row for row in rows if row["batch"] == batch), {})
-            part = replace(ended, outcome="ok", rss_bytes=row["rss_bytes"]) if row else ended
+            part = replace(ended, outcome="ok", rss_bytes=int(row["rss_bytes"])) if row else ended
             yield _result(f"transformers {experts}", setting, batch, row, part, command)
         shutil.rmtree(BUILD / "offload", ignore_errors=True)
 
