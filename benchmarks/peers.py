@@ -309,7 +309,7 @@ def _run(command: Sequence[str], setting: Setting) -> Ended:
         output = (BUILD / "output.txt").open("w+")
         errors = (BUILD / "errors.txt").open("w+")
         child = subprocess.Popen(command, stdout=output, stderr=errors, preexec_fn=lambda: _enter(group))
-        killed = _wait(child.pid)
+        late = _wait(child.pid)
         read = _read_bytes(child.pid)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -319,7 +319,7 @@ def _run(command: Sequence[str], setting: Setting) -> Ended:
         errors.seek(0)
         return Ended(
             output=output.read(),
-            outcome=_outcome(child.returncode, killed, errors.read()),
+            outcome=_outcome(child.returncode, late, group, errors.read()),
             seconds=seconds,
             read_bytes=read,
             rss_bytes=usage.ru_maxrss * 1024,
@@ -340,10 +340,10 @@ def _wait(pid: int) -> bool:
     return False
 
 
-def _outcome(code: int, late: bool, errors: str) -> str:
+def _outcome(code: int, late: bool, group: Path | None, errors: str) -> str:
     if late:
         return f"not done after {TIMEOUT_S} s"
-    if code == -9:
+    if group and "oom_kill 0" not in (group / "memory.oom_control").read_text():
         return "killed: more memory than the limit"
     return (
         "ok"
