@@ -120,7 +120,8 @@ def write_checkpoint(shape: Shape) -> Path:
     if (shape.folder / "config.json").exists():
         return shape.folder
     shape.folder.mkdir(parents=True, exist_ok=True)
-    shards, index = list(shape.shards()), {}
+    shards = list(shape.shards())
+    index: dict[str, str] = {}
     for number, shard in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         numbers = torch.Generator().manual_seed(number)
