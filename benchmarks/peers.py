@@ -454,7 +454,7 @@ def _print(setting: Setting, results: Sequence[Result]) -> None:
     size = weights_bytes(setting.shape) / 1e9
     print(f"\n{setting.model}, {size:.2f} GB of bf16{limit}, prompts of {setting.prompt} tokens")
     heads = ["system", "batch", "decode tok/s", "ours is", "prefill tok/s", "ours is", "GB/pass"]
-    heads += ["RSS GiB", "cgroup GiB", "outcome"]
+    heads += ["RSS GiB", "cgroup GiB", "others", "outcome"]
     lines = [_cells(row, _matching(kept, row)) for row in kept]
     best = [
         max((r for r in kept if r.system == system), key=lambda r: r.decode_tokens_per_s)
@@ -489,13 +489,14 @@ def _cells(row: Result, ours: Result | None) -> list[str]:
     return [
         row.system,
         str(row.batch),
-        f"{row.decode_tokens_per_s:.1f}",
+        f"{row.decode_tokens_per_s:.1f}" if row.decode_tokens_per_s else "-",
         ratio("decode_tokens_per_s"),
-        f"{row.prefill_tokens_per_s:.1f}",
+        f"{row.prefill_tokens_per_s:.1f}" if row.prefill_tokens_per_s else "-",
         ratio("prefill_tokens_per_s"),
         f"{row.pass_bytes / 1e9:.2f}",
         f"{row.rss_bytes / 2**30:.2f}",
         f"{row.cgroup_bytes / 2**30:.2f}" if row.cgroup_bytes else "",
+        f"{row.others:.2f}",
         "" if row.outcome == "ok" else row.outcome,
     ]
 
