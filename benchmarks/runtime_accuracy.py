@@ -31,7 +31,7 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from moeplan.runtime_min.engine import Generation  # noqa: E402
-from moeplan.runtime_min.models.mixtral import tensor_shapes  # noqa: E402
+from moeplan.runtime_min.models.tensors import tensor_shapes  # noqa: E402
 from moeplan.runtime_min.plan_file import ModelPlan, RuntimePlan, load  # noqa: E402
 from moeplan.runtime_min.sampling import Sampling  # noqa: E402
 from moeplan.runtime_min.stream import Engine  # noqa: E402

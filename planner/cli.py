@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moeplan.planner.ir.machine import Machine
     from moeplan.planner.ir.plan import Plan
     from moeplan.planner.pipeline import Trace
-    from moeplan.runtime_min.run import Report
+    from moeplan.runtime_min.report import Report
 
 app = typer.Typer(
     name="moeplan",
@@ -157,6 +157,13 @@ def run(
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="a plan for a GPU, with the CPU in the GPU's place")
     ] = False,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="write what each lane did when (Chrome trace)")
+    ] = None,
+    metrics: Annotated[Path | None, typer.Option("--metrics", help="keep a file for Prometheus")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="write all that was measured, for `calibrate --from`")
+    ] = None,
 ) -> None:
     """Run a plan on this machine.
 
@@ -177,7 +184,8 @@ def run(
         )
         raise typer.Exit(2)
     arguments = ["run", str(folders[0]), "--input", str(input), "--output", str(output), "--show", str(show)]
-    arguments += ["--checkpoint", str(checkpoint)] if checkpoint else []
+    files = {"checkpoint": checkpoint, "trace": trace, "metrics": metrics, "report": report}
+    arguments += [f"--{name}={path}" for name, path in files.items() if path]
     arguments += ["--rehearse"] if rehearse else []
     raise typer.Exit(runtime_main(arguments, _recorder(plan, folders[0].name, profile) if profile else None))
 
@@ -220,16 +228,33 @@ def _recorder(plan: Path, replica: str, profile: Path) -> Callable[[Report], Non
 @app.command()
 def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="the machine file")] = Path("machine.yaml"),
+    run: Annotated[
+        Path | None,
+        typer.Option("--from", help="take it from the --report of a run, measure nothing"),
+    ] = None,
 ) -> None:
-    """Measure this machine, in less than a minute.
+    """Measure this machine, in less than a minute, or learn from a run.
 
     The result is a machine file for `machine: {file: ...}` or `--machine`. Prints what changed against the
-    file as it was, or against the catalog's nearest machine.
+    file as it was, or against the catalog's nearest machine. With --from: the machine that the run's plan was
+    made for, its cores and disk as fast as they were in the run.
     """
     from moeplan.codegen.write import write_file
     from moeplan.planner.calibration import change_table, machine_figures
     from moeplan.planner.catalog import load_machine
     from moeplan.planner.diagnostics import Span
+
+    before = _known_machine(output, os.cpu_count() or 1)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = _machine_of_run(run) if run else _measured_machine(output.parent)
+    write_file(output, text.encode())
+    measured = machine_figures(load_machine(output, Span(str(output))))
+    print(f"before: {before.name if before else 'nothing'} ({before.source if before else ''})")
+    print("\n".join(change_table(machine_figures(before) if before else {}, measured)))
+    print(f"wrote {output}; use it with `machine: {{file: {output.name}}}` or `--machine {output}`")
+
+
+def _measured_machine(folder: Path) -> str:
     from moeplan.runtime_min.calibration import machine_yaml, measure
 
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
@@ -238,13 +263,15 @@ def calibrate(
             f"moeplan: the machine is not idle (load {load:.1f}): its figures may come out low",
             file=sys.stderr,
         )
-    before = _known_machine(output, cores)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(output, machine_yaml(measure(output.parent)).encode())
-    measured = machine_figures(load_machine(output, Span(str(output))))
-    print(f"before: {before.name if before else 'nothing'} ({before.source if before else ''})")
-    print("\n".join(change_table(machine_figures(before) if before else {}, measured)))
-    print(f"wrote {output}; use it with `machine: {{file: {output.name}}}` or `--machine {output}`")
+    return machine_yaml(measure(folder))
+
+
+def _machine_of_run(report: Path) -> str:
+    from moeplan.planner.calibration_from_run import figures_from_run
+    from moeplan.runtime_min.calibration import machine_yaml
+
+    found = figures_from_run(report)
+    return machine_yaml(found.figures, found.source)
 
 
 def _known_machine(file: Path, cores: int) -> Machine | None:

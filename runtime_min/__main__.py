@@ -1,41 +1,63 @@
-"""The command line of the runtime alone: `runtime_min run` and `runtime_min bench`."""
+"""The command line of the runtime alone: `runtime_min run`, `bench` and `checksum`."""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from moeplan.runtime_min.checksums import check_checksums, write_checksums
 from moeplan.runtime_min.errors import RunError
+from moeplan.runtime_min.interruption import Interruption, interruptible
 from moeplan.runtime_min.plan_file import load
-from moeplan.runtime_min.run import Report, bench_plan, run_plan, show, summary
+from moeplan.runtime_min.report import Report, summary, write_report
+from moeplan.runtime_min.results import GOES_ON, partial_path
+from moeplan.runtime_min.run import Watch, bench_plan, run_plan, show
 
 INTERRUPTED = 130
 BAR = 30  # characters
 
 
 def main(argv: Sequence[str] | None = None, finished: Callable[[Report], None] | None = None) -> int:
-    """Run a command; 0, 2 for a plan, checkpoint or input that cannot be used, 130 for an interruption.
+    """Run a command; 0, 2 for a plan, checkpoint or file that cannot be used, 130 for an interruption.
 
-    `finished` gets the report of a run that is complete.
+    A run that SIGTERM ends in order, as machines that are taken back send it, gives 0. `finished` gets the
+    report of a run that is complete.
     """
     options = _parser().parse_args(argv)
-    try:
-        report = _run(options) if options.command == "run" else _bench(options)
-        if finished:
-            finished(report)
-        return 0
-    except RunError as error:
-        print(error, file=sys.stderr)
-        if error.hint:
-            print(f"  hint: {error.hint}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        if options.command == "run" and options.output.with_name(options.output.name + ".partial").exists():
-            print("  hint: the same command goes on from what is done", file=sys.stderr)
-        return INTERRUPTED
+    with interruptible() as interruption:
+        try:
+            report = _COMMANDS[options.command](options, interruption)
+            if finished and report:
+                finished(report)
+            return 0
+        except (Exception, KeyboardInterrupt) as error:
+            # A signal may surface as an error of whatever it came into.
+            if interruption.number or isinstance(error, KeyboardInterrupt):
+                return _interrupted(options, interruption)
+            if not isinstance(error, RunError):
+                raise
+            print(error, file=sys.stderr)
+            _hint(options, error.hint)
+            return 2
+
+
+def _interrupted(options: argparse.Namespace, interruption: Interruption) -> int:
+    terminated = interruption.number == signal.SIGTERM
+    print("\nterminated" if terminated else "\ninterrupted", file=sys.stderr)
+    _hint(options, "")
+    return 0 if terminated else INTERRUPTED
+
+
+def _hint(options: argparse.Namespace, hint: str) -> None:
+    """What helps, and that nothing done is lost."""
+    resumable = options.command == "run" and partial_path(options.output).exists()
+    hints = [hint] * bool(hint) + [GOES_ON] * resumable
+    if hints:
+        print(f"  hint: {'; '.join(hints)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,11 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="answer the requests of an OpenAI batch file")
     bench = commands.add_parser("bench", help="time full batches of random prompts")
+    checksum = commands.add_parser("checksum", help="note the checksum of each tensor of a checkpoint")
+    checksum.add_argument("checkpoint", type=Path, metavar="DIR")
+    checksum.add_argument("--check", action="store_true", help="compare them with those noted earlier")
     for command in (run, bench):
         command.add_argument("runtime_dir", type=Path, metavar="RUNTIME_DIR")
         command.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the one the plan names")
         rehearsal = "let the CPU take the place of the accelerator that the plan is for"
         command.add_argument("--rehearse", action="store_true", help=rehearsal)
+        command.add_argument("--trace", type=Path, metavar="FILE.json", help="write what each lane did when")
+        command.add_argument("--metrics", type=Path, metavar="FILE.prom", help="keep a file for Prometheus")
+        command.add_argument("--report", type=Path, metavar="FILE.json", help="write all that was measured")
     run.add_argument("--input", type=Path, required=True, metavar="IN.jsonl")
     run.add_argument("--output", type=Path, required=True, metavar="OUT.jsonl")
     run.add_argument("--show", type=int, default=0, metavar="N", help="print the first N prompts and answers")
@@ -61,31 +89,77 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> Report:
-    progress = progress_bar if sys.stderr.isatty() else _silent
-    report = run_plan(
-        options.runtime_dir, options.checkpoint, options.input, options.output, progress, options.rehearse
-    )
+def _run(options: argparse.Namespace, interruption: Interruption) -> Report:
+    progress = ProgressBar() if sys.stderr.isatty() else _silent
+
+    def after_pass(done: int, total: int, tokens: int) -> None:
+        interruption.check()
+        progress(done, total, tokens)
+
+    folders = options.runtime_dir, options.checkpoint, options.input, options.output
+    report = run_plan(*folders, after_pass, options.rehearse, _watch(options))
     if sys.stderr.isatty():
         print(file=sys.stderr)
     if options.show > 0:
         print(show(options.input, options.output, options.show))
-    print(summary(load(options.runtime_dir), report))
-    return report
+    return _reported(options, report)
 
 
-def _bench(options: argparse.Namespace) -> Report:
+def _bench(options: argparse.Namespace, interruption: Interruption) -> Report:
     sizes = options.prompt_tokens, options.tokens, options.batches
-    report = bench_plan(options.runtime_dir, options.checkpoint, *sizes, options.rehearse)
-    print(summary(load(options.runtime_dir), report))
+    report = bench_plan(options.runtime_dir, options.checkpoint, *sizes, options.rehearse, _watch(options))
+    return _reported(options, report)
+
+
+def _checksum(options: argparse.Namespace, interruption: Interruption) -> None:
+    if options.check:
+        print(f"{check_checksums(options.checkpoint)} tensors have the checksums noted")
+    else:
+        print(f"wrote {write_checksums(options.checkpoint)}")
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace, Interruption], Report | None]] = {
+    "run": _run,
+    "bench": _bench,
+    "checksum": _checksum,
+}
+
+
+def _watch(options: argparse.Namespace) -> Watch:
+    return Watch(trace=options.trace, metrics=options.metrics)
+
+
+def _reported(options: argparse.Namespace, report: Report) -> Report:
+    plan = load(options.runtime_dir)
+    print(summary(plan, report))
+    if options.report:
+        write_report(options.report, options.runtime_dir, plan, report)
     return report
 
 
-def progress_bar(done: int, total: int, tokens: int) -> None:
-    """Redraw one line on stderr."""
-    filled = BAR * done // max(1, total)
-    bar = "#" * filled + "-" * (BAR - filled)
-    print(f"\r[{bar}] {done}/{total} requests, {tokens:,} tokens", end="", file=sys.stderr, flush=True)
+class ProgressBar:
+    """Redraws one line on stderr: requests, tokens/s since the first call, and how long the rest may take."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._first: tuple[float, int] | None = None  # when the first call came, and what was done then
+
+    def __call__(self, done: int, total: int, tokens: int) -> None:
+        now = self._clock()
+        self._first = self._first or (now, done)
+        elapsed, fresh = now - self._first[0], done - self._first[1]
+        filled = BAR * done // max(1, total)
+        text = f"[{'#' * filled}{'-' * (BAR - filled)}] {done}/{total} requests, {tokens:,} tokens"
+        if elapsed > 0:
+            text += f", {tokens / elapsed:,.0f}/s"
+        if fresh > 0 and done < total:
+            text += f", {_clock_text((total - done) * elapsed / fresh)} left"
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _clock_text(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _silent(done: int, total: int, tokens: int) -> None:

@@ -178,17 +178,13 @@ class Batches:
     def _admitted(self, active: Active, waiting: Waiting) -> Active:
         """`active` and those for which there is room now, in the order of their places."""
         n, most = self.plan.batch.sequences, self.plan.batch.micro_batch
-        room = self._room(waiting.first(n - len(active))) if self._may_enter(active) else 0
+        room = self._room(waiting.first(n - len(active)))
         new = waiting.first(room)
         waiting.drop(room)
         places = pack([len(g.prompt) for g in new], {p: g.length for p, g in active}, n, most)
         for place, generation in zip(places, new, strict=True):
             self._enter(place, generation)
         return sorted([*active, *zip(places, new, strict=True)], key=lambda member: member[0])
-
-    def _may_enter(self, active: Active) -> bool:
-        """Whether sequences may enter beside `active`."""
-        return True
 
     def _room(self, candidates: Sequence[Generation]) -> int:
         """How many of `candidates`, in their order, may enter."""

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class RunError(Exception):
     """The run cannot start or go on. The message reads `file: what is wrong`; `hint` says what helps."""
@@ -9,3 +16,13 @@ class RunError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turn what the system says of a write to `path` into a RunError."""
+    try:
+        yield
+    except OSError as error:
+        hint = "make room there" if error.errno in _FULL else ""
+        raise RunError(f"{path}: cannot be written: {error.strerror}", hint) from None

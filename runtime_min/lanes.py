@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -115,20 +115,30 @@ def single(work: Callable[..., None], *arguments: Any) -> Blocks:
 class _Begun:
     """A row under way: the parts that are left, and the events that must have come first."""
 
+    row: Row
     blocks_left: int
     events: list[torch.Event]
 
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """A lane's rows, and what it has done so far. `stall_s`: seconds in which its next row had to wait."""
+    """A lane's rows, and what it has done so far.
+
+    `busy_s`: seconds in which any of its threads worked (with a stream: enqueued). `stall_s`: seconds in
+    which none did because the next row had to wait for other lanes. The rest of the time it had no rows, or
+    its threads looked for them.
+    """
 
     number: int
     threads: int = 1
     stream: torch.Stream | None = None
     done: int = 0
     bytes_read: int = 0
+    busy_s: float = 0.0
     stall_s: float = 0.0
+    running: int = 0  # threads at work
+    waiting: int = 0  # threads that wait for something to do
+    changed_s: float = 0.0  # when it last began or ended to work or to wait
     rows: deque[tuple[Row, Blocks]] = field(default_factory=deque)
     jobs: deque[tuple[_Begun, Block]] = field(default_factory=deque)
     begun: deque[_Begun] = field(default_factory=deque)
@@ -136,6 +146,23 @@ class Lane:
 
     def on_stream(self) -> AbstractContextManager[Any]:
         return self.stream or nullcontext()
+
+    def account(self, now: float) -> None:
+        """Add the time since the last change to what the lane did meanwhile."""
+        elapsed, self.changed_s = now - self.changed_s, now
+        if self.running:
+            self.busy_s += elapsed
+        elif self.waiting and self.rows:
+            self.stall_s += elapsed
+
+
+class Watcher(Protocol):
+    """Told of every block that a lane has executed; `start_s` and `end_s` are of time.perf_counter.
+
+    Calls come one at a time, from the thread that did the work.
+    """
+
+    def block(self, lane: str, op: str, row: Row, nbytes: int, start_s: float, end_s: float) -> None: ...
 
 
 class Lanes:
@@ -153,14 +180,12 @@ class Lanes:
             for name in ON_DEVICE:
                 self.lanes[name].stream = torch.Stream(device=device)
         self._threads: dict[int, list[threading.Thread]] = {}  # by lane, once it has rows
-        self._changed = threading.Condition()
+        # Entered as a C lock: an exception out of a signal handler cannot come between lock and block.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self.watcher: Watcher | None = None
         self._error: BaseException | None = None
         self._stop = False
-
-    @property
-    def stalls_s(self) -> dict[str, float]:
-        """Seconds that each lane waited for others; the first lane is the calling thread's."""
-        return {name: lane.stall_s for name, lane in self.lanes.items()}
 
     def issue(self, decode: int, prefill: int, following: int) -> list[Row]:
         """The rows of the next pass: see schedule.py."""
@@ -181,7 +206,7 @@ class Lanes:
 
     def close(self) -> None:
         """End the threads; work under way is finished first, what is only queued is not."""
-        with self._changed:
+        with self._lock:
             self._stop = True
             self._changed.notify_all()
         for threads in self._threads.values():
@@ -192,7 +217,10 @@ class Lanes:
                 lane.stream.synchronize()
 
     def _add(self, rows: Sequence[Row], work: Sequence[Blocks]) -> None:
-        with self._changed:
+        with self._lock:
+            now = time.perf_counter()
+            for lane in self._numbered:
+                lane.account(now)
             for row, blocks in zip(rows, work, strict=True):
                 self._numbered[row[1]].rows.append((row, blocks))
             self._changed.notify_all()
@@ -211,24 +239,38 @@ class Lanes:
                 while (job := self._next(lane)) is not None:
                     self._do(lane, *job)
         except BaseException as error:  # handed to the calling thread, which raises it
-            with self._changed:
+            with self._lock:
                 self._error, self._stop = self._error or error, True
                 self._changed.notify_all()
 
     def _do(self, lane: Lane, begun: _Begun, block: Block) -> None:
         for event in begun.events:
             event.synchronize()
+        start = time.perf_counter()
         nbytes = block() or 0
-        with self._changed:
+        with self._lock:
+            end = time.perf_counter()
+            lane.account(end)
+            lane.running -= 1
             lane.bytes_read += nbytes
             begun.blocks_left -= 1
             self._retire(lane)
+            if self.watcher:
+                self._tell(self.watcher, lane, begun.row, nbytes, start, end)
+
+    def _tell(
+        self, watcher: Watcher, lane: Lane, row: Row, nbytes: int, start_s: float, end_s: float
+    ) -> None:
+        name, op = self._schedule.LANES[lane.number], self._schedule.OPS[row[0]]
+        watcher.block(name, op, row, nbytes, start_s, end_s)
 
     def _next(self, lane: Lane) -> tuple[_Begun, Block] | None:
         """The next block, when it may start; None at the end, which for the caller is the end of its rows."""
-        with self._changed:
+        with self._lock:
             while not self._stop:
                 if lane.jobs:
+                    lane.account(time.perf_counter())
+                    lane.running += 1
                     return lane.jobs.popleft()
                 if lane.rows and self._ready(lane.rows[0][0]):
                     self._begin(lane, *lane.rows.popleft())
@@ -238,14 +280,15 @@ class Lanes:
                     self._wait(lane)
             return None
 
+    def _wait(self, lane: Lane) -> None:
+        lane.account(time.perf_counter())
+        lane.waiting += 1
+        self._changed.wait()
+        lane.account(time.perf_counter())
+        lane.waiting -= 1
+
     def _ready(self, row: Row) -> bool:
         return all(lane.done >= count for lane, count in zip(self._numbered, row[WAIT:], strict=True))
-
-    def _wait(self, lane: Lane) -> None:
-        waits, start = bool(lane.rows), time.perf_counter()
-        self._changed.wait()
-        if waits:
-            lane.stall_s += (time.perf_counter() - start) / lane.threads
 
     def _begin(self, lane: Lane, row: Row, blocks: Blocks) -> None:
         """Cut the row into jobs. Blocks of consecutive rows overlap: the first need not be complete."""
@@ -256,7 +299,7 @@ class Lanes:
                 lane.stream.wait_event(event)
             events = []
         parts = blocks()
-        begun = _Begun(len(parts), events)
+        begun = _Begun(row, len(parts), events)
         lane.begun.append(begun)
         lane.jobs.extend((begun, block) for block in parts)
         if lane.threads > 1:

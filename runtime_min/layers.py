@@ -1,15 +1,18 @@
-"""The layers that Mixtral-like models share, on flat tokens: no sequence is padded to another's length.
+"""The layers that all models share, on flat tokens: no sequence is padded to another's length.
 
 T tokens, H hidden, I inner width of an expert, E experts, K experts per token, D head dimension
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moeplan.runtime_min.model_config import RopeScaling
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,27 +60,48 @@ class Routing:
     starts: list[int]  # [E + 1]
 
 
-def choose_experts(x: Tensor, gate: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """The `top` experts of each token and their weights, which sum to 1: [T, K] float32, [T, K]."""
+def choose_experts(x: Tensor, gate: Tensor, top: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+    """The `top` experts of each token and their weights: [T, K] float32, [T, K].
+
+    Weights are the experts' shares among all; where `renormalise`, among those chosen, so that they sum to 1.
+    """
     scores = F.softmax(linear(x, gate).float(), dim=-1)  # [T, E]
     weights, experts = scores.topk(top, dim=-1)
-    return weights.div_(weights.sum(dim=-1, keepdim=True)), experts
+    return (weights.div_(weights.sum(dim=-1, keepdim=True)) if renormalise else weights), experts
 
 
 def sort_by_expert(weights: Tensor, experts: Tensor, count: int) -> Routing:
     """Group the choices [T, K] of all tokens by expert, tokens in order within each."""
+    if count == 1:
+        every = torch.arange(len(experts), device=experts.device)
+        return Routing(every, weights.flatten(), [0, len(experts)])
     chosen = experts.flatten()
     order = chosen.argsort(stable=True)
     ends = torch.bincount(chosen, minlength=count).cumsum(0).tolist()
     return Routing(order // experts.shape[1], weights.flatten()[order], [0, *ends])
 
 
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Radians per position of each pair of dimensions: [D / 2].
+
+    Scaled as Llama 3.1 is: waves longer than the old context / `low_freq_factor` get `factor` times longer,
+    those shorter than it over `high_freq_factor` stay, between them the stretch is blended.
+    Source: transformers 5.23.0, `_compute_llama3_parameters`.
+    """
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if scaling is None:
+        return inverse
+    turns = scaling.original_context_tokens * inverse / (2 * math.pi)  # in the old context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * inverse / scaling.factor + kept * inverse
+
+
 class Rope:
     """Rotary position embedding for up to `context` positions."""
 
-    def __init__(self, head_dim: int, theta: float, context: int, dtype: torch.dtype) -> None:
-        inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angles = torch.outer(torch.arange(context, dtype=torch.float32), inverse).repeat(1, 2)
+    def __init__(self, frequencies: Tensor, context: int, dtype: torch.dtype) -> None:
+        angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies).repeat(1, 2)
         self._cos, self._sin = angles.cos().to(dtype), angles.sin().to(dtype)  # [context, D]
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """An offload plan executed: GPU, link, CPU and disk share the work of every pass, lane by lane.
 
-Sequences keep their places for a whole batch, and so their micro-batch: it decides where they attend. One
-whose sequences are all done goes on empty. Each operation of schedule.py is a method here; the buffers it
-reads and writes are those that schedule.py says it touches, and all order between lanes follows from that.
+A sequence keeps its place, and so its micro-batch: it decides where it attends. A micro-batch whose
+sequences are all done goes on empty. One that the pass before has begun takes in new ones a pass later. Each
+operation of schedule.py is a method here; the buffers it reads and writes are those that schedule.py says it
+touches, and all order between lanes follows from that.
 
 With an accelerator this has never run: tests and rehearsals put the CPU in its place.
 
@@ -30,7 +31,7 @@ from moeplan.runtime_min.lanes import Blocks, Lanes, Row, check_schedule, load_s
 from moeplan.runtime_min.layers import sort_by_expert
 from moeplan.runtime_min.limits import check_offload
 from moeplan.runtime_min.model_config import read_config
-from moeplan.runtime_min.models.mixtral import DTYPES, Operations, tensor_shapes
+from moeplan.runtime_min.models.tensors import tensor_shapes
 from moeplan.runtime_min.offload_memory import (
     READERS,
     Buffers,
@@ -39,6 +40,7 @@ from moeplan.runtime_min.offload_memory import (
     check_device_and_host,
     check_pages,
 )
+from moeplan.runtime_min.operations import DTYPES, Operations
 from moeplan.runtime_min.plan_file import RuntimePlan
 
 LANES = ("gpu", "h2d", "d2h", "cpu", "copier", "disk")
@@ -140,31 +142,30 @@ class Offload(Batches):
 
     # Passes
 
-    def _may_enter(self, active: Active) -> bool:
-        """A batch is read, then decoded to its end."""
-        return not active
-
     def _pass(self, active: Active, more: bool) -> None:
-        prefill = not active[0][1].tokens
-        step = self._step(active, prefill)
-        decode = 0 if prefill else len(step.active)
-        coming = [place for place, g in active if goes_on(g)]
-        following = max(coming) // self.plan.batch.micro_batch + 1 if coming else 0
-        for _, generation in active:
-            generation.cached = generation.length
+        step = self._step(active)
+        decode, following = (
+            self._micro_batches(place for place, g in active if test(g))
+            for test in (lambda g: bool(g.tokens), goes_on)
+        )
         rows = self.lanes.issue(decode, len(step.pieces), following)
         self._next = Step(self._passes, step.active)
         self.lanes.run(rows, list(self._work(rows, step, self._next)))
 
-    def _step(self, active: Active, prefill: bool) -> Step:
-        """The pass that comes now. Of a decode pass the one before may have begun the first micro-batches."""
-        begun = self._next.groups if self._next and not prefill else {}
-        micro = self.plan.batch.micro_batch
-        count = max(place for place, _ in active) // micro + 1
+    def _micro_batches(self, places: Iterable[int]) -> int:
+        """How many there are up to the last of `places`."""
+        return max(places, default=-1) // self.plan.batch.micro_batch + 1
+
+    def _step(self, active: Active) -> Step:
+        """The pass that comes now; the one before may have begun its first micro-batches."""
+        begun = self._next.groups if self._next else {}
         members: list[Active] = [
-            [(place, g) for place, g in active if place // micro == j] for j in range(count)
+            [(place, g) for place, g in active if place // self.plan.batch.micro_batch == j]
+            for j in range(self._micro_batches(place for place, _ in active))
         ]
-        pieces = list(self._pieces(active)) if prefill else []
+        pieces = list(self._pieces([(place, g) for place, g in active if not g.tokens]))
+        for _, generation in active:
+            generation.cached = generation.length
         self._passes += 1
         return Step(self._passes - 1, members, begun, pieces)
 
@@ -225,8 +226,8 @@ class Offload(Batches):
             row += ends[-1]
 
     def _group(self, j: int, active: Active) -> Group:
-        """Micro-batch j of those that are not done."""
-        active = [(place, g) for place, g in active if not g.finish]
+        """Micro-batch j of those whose prompts are read and that are not done."""
+        active = [(place, g) for place, g in active if g.tokens and not g.finish]
         lengths = [g.length for _, g in active]
         first = self._buffers.host_places
         if j < self._s.cpu_attended + self._s.copied_up:
@@ -244,7 +245,7 @@ class Offload(Batches):
         """(place, tokens in the cache) of micro-batch j; its cache is never copied up for the next pass."""
         if j >= len(step.active):
             return []
-        return [(place, g.length - 1) for place, g in step.active[j]]
+        return [(place, g.length - 1) for place, g in step.active[j] if g.tokens]
 
     # Decode: one token of every sequence of a micro-batch
 

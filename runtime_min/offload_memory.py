@@ -24,7 +24,8 @@ from moeplan.runtime_min.attention import KvCache
 from moeplan.runtime_min.checkpoint import TensorRef
 from moeplan.runtime_min.lanes import Block
 from moeplan.runtime_min.limits import check_items
-from moeplan.runtime_min.models.mixtral import DTYPES, expert_names
+from moeplan.runtime_min.models.tensors import expert_names
+from moeplan.runtime_min.operations import DTYPES
 from moeplan.runtime_min.pages import Reader, Shard
 from moeplan.runtime_min.plan_file import PlanFileError, RuntimePlan, scratch_bytes
 
@@ -232,7 +233,7 @@ class Memory:
         self._shards = {path: Shard(path) for path in {ref.path for ref in refs.values()}}
         self._reader = Reader(self._shards, READERS, _BLOCK_BYTES)
         self.outside = [experts.others(layer) for layer in range(m.layers)]
-        moving = {n for layer, es in enumerate(self.outside) for e in es for n in expert_names(layer, e)}
+        moving = {n for layer, es in enumerate(self.outside) for e in es for n in expert_names(m, layer, e)}
         self.resident = {
             name: torch.empty(ref.shape, dtype=self._dtype, device=device)
             for name, ref in refs.items()
@@ -271,7 +272,7 @@ class Memory:
         for layer, es in enumerate(self.outside):
             for at, e in enumerate(es[:in_host]):
                 matrices = self._matrices(self._host[layer], at)
-                into |= dict(zip(expert_names(layer, e), matrices, strict=True))
+                into |= dict(zip(expert_names(self.experts.plan.model, layer, e), matrices, strict=True))
         self._reader.load([self._refs[name] for name in into], into)
 
     def close(self) -> None:
@@ -291,7 +292,7 @@ class Memory:
         def matrices(e: int) -> tuple[Tensor, Tensor, Tensor]:
             if e in self.outside[layer]:
                 return self._matrices(self._halves[half], self.outside[layer].index(e))
-            w1, w2, w3 = expert_names(layer, e)
+            w1, w2, w3 = expert_names(self.experts.plan.model, layer, e)
             return self.resident[w1], self.resident[w2], self.resident[w3]
 
         return matrices
@@ -330,7 +331,7 @@ class Memory:
         done = 0
         while done < len(into):
             at, begun = divmod(first + done, size)
-            name = expert_names(layer, self.outside[layer][at // 3])[at % 3]
+            name = expert_names(self.experts.plan.model, layer, self.outside[layer][at // 3])[at % 3]
             part = into[done : done + size - begun]
             blocks += self._reader.blocks(self._refs[name], part, begun)
             done += len(part)

@@ -20,7 +20,12 @@ from moeplan.runtime_min.errors import RunError
 FORMAT = 3
 SCHEDULE_FORMAT = 2
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
-ARCHITECTURES = ("mixtral",)  # model types that this version of the runtime executes, on CPU
+ARCHITECTURES = (
+    "llama",
+    "mixtral",
+    "olmoe",
+    "qwen3_moe",
+)  # model types that this version of the runtime executes, on CPU
 PASS_TOKENS = 32768  # that a pass of a stream plan takes at most, where its prompts are shorter
 KV_BLOCK_TOKENS = 32  # tokens of one block of the KV cache of a stream plan
 ALIGNMENT_BYTES = 4096  # of direct reads: their file offset, length and place in memory

@@ -10,23 +10,39 @@ import fcntl
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from moeplan.runtime_min.batch_file import record_line
-from moeplan.runtime_min.errors import RunError
+from moeplan.runtime_min.errors import RunError, written
 
 SYNC_S = 2.0  # at most this much finished work is lost with the machine; none with the process
+GOES_ON = "the same command goes on from what is done"
+
+
+def partial_path(output: Path) -> Path:
+    """Where the finished records of a run lie until it is complete."""
+    return output.with_name(output.name + ".partial")
 
 
 class Results:
-    """Collects the records of one run; `done` are the input lines that have theirs."""
+    """Collects the records of one run; `done` are the input lines that have theirs.
+
+    Every method raises RunError where the file cannot be written. What lies on disk stays good then: the
+    next run cuts a torn record off and goes on behind the last whole one.
+    """
 
     def __init__(self, output: Path, run: str) -> None:
         self._output = output
-        self._partial = output.with_name(output.name + ".partial")
+        self._partial = partial_path(output)
         self._places: dict[int, int] = {}  # input line -> byte of its record in the partial file
-        self._file = self._resume(run)
+        self._file = self._open()  # unbuffered: nothing is left to write when a write has failed
+        try:
+            self._end = self._resume(run)
+        except RunError:
+            self.close()
+            raise
         self._synced_at = time.monotonic()
 
     @property
@@ -35,54 +51,78 @@ class Results:
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a record and hand it to the system at once."""
-        self._places[record_line(record)] = self._file.tell()
-        self._file.write(_encode(record))
-        self._file.flush()
-        if time.monotonic() - self._synced_at > SYNC_S:
-            os.fsync(self._file.fileno())
-            self._synced_at = time.monotonic()
+        with written(self._partial):
+            at = self._append(_encode(record))
+            if time.monotonic() - self._synced_at > SYNC_S:
+                os.fsync(self._file.fileno())
+                self._synced_at = time.monotonic()
+        self._places[record_line(record)] = at
 
     def finish(self) -> None:
         """Write the records in input order under the final name; the partial file goes."""
         temporary = self._output.with_name(self._output.name + ".tmp")
-        with temporary.open("wb") as out:
-            for line in sorted(self._places):
-                self._file.seek(self._places[line])
-                out.write(self._file.readline())
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, self._output)
+        try:
+            with written(self._output):
+                self._write_in_order(temporary)
+                os.replace(temporary, self._output)
+                _sync_folder(self._output.parent)  # the new name is on disk before the old one goes
+                self._partial.unlink()
+        finally:
+            temporary.unlink(missing_ok=True)
         self.close()
-        self._partial.unlink()
 
     def close(self) -> None:
+        """Bring what is written to the disk; closing again does nothing."""
+        with suppress(OSError):  # a failing disk was reported by the write that met it
+            if not self._file.closed:
+                os.fsync(self._file.fileno())
         self._file.close()
 
-    def _resume(self, run: str) -> BinaryIO:
-        """Open the partial file behind its last complete record, or start it."""
-        header = _encode({"moeplan_partial": 1, "run": run})
-        try:
-            file = self._partial.open("r+b" if self._partial.exists() else "w+b")
-        except OSError as error:
-            raise RunError(f"{self._partial}: cannot be written: {error.strerror}") from None
+    def _write_in_order(self, path: Path) -> None:
+        with path.open("wb") as out, self._partial.open("rb") as records:
+            for line in sorted(self._places):
+                records.seek(self._places[line])
+                out.write(records.readline())
+            out.flush()
+            os.fsync(out.fileno())
+
+    def _append(self, data: bytes) -> int:
+        """Write `data` at the end, whole; return the byte where it begins."""
+        at, left = self._end, memoryview(data)
+        while left:
+            count = os.pwrite(self._file.fileno(), left, self._end)
+            self._end += count
+            left = left[count:]
+        return at
+
+    def _open(self) -> BinaryIO:
+        with written(self._partial):
+            fd = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.fdopen(fd, "r+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
             raise RunError(f"{self._partial}: is being written by another run") from None
-        first = file.readline()
-        if first.endswith(b"\n") and first != header:
-            file.close()
-            raise RunError(
-                f"{self._partial}: belongs to another input, plan or checkpoint",
-                "delete it, or choose another output",
-            )
-        if first != header:  # new, or torn within its first line
-            file.seek(0)
-            file.write(header)
-        file.truncate(self._index(file))
-        file.seek(0, os.SEEK_END)
         return file
+
+    def _resume(self, run: str) -> int:
+        """Begin the partial file, or find its records and cut off what is torn; return its end."""
+        header = _encode({"moeplan_partial": 1, "run": run})
+        with written(self._partial):
+            with self._partial.open("rb") as file:
+                first = file.readline()
+                if first.endswith(b"\n") and first != header:
+                    raise RunError(
+                        f"{self._partial}: belongs to another input, plan or checkpoint",
+                        "delete it, or choose another output",
+                    )
+                self._end = self._index(file) if first == header else 0
+            self._file.truncate(self._end)
+            if self._end == 0:  # new, or torn within its first line
+                self._append(header)
+                _sync_folder(self._output.parent)
+        return self._end
 
     def _index(self, file: BinaryIO) -> int:
         """Note where each complete record is; return the byte behind the last."""
@@ -96,6 +136,16 @@ class Results:
             if number is None:
                 return at
             self._places[number] = at
+
+
+def _sync_folder(path: Path) -> None:
+    """Bring the names of a folder to the disk, where its file system knows how."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _encode(record: dict[str, Any]) -> bytes:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,67 +24,25 @@ from moeplan.runtime_min.batch_file import (
 )
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.limits import check_supported
-from moeplan.runtime_min.plan_file import PlanFileError, Range, RuntimePlan, load
+from moeplan.runtime_min.metrics import MetricsFile
+from moeplan.runtime_min.plan_file import PlanFileError, RuntimePlan, load
 from moeplan.runtime_min.prompts import PromptError, Prompts
+from moeplan.runtime_min.report import Counts, Report, make_report
 from moeplan.runtime_min.results import Results
+from moeplan.runtime_min.trace import Trace
 
 if TYPE_CHECKING:
-    from moeplan.runtime_min.engine import Batches, Generation, Stats
+    from moeplan.runtime_min.engine import Batches, Generation
 
 Progress = Callable[[int, int, int], None]  # requests done, requests in all, tokens generated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FullBatches:
-    """The fullest batches of a run, all of one number of `sequences`, and the sums over them. A batch goes on
-    while requests take the places of others.
+class Watch:
+    """Files that follow a run: what every lane did when (`trace`), and how far it is (`metrics`)."""
 
-    `warm`: without the first batch of the run, which waits for caches and threads to come up.
-    """
-
-    sequences: int
-    batches: int
-    warm: bool
-    sums: Stats
-
-    def figures(self) -> dict[str, float]:
-        """Measured rates and latencies, by the names that a profile has for them."""
-        sums = self.sums
-        figures = {
-            "prefill_tokens_per_s": sums.prefilled_tokens / sums.prefill_s,
-            "requests_per_s": sums.requests / sums.seconds,
-            "ttft_s": sums.first_tokens_s / sums.requests,
-        }
-        if sums.decode_passes:
-            figures["decode_tokens_per_s"] = sums.decoded_tokens / sums.decode_s
-            figures["itl_s"] = sums.decode_s / sums.decode_passes
-        return figures
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What a run did. Passes that read prompts beside decoding are mixed: `mixed_s` is in no other time, and
-    their tokens are among the `generated_tokens` alone.
-
-    `stalls_s` says how long each lane waited for others; the first computes. `rehearsed`: the CPU took the
-    accelerator's place.
-    """
-
-    answered: int
-    failed: int
-    resumed: int
-    prompt_tokens: int
-    generated_tokens: int
-    decode_tokens: int
-    decode_passes: int
-    prefill_s: float
-    decode_s: float
-    mixed_s: float
-    stalls_s: dict[str, float]
-    bytes_read: int
-    peak_bytes: int
-    full: FullBatches | None
-    rehearsed: bool
+    trace: Path | None = None
+    metrics: Path | None = None
 
 
 def run_plan(
@@ -94,29 +52,30 @@ def run_plan(
     output: Path,
     progress: Progress = lambda done, total, tokens: None,
     rehearse: bool = False,
+    watch: Watch = Watch(),
 ) -> Report:
     """Answer the requests of `input` in `output`, both OpenAI batch files; raises RunError.
 
-    `rehearse` puts the CPU in the place of the accelerator that the plan is for.
+    `rehearse` puts the CPU in the place of the accelerator that the plan is for. `progress` is called after
+    every pass; what it raises ends the run.
 
     Interrupted, it leaves OUTPUT.partial, and the next call with the same arguments goes on from there.
     """
     plan, folder = _open(runtime_dir, checkpoint, rehearse)
-    total = _count_lines(input)
+    counts = Counts(_count_lines(input))
     if output.exists() and output.samefile(input):
         raise RunError(f"{output}: is the input", "name another file for the answers")
     if not output.parent.is_dir():  # said now, not after the weights are loaded
         raise RunError(f"{output}: its folder does not exist")
-    with _load(runtime_dir, plan, folder, rehearse) as engine:
+    with _engine(runtime_dir, plan, folder, rehearse, watch, counts) as engine:
         prompts = Prompts(folder, plan.model.vocab)
         results = Results(output, _identity(runtime_dir, folder, input))
         try:
-            run = _Run(engine, prompts, results, total, progress)
-            run.all(read_requests(input))
+            _Run(engine, prompts, results, counts, progress).all(read_requests(input))
             results.finish()
         finally:
             results.close()
-        return _report(engine, run.answered, run.failed, run.resumed, rehearse)
+        return make_report(engine, counts, rehearse)
 
 
 def bench_plan(
@@ -126,6 +85,7 @@ def bench_plan(
     tokens: int,
     batches: int,
     rehearse: bool = False,
+    watch: Watch = Watch(),
 ) -> Report:
     """Time `batches` full batches of random prompts, `tokens` generated for each; raises RunError."""
     plan, folder = _open(runtime_dir, checkpoint, rehearse)
@@ -138,23 +98,27 @@ def bench_plan(
     from moeplan.runtime_min.engine import Generation
     from moeplan.runtime_min.sampling import Sampling
 
-    numbers = random.Random(0)
-    with _load(runtime_dir, plan, folder, rehearse) as engine:
-        count = plan.batch.sequences * batches
+    count = plan.batch.sequences * batches
+    numbers, counts = random.Random(0), Counts(count)
+
+    def finished(_: Generation) -> None:
+        counts.answered += 1
+
+    with _engine(runtime_dir, plan, folder, rehearse, watch, counts) as engine:
         texts = (numbers.choices(range(plan.model.vocab), k=prompt) for _ in range(count))
-        engine.run(Generation(text, tokens, Sampling(0.0, 1.0, 0)) for text in texts)
-        return _report(engine, plan.batch.sequences * batches, 0, 0, rehearse)
+        engine.run((Generation(text, tokens, Sampling(0.0, 1.0, 0)) for text in texts), finished)
+        return make_report(engine, counts, rehearse)
 
 
 class _Run:
     """Requests to batches, generations to records."""
 
     def __init__(
-        self, engine: Batches, prompts: Prompts, results: Results, total: int, progress: Progress
+        self, engine: Batches, prompts: Prompts, results: Results, counts: Counts, progress: Progress
     ) -> None:
         self._engine, self._prompts, self._results = engine, prompts, results
-        self._total, self._progress = total, progress
-        self.answered, self.failed, self.resumed = 0, 0, len(results.done)
+        self._counts, self._progress = counts, progress
+        counts.resumed = len(results.done)
 
     def all(self, items: Iterator[Request | Failure]) -> None:
         done = self._results.done
@@ -179,8 +143,7 @@ class _Run:
             if isinstance(item, Request) and not isinstance(ready, Failure):
                 yield item, ready
             elif isinstance(ready, Failure):
-                self._results.add(failure_record(ready))
-                self.failed += 1
+                self._fail(ready)
 
     def _prepare(self, request: Request) -> Generation | Failure:
         from moeplan.runtime_min.engine import Generation
@@ -188,8 +151,11 @@ class _Run:
 
         try:
             prompt = self._prompts.encode(request)
-        except PromptError as error:
-            return Failure(request.line, request.custom_id, "invalid_prompt", f"line {request.line}: {error}")
+        except RunError:
+            raise
+        except Exception as error:  # a tokenizer or template may fail in any way; the others go on
+            said = str(error) if isinstance(error, PromptError) else f"the prompt cannot be made: {error!r}"
+            return Failure(request.line, request.custom_id, "invalid_prompt", f"line {request.line}: {said}")
         batch = self._engine.plan.batch
         room = batch.context_tokens - len(prompt)
         new = room if request.max_tokens is None else request.max_tokens
@@ -219,13 +185,15 @@ class _Run:
     def _record(self, request: Request, generation: Generation) -> None:
         if generation.finish == "invalid":
             message = f"line {request.line}: the model's scores are no numbers"
-            failure = Failure(request.line, request.custom_id, "invalid_scores", message)
-            self._results.add(failure_record(failure))
-            self.failed += 1
+            self._fail(Failure(request.line, request.custom_id, "invalid_scores", message))
             return
         record = answer_record(request, self._answer(request, generation), self._engine.plan.name)
         self._results.add(record)
-        self.answered += 1
+        self._counts.answered += 1
+
+    def _fail(self, failure: Failure) -> None:
+        self._results.add(failure_record(failure))
+        self._counts.failed += 1
 
     def _answer(self, request: Request, generation: Generation) -> Answer:
         said = [token for token in generation.tokens if token not in generation.ends]
@@ -257,8 +225,8 @@ class _Run:
         return TokenScore(utf8.decode(errors="replace"), utf8, logprob)
 
     def _tell(self) -> None:
-        done = self.answered + self.failed + self.resumed
-        self._progress(done, self._total, self._engine.stats.generated_tokens)
+        counts = self._counts
+        self._progress(counts.done, counts.requests, self._engine.stats.generated_tokens)
 
 
 def _open(runtime_dir: Path, given: Path | None, rehearse: bool) -> tuple[RuntimePlan, Path]:
@@ -286,6 +254,22 @@ def _check_accelerator(path: Path) -> None:
             f"{path}: the plan is for an accelerator, and torch finds none here",
             "run it on such a machine, or with --rehearse, which lets the CPU take the accelerator's place",
         )
+
+
+@contextmanager
+def _engine(
+    runtime_dir: Path, plan: RuntimePlan, checkpoint: Path, rehearse: bool, watch: Watch, counts: Counts
+) -> Iterator[Batches]:
+    """The plan's engine with its checkpoint loaded, watched. Its lanes end before the trace does."""
+    with (
+        Trace(watch.trace) if watch.trace else nullcontext() as trace,
+        _load(runtime_dir, plan, checkpoint, rehearse) as engine,
+        MetricsFile(watch.metrics, plan, lambda: make_report(engine, counts, rehearse))
+        if watch.metrics
+        else nullcontext(),
+    ):
+        engine.lanes.watcher = trace
+        yield engine
 
 
 def _load(runtime_dir: Path, plan: RuntimePlan, checkpoint: Path, rehearse: bool) -> Batches:
@@ -323,89 +307,6 @@ def _identity(runtime_dir: Path, checkpoint: Path, input: Path) -> str:
     for path in sorted(checkpoint.glob("*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
     return digest.hexdigest()
-
-
-def _report(engine: Batches, answered: int, failed: int, resumed: int, rehearse: bool) -> Report:
-    stats = engine.stats
-    return Report(
-        answered=answered,
-        failed=failed,
-        resumed=resumed,
-        prompt_tokens=stats.prefilled_tokens,
-        generated_tokens=stats.generated_tokens,
-        decode_tokens=stats.decoded_tokens,
-        decode_passes=stats.decode_passes,
-        prefill_s=stats.prefill_s,
-        decode_s=stats.decode_s,
-        mixed_s=stats.mixed_s,
-        stalls_s=engine.lanes.stalls_s,
-        bytes_read=engine.disk.bytes_read,
-        peak_bytes=_peak_bytes(),
-        full=_full_batches(engine.batches),
-        rehearsed=rehearse and engine.plan.device == "accelerator",
-    )
-
-
-def _full_batches(batches: Sequence[tuple[int, Stats]]) -> FullBatches | None:
-    """The batches with the most sequences, summed; the last one of a run is often smaller."""
-    if not batches:
-        return None
-    most = max(sequences for sequences, _ in batches)
-    warm = sum(sequences == most for sequences, _ in batches[1:]) > 0
-    full = [stats for sequences, stats in batches[int(warm) :] if sequences == most]
-    sums = functools.reduce(lambda all_before, stats: all_before.plus(stats), full)
-    return FullBatches(sequences=most, batches=len(full), warm=warm, sums=sums)
-
-
-def _peak_bytes() -> int:
-    """The most memory this process has held. Not getrusage: there a process inherits its parent's peak."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def summary(plan: RuntimePlan, report: Report) -> str:
-    """The run in lines of text, its speeds beside those that the plan expects."""
-    expected = plan.predicted
-    all_s = report.prefill_s + report.decode_s + report.mixed_s
-    speeds = (
-        ("prefill", report.prompt_tokens, report.prefill_s, expected.prefill_tokens_per_s),
-        ("decode", report.decode_tokens, report.decode_s, expected.decode_tokens_per_s),
-        ("generated", report.generated_tokens, all_s, expected.generated_tokens_per_s),
-    )
-    resumed = f" ({report.resumed} from the interrupted run)" if report.resumed else ""
-    failed = f", {report.failed} with an error record" if report.failed else ""
-    planned = plan.memory.budget_bytes + plan.offload.budget_bytes * report.rehearsed  # one memory for both
-    lines = [
-        f"{report.answered + report.failed + report.resumed} requests{resumed}{failed}; "
-        f"{report.generated_tokens:,} tokens generated in {all_s:.1f} s",
-        *(_speed(*speed) for speed in speeds if speed[2] > 0),
-        f"  memory     {_gib(report.peak_bytes)} GiB at peak, planned {_gib(planned)}",
-    ]
-    if report.bytes_read:
-        lines.append(f"  pages      {_gib(report.bytes_read)} GiB read")
-    waited = [f"{name} {seconds:.1f} s" for name, seconds in report.stalls_s.items() if seconds > 0]
-    if waited:
-        lines.append(f"  waiting    {', '.join(waited)} for other lanes")
-    if report.rehearsed:
-        lines.append("  rehearsal: the CPU took the accelerator's place, so no speed above is the plan's")
-        return "\n".join(lines)
-    if all_s > 0 and report.generated_tokens / all_s < expected.generated_tokens_per_s.low:
-        lines.append(f"  slower than planned: {_SLOWER}")
-    return "\n".join(lines)
-
-
-_SLOWER = "a busy machine, a batch that was not full, or a model so small that calls outweigh arithmetic"
-
-
-def _speed(name: str, tokens: int, seconds: float, plan: Range) -> str:
-    interval = f"{plan.low:,.0f} to {plan.high:,.0f}"
-    return f"  {name:9}  {tokens / seconds:,.0f} tokens/s, the plan expected {plan.value:,.0f} ({interval})"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"
 
 
 def show(input: Path, output: Path, count: int) -> str:

@@ -37,14 +37,8 @@ from moeplan.runtime_min.lanes import (
 from moeplan.runtime_min.layers import Routing, sort_by_expert
 from moeplan.runtime_min.limits import check_memory, check_numbers
 from moeplan.runtime_min.model_config import ModelConfig, read_config
-from moeplan.runtime_min.models.mixtral import (
-    DTYPES,
-    Operations,
-    expert_names,
-    page_experts,
-    page_names,
-    tensor_shapes,
-)
+from moeplan.runtime_min.models.tensors import expert_names, page_experts, page_names, tensor_shapes
+from moeplan.runtime_min.operations import DTYPES, Operations
 from moeplan.runtime_min.paged import PagedBatch, PagedCache, attend_paged, decode_batch, prompt_batch
 from moeplan.runtime_min.pages import PageStore, Weights
 from moeplan.runtime_min.plan_file import RuntimePlan, call_tokens
@@ -115,7 +109,7 @@ class StreamModel(Operations):
         """Add what the page's experts say to the residual stream."""
 
         def matrices(e: int) -> tuple[Tensor, Tensor, Tensor]:
-            w1, w2, w3 = expert_names(layer, e)
+            w1, w2, w3 = expert_names(self._model, layer, e)
             return weights[w1], weights[w2], weights[w3]
 
         experts = page_experts(self._model, self._page_plan, page)

@@ -14,7 +14,7 @@ from moeplan.planner.diagnostics import CompileError, Span
 from moeplan.planner.ir.profile import FIGURES
 from moeplan.planner.profile_file import COLUMNS, ProfileRow, read_profile, read_text, with_row
 from moeplan.runtime_min.engine import Stats
-from moeplan.runtime_min.run import FullBatches
+from moeplan.runtime_min.report import FullBatches
 
 HEADER = ",".join(COLUMNS)
 GOOD = "a2-ultragpu-1g,mixtral-8x7b,vllm,1,512,128,64,,3000,,,0.02"

@@ -57,7 +57,7 @@ def _runtime_plan(plan: Plan, replica: Replica, schedule: Schedule, text: str) -
 
 
 def _model_plan(plan: Plan, policy: Policy) -> plan_file.ModelPlan:
-    model = plan.workload.model
+    model = plan.workload.model.as_one_expert()
     return plan_file.ModelPlan(
         architecture=model.model_type,
         checkpoint=plan.spec.model.path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 AttentionKind = Literal["gqa", "mla"]
@@ -125,3 +125,20 @@ class Model:
         p = self.parameters
         routed = p.routed_experts * self.stored_bytes_per_expert_parameter
         return round(routed + (p.total() - p.routed_experts) * self.stored_bytes_per_other_parameter)
+
+    def as_one_expert(self) -> Model:
+        """The model as runtime_min runs it: the MLP of a dense one is an expert that every token takes."""
+        if self.moe_layers:
+            return self
+        p = self.parameters
+        return replace(
+            self,
+            dense_layers=0,
+            dense_intermediate=0,
+            moe_layers=self.dense_layers,
+            experts=1,
+            experts_per_token=1,
+            expert_intermediate=self.dense_intermediate,
+            parameters=replace(p, routed_experts=p.dense_mlp, dense_mlp=0),
+            stored_bytes_per_expert_parameter=self.stored_bytes_per_other_parameter,
+        )

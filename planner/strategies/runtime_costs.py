@@ -1,6 +1,6 @@
 """Model, Kernels -> seconds that the cores take for each operation of the bundled runtime.
 
-Operations, and the calls within them, are those of `runtime_min/models/mixtral.py`: attention by micro-batch,
+Operations, and the calls within them, are those of `runtime_min/operations.py`: attention by micro-batch,
 one routing per layer, three products per expert that is hit, one head per pass.
 """
 
@@ -81,10 +81,11 @@ class RuntimeCosts:
 
     def route(self, step: PassShape) -> float:
         """Norm, choice of experts and sorting of one layer; shared experts and dense MLPs by their mean."""
-        k, model = self.kernels, self.model
+        k, model, p = self.kernels, self.model, self.model.parameters
         pieces = math.ceil(step.tokens / step.call_tokens)
         rows = step.tokens / pieces
-        p = model.parameters
+        if not p.router:  # one MLP takes all tokens: the norm is left
+            return step.tokens * model.hidden / _between(k.route_values_per_s, rows)
         weights = (p.router + p.shared_experts + p.dense_mlp) / model.layers
         values_s = step.tokens * (model.hidden + ROUTE_VALUES) / _between(k.route_values_per_s, rows)
         return pieces * (self._products(rows, weights) + k.route_s) + values_s

@@ -73,9 +73,9 @@ def measure(folder: Path, sizes: Sizes | None = None) -> dict[str, Any]:
     return figures
 
 
-def machine_yaml(figures: Figures) -> str:
+def machine_yaml(figures: Figures, source: str = "Measured by `moeplan calibrate`.") -> str:
     """The figures as a machine file: `load_machine` of the planner reads the same figures from it."""
-    head = "# Measured by `moeplan calibrate`.\nname: this-machine\nprovenance: calibrated\n"
+    head = f"# {source}\nname: this-machine\nprovenance: calibrated\n"
     groups = {key: value for key, value in figures.items() if key != "notes"}
     notes = "".join(f"# {key}: {_flow(value)}\n" for key, value in figures.get("notes", {}).items())
     return head + "".join(f"{key}:{_block(value, 2)}\n" for key, value in groups.items()) + notes

@@ -1,6 +1,6 @@
 """How fast this runtime's own operations run here, for one number of threads and one dtype.
 
-The planner counts calls, weights, values and cached bytes of a pass as `models/mixtral.py` executes them, and
+The planner counts calls, weights, values and cached bytes of a pass as `operations.py` executes them, and
 turns each count into seconds with one of the figures below. Products, scores and attention of prompts are
 timed alone; the rest is what is left of the model's operations when these are taken off, so that it holds
 whatever the operations cost beside them.
@@ -22,7 +22,7 @@ from torch import Tensor
 from moeplan.runtime_min.calibration.probe import Probe, Shape
 from moeplan.runtime_min.lanes import ATTENTION, ROUTE
 from moeplan.runtime_min.layers import linear
-from moeplan.runtime_min.models.mixtral import DTYPES
+from moeplan.runtime_min.operations import DTYPES
 from moeplan.runtime_min.paged import PagedCache, decode_attention, decode_batch, prompt_attention
 from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, kv_blocks
 from moeplan.runtime_min.sampling import greedy

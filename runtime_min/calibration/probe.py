@@ -30,7 +30,8 @@ from moeplan.runtime_min.lanes import (
 )
 from moeplan.runtime_min.layers import Routing, sort_by_expert
 from moeplan.runtime_min.model_config import ModelConfig
-from moeplan.runtime_min.models.mixtral import DTYPES, tensor_shapes
+from moeplan.runtime_min.models.tensors import tensor_shapes
+from moeplan.runtime_min.operations import DTYPES
 from moeplan.runtime_min.paged import decode_batch, prompt_batch
 from moeplan.runtime_min.plan_file import (
     KV_BLOCK_TOKENS,

@@ -16,7 +16,7 @@ from moeplan.planner.ir.plan import Plan
 from moeplan.runtime_min import plan_file
 from moeplan.runtime_min.lanes import load_schedule
 from moeplan.runtime_min.limits import check_offload
-from moeplan.runtime_min.models.mixtral import tensor_shapes
+from moeplan.runtime_min.models.tensors import tensor_shapes
 from moeplan.runtime_min.offload_memory import Buffers, Experts, check_device_and_host
 
 Compile = Callable[[str], Plan]

@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from moeplan.codegen.emit.schedule_py import schedule_text
 from moeplan.planner.ir.schedule import OffloadConstants, Schedule, StreamConstants
@@ -40,8 +50,10 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, seed=0)
 
 @dataclass(frozen=True)
 class Shape:
-    """A small Mixtral, its odd sizes chosen to break assumptions."""
+    """A small model, its odd sizes chosen to break assumptions; `config` are more keys of config.json."""
 
+    kind: str = "mixtral"
+    config: tuple[tuple[str, Any], ...] = ()
     layers: int = 2
     hidden: int = 24
     heads: int = 4
@@ -56,33 +68,59 @@ class Shape:
     shard: str = "5GB"
 
 
-def save_checkpoint(folder: Path, shape: Shape, seed: int = 0) -> MixtralForCausalLM:
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+}
+
+
+def save_checkpoint(folder: Path, shape: Shape, seed: int = 0) -> PreTrainedModel:
     """Write a random checkpoint with a byte tokenizer; return the model in float32."""
     torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        num_local_experts=shape.experts,
-        num_experts_per_tok=shape.top,
-        max_position_embeddings=256,
-        sliding_window=None,
-        tie_word_embeddings=shape.tied,
-        initializer_range=0.3,  # far from uniform scores, so that the best token is clear
-        bos_token_id=257,
-        eos_token_id=258,
-    )
-    model = MixtralForCausalLM(config).eval().to(shape.stored)
-    model.save_pretrained(folder, max_shard_size=shape.shard)
+    config_class, model_class = CLASSES[shape.kind]
+    config = config_class(**_config(shape))
+    model = model_class(config).eval()
+    for name, weight in model.named_parameters():  # norms of ones would hide where they are applied
+        if name.endswith("norm.weight"):
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    model.to(shape.stored).save_pretrained(folder, max_shard_size=shape.shard)
     save_tokenizer(folder)
     # Loaded anew: `model.float()` would keep rotary frequencies rounded to the stored dtype.
-    reference = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    reference.set_experts_implementation("eager")  # the grouped kernel refuses odd sizes
+    reference = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    if shape.kind != "llama":
+        reference.set_experts_implementation("eager")  # the grouped kernel refuses odd sizes
     return reference
+
+
+def _config(shape: Shape) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": shape.tied,
+        "initializer_range": 0.3,  # far from uniform scores, so that the best token is clear
+        "bos_token_id": 257,
+        "eos_token_id": 258,
+        "pad_token_id": None,
+        **dict(shape.config),
+    }
+    if shape.kind != "olmoe":
+        keys["head_dim"] = shape.head_dim
+    if shape.kind == "mixtral":
+        keys |= {"num_local_experts": shape.experts, "sliding_window": None}
+    elif shape.kind != "llama":
+        keys["num_experts"] = shape.experts
+    if shape.kind != "llama":
+        keys["num_experts_per_tok"] = shape.top
+    if shape.kind == "qwen3_moe":
+        keys |= {"moe_intermediate_size": shape.inner, "intermediate_size": 5}
+    return keys
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -104,11 +142,13 @@ def save_tokenizer(folder: Path) -> None:
 def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
     """A plan that fits `shape`; `changes` are fields of the batch, the pages or the plan itself."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    layer = 2 * shape.hidden * (query + key) + shape.experts * shape.hidden * (3 * shape.inner + 1)
-    layer += 2 * shape.hidden
+    router = shape.experts * (shape.kind != "llama")
+    layer = 2 * shape.hidden * (query + key) + shape.hidden * (3 * shape.experts * shape.inner + router)
+    norms = {"qwen3_moe": 2 * shape.head_dim, "olmoe": query + key}
+    layer += 2 * shape.hidden + norms.get(shape.kind, 0)
     embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)
     model = ModelPlan(
-        architecture="mixtral",
+        architecture=shape.kind,
         checkpoint="checkpoint",
         compute_dtype=changes.pop("compute_dtype", "float32"),
         layers=shape.layers,

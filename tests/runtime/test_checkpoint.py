@@ -9,7 +9,7 @@ import pytest
 
 from moeplan.runtime_min.checkpoint import CheckpointError, find_tensors
 from moeplan.runtime_min.model_config import read_config
-from moeplan.runtime_min.models.mixtral import tensor_shapes
+from moeplan.runtime_min.models.tensors import tensor_shapes
 
 from .folders import Shape, make_plan, save_checkpoint
 

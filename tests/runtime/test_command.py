@@ -143,5 +143,38 @@ def test_a_killed_run_goes_on(folders, tmp_path):
 
 
 def test_progress_bar(capsys):
-    command.progress_bar(1, 2, 1234)
-    assert capsys.readouterr().err == f"\r[{'#' * 15}{'-' * 15}] 1/2 requests, 1,234 tokens"
+    """Requests that an earlier run did say nothing about how long the others take."""
+    times = iter([100.0, 110.0, 120.0])
+    bar = command.ProgressBar(lambda: next(times))
+    bar(10, 40, 0)
+    bar(20, 40, 500)
+    bar(40, 40, 1500)
+    first, second, last = capsys.readouterr().err.replace("\x1b[K", "").split("\r")[1:]
+    assert first == f"[{'#' * 7}{'-' * 23}] 10/40 requests, 0 tokens"
+    assert second == f"[{'#' * 15}{'-' * 15}] 20/40 requests, 500 tokens, 50/s, 0:00:20 left"
+    assert last == f"[{'#' * 30}] 40/40 requests, 1,500 tokens, 75/s"
+
+
+def test_what_follows_a_run(folders, tmp_path):
+    """A trace, metrics and a report of one run agree."""
+    files = {name: tmp_path / name for name in ("trace", "metrics", "report")}
+    options = [f"--{name}={path}" for name, path in files.items()]
+    assert command.main(["bench", str(folders[1]), "--prompt-tokens", "4", "--tokens", "3", *options]) == 0
+    report = json.loads(files["report"].read_text())
+    measured = report["measured"]
+    assert (measured["requests"], measured["answered"], measured["generated_tokens"]) == (4, 4, 12)
+    assert (
+        f'moeplan_read_bytes_total{{plan="small"}} {measured["bytes_read"]}\n' in files["metrics"].read_text()
+    )
+    events = json.loads(files["trace"].read_text())
+    assert sum(event["args"].get("bytes", 0) for event in events) == measured["bytes_read"]
+    lanes = {lane["name"]: lane for lane in measured["lanes"]}
+    for lane in lanes.values():
+        assert lane["busy_s"] > 0
+    busy = lanes["compute"]["busy_s"] + lanes["compute"]["stall_s"]
+    assert busy <= measured["elapsed_s"]
+    for row in report["predicted_and_measured"]:
+        assert row["ratio"] == pytest.approx(row["measured"] / row["predicted"])
+        assert row["within"] == (row["low"] <= row["measured"] <= row["high"])
+    rate = {row["figure"]: row["measured"] for row in report["predicted_and_measured"]}
+    assert rate["generated_tokens_per_s"] == pytest.approx(12 / measured["elapsed_s"])

@@ -133,11 +133,8 @@ def test_batches_end_and_follow_each_other(model, tmp_path, micro_batch, across)
             check(engine, reference, batch)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_any_pace_of_any_lane_gives_the_same(model, tmp_path, seed, monkeypatch):
-    """Lanes are held up at random: order comes from what rows wait for, not from how fast lanes are."""
-    folder, reference = model
-    pace = random.Random(seed)
+def slow_lanes(monkeypatch: pytest.MonkeyPatch, pace: random.Random) -> None:
+    """Hold up one lane always, the others now and then."""
     slow = pace.choice(["gpu", "h2d", "d2h", "cpu", "copier", "disk"])
 
     def dawdling(lanes, lane, begun, block, do=Lanes._do):
@@ -146,6 +143,40 @@ def test_any_pace_of_any_lane_gives_the_same(model, tmp_path, seed, monkeypatch)
         do(lanes, lane, begun, block)
 
     monkeypatch.setattr(Lanes, "_do", dawdling)
+
+
+@pytest.mark.parametrize("micro_batch", [7, 3, 2])
+@pytest.mark.parametrize("across", [0, 1, 2])
+@pytest.mark.parametrize("attention", ["cpu", "copied", "device"])
+def test_sequences_enter_as_others_leave(model, tmp_path, attention, micro_batch, across, monkeypatch):
+    """Twenty requests for seven places, answers of many lengths, lanes held up at random: prompts are read
+    beside decoding, and the answers are those of the sequences alone."""
+    folder, reference = model
+    slow_lanes(monkeypatch, random.Random(micro_batch))
+    plan = make_offload_plan(
+        SHAPE, micro_batch=micro_batch, cpu_experts=1, disk_experts=1, slots=3, pages_per_layer=3
+    )
+    count = -(-7 // micro_batch)
+    attend = {"cpu": (count, 0), "copied": (0, count), "device": (0, 0)}[attention]
+    with Rehearsal(tmp_path, folder, plan, attend=attend, pages_from_disk=1, across=across) as engine:
+        some = generations([1 + 7 * at % 20 for at in range(20)])
+        batch = [Generation(g.prompt, 1 + 5 * at % 7, GREEDY) for at, g in enumerate(some)]
+        for at in (3, 11, 12):
+            batch[at].ends, batch[at].max_tokens = frozenset(range(0, VOCAB, 2)), 12
+        done: list[Generation] = []
+        engine.run(iter(batch), done.append)
+        assert sorted(map(id, done)) == sorted(map(id, batch))
+        assert all(g.finish == "stop" or len(g.tokens) == g.max_tokens for g in batch)
+        check(engine, reference, batch)
+        assert engine.stats.mixed_s > 0
+        assert engine.stats.requests == len(batch)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_pace_of_any_lane_gives_the_same(model, tmp_path, seed, monkeypatch):
+    """Lanes are held up at random: order comes from what rows wait for, not from how fast lanes are."""
+    folder, reference = model
+    slow_lanes(monkeypatch, random.Random(seed))
     plan = make_offload_plan(SHAPE, cpu_experts=1, disk_experts=1, slots=3, pages_per_layer=3)
     with Rehearsal(tmp_path, folder, plan, attend=(1, 2), pages_from_disk=1, across=2) as engine:
         batch = generations(LENGTHS, seed)

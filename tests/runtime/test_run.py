@@ -1,6 +1,7 @@
 """A batch file in, a batch file out: complete, in order, the same however it is cut or interrupted."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from moeplan.runtime_min import results, run
 from moeplan.runtime_min.batch_file import Failure, failure_record
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.plan_file import PlanFileError, load, to_json
-from moeplan.runtime_min.run import bench_plan, run_plan, show, summary
+from moeplan.runtime_min.report import Report, summary
+from moeplan.runtime_min.run import bench_plan, run_plan, show
 
 from .folders import Shape, make_plan, save_checkpoint, save_tokenizer, write_plan
 
@@ -73,7 +75,7 @@ def text_of(record: dict) -> str:
 
 
 @pytest.fixture(scope="module")
-def answered(runtime_dir, tmp_path_factory) -> tuple[Path, Path, run.Report]:
+def answered(runtime_dir, tmp_path_factory) -> tuple[Path, Path, Report]:
     """Input, output and report of one run over LINES; the checkpoint is found from the plan."""
     folder = tmp_path_factory.mktemp("run")
     source, output = write_input(folder, LINES), folder / "out.jsonl"
@@ -213,6 +215,57 @@ def test_stop_texts_end_the_answer_before_them(answered, runtime_dir, tmp_path):
     [record] = read_output(tmp_path / "out.jsonl")
     assert text_of(record) == full[: full.index(stop)]
     assert record["response"]["body"]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_poisoned_requests_get_error_records(runtime_dir, tmp_path, monkeypatch):
+    """Whatever is wrong with a request, the others are answered."""
+    from moeplan.runtime_min.prompts import Prompts
+
+    encode = Prompts.encode
+
+    def failing(self, request):
+        if request.prompt == "panic":
+            raise RuntimeError("no such token")
+        return encode(self, request)
+
+    monkeypatch.setattr(Prompts, "encode", failing)
+    lines = [
+        completion("good", "Once"),
+        completion("tokenizer", "panic"),
+        completion("huge", "x" * 1_000_000),
+        completion("surrogate", "half \ud800"),
+        completion("stops", "Once", stop=["y" * 1_000_000, "\u0000", "z", "\U0001f600"]),
+        completion("nested", "Once", metadata={"a": 1}).replace("1}", "[" * 50_000 + "]" * 50_000 + "}"),
+        completion("number", "Once").replace(": 5", ": 1e999"),
+        completion("also good", "Once"),
+    ]
+    report = run_plan(runtime_dir, None, write_input(tmp_path, lines), tmp_path / "out.jsonl")
+    codes = {r["custom_id"]: r["error"] and r["error"]["code"] for r in read_output(tmp_path / "out.jsonl")}
+    assert codes == {
+        "good": None,
+        "tokenizer": "invalid_prompt",
+        "huge": "context_length_exceeded",
+        "surrogate": "invalid_parameter",
+        "stops": None,
+        None: "invalid_json",
+        "number": "invalid_parameter",
+        "also good": None,
+    }
+    assert (report.answered, report.failed) == (3, 5)
+
+
+def test_a_template_that_fails_on_one_chat(checkpoint, runtime_dir, tmp_path):
+    """Not only in the ways that templates should: this one calls itself without end."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, copy)
+    template = (
+        "{% macro f() %}{{ f() }}{% endmacro %}{% if messages[0].content == 'loop' %}{{ f() }}{% endif %}:"
+    )
+    (copy / "chat_template.jinja").write_text(template)
+    source = write_input(tmp_path, [chat("good", "Hello"), chat("endless", "loop"), chat("again", "Hello")])
+    report = run_plan(runtime_dir, copy, source, tmp_path / "out.jsonl")
+    assert (report.answered, report.failed) == (2, 1)
+    assert read_output(tmp_path / "out.jsonl")[1]["error"]["code"] == "invalid_prompt"
 
 
 def test_show_and_summary(answered, runtime_dir):

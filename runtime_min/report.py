@@ -1,0 +1,234 @@
+"""What a run did: its record, the same in lines of text, and as JSON beside what the plan expected."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeplan.runtime_min.errors import written
+from moeplan.runtime_min.plan_file import Range, RuntimePlan
+
+if TYPE_CHECKING:
+    from moeplan.runtime_min.engine import Batches, Stats
+
+REPORT_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullBatches:
+    """The fullest batches of a run, all of one number of `sequences`, and the sums over them. A batch goes on
+    while requests take the places of others.
+
+    `warm`: without the first batch of the run, which waits for caches and threads to come up.
+    """
+
+    sequences: int
+    batches: int
+    warm: bool
+    sums: Stats
+
+    def figures(self) -> dict[str, float]:
+        """Measured rates and latencies, by the names that a profile has for them."""
+        sums = self.sums
+        figures = {
+            "prefill_tokens_per_s": sums.prefilled_tokens / sums.prefill_s,
+            "requests_per_s": sums.requests / sums.seconds,
+            "ttft_s": sums.first_tokens_s / sums.requests,
+        }
+        if sums.decode_passes:
+            figures["decode_tokens_per_s"] = sums.decoded_tokens / sums.decode_s
+            figures["itl_s"] = sums.decode_s / sums.decode_passes
+        return figures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneReport:
+    """Seconds in which a lane worked, and in which it waited for others; bytes that it read."""
+
+    name: str
+    busy_s: float
+    stall_s: float
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a run did so far. Passes that read prompts beside decoding are mixed: `mixed_s` is no other time.
+    `prefilled_tokens` and `decode_tokens` are those of the other passes, `prompt_tokens` and
+    `generated_tokens` those of all.
+
+    `requests` are those of the input; `resumed` of them were done by an earlier run. `lanes` are those that
+    had work; the first computes. `rehearsed`: the CPU took the accelerator's place.
+    """
+
+    requests: int
+    answered: int
+    failed: int
+    resumed: int
+    prompt_tokens: int
+    prefilled_tokens: int
+    generated_tokens: int
+    decode_tokens: int
+    decode_passes: int
+    prefill_s: float
+    decode_s: float
+    mixed_s: float
+    lanes: tuple[LaneReport, ...]
+    bytes_read: int
+    peak_bytes: int
+    full: FullBatches | None
+    rehearsed: bool
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds in passes; loading is not counted."""
+        return self.prefill_s + self.decode_s + self.mixed_s
+
+
+@dataclass(slots=True)
+class Counts:
+    """Requests of a run, as they are dealt with."""
+
+    requests: int
+    answered: int = 0
+    failed: int = 0
+    resumed: int = 0
+
+    @property
+    def done(self) -> int:
+        return self.answered + self.failed + self.resumed
+
+
+def make_report(engine: Batches, counts: Counts, rehearse: bool) -> Report:
+    """What `engine` has done; while it works a figure may lack the block under way."""
+    stats = engine.stats
+    lanes = tuple(
+        LaneReport(name=name, busy_s=lane.busy_s, stall_s=lane.stall_s, bytes_read=lane.bytes_read)
+        for name, lane in engine.lanes.lanes.items()
+        if lane.done
+    )
+    return Report(
+        **asdict(counts),
+        prompt_tokens=stats.prompt_tokens,
+        prefilled_tokens=stats.prefilled_tokens,
+        generated_tokens=stats.generated_tokens,
+        decode_tokens=stats.decoded_tokens,
+        decode_passes=stats.decode_passes,
+        prefill_s=stats.prefill_s,
+        decode_s=stats.decode_s,
+        mixed_s=stats.mixed_s,
+        lanes=lanes,
+        bytes_read=engine.disk.bytes_read,
+        peak_bytes=_peak_bytes(),
+        full=_full_batches(engine.batches),
+        rehearsed=rehearse and engine.plan.device == "accelerator",
+    )
+
+
+def _full_batches(batches: Sequence[tuple[int, Stats]]) -> FullBatches | None:
+    """The batches with the most sequences, summed; the last one of a run is often smaller."""
+    if not batches:
+        return None
+    most = max(sequences for sequences, _ in batches)
+    warm = sum(sequences == most for sequences, _ in batches[1:]) > 0
+    full = [stats for sequences, stats in batches[int(warm) :] if sequences == most]
+    sums = functools.reduce(lambda all_before, stats: all_before.plus(stats), full)
+    return FullBatches(sequences=most, batches=len(full), warm=warm, sums=sums)
+
+
+def _peak_bytes() -> int:
+    """The most memory this process has held. Not getrusage: there a process inherits its parent's peak."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def summary(plan: RuntimePlan, report: Report) -> str:
+    """The run in lines of text, its speeds beside those that the plan expects."""
+    resumed = f" ({report.resumed} from the interrupted run)" if report.resumed else ""
+    failed = f", {report.failed} with an error record" if report.failed else ""
+    lines = [
+        f"{report.answered + report.failed + report.resumed} requests{resumed}{failed}; "
+        f"{report.generated_tokens:,} tokens generated in {report.elapsed_s:.1f} s",
+        *(_speed(*speed) for speed in _speeds(plan, report)),
+        f"  memory     {_gib(report.peak_bytes)} GiB at peak, planned {_gib(_planned_bytes(plan, report))}",
+        *(_lane(lane, report.elapsed_s) for lane in report.lanes if report.elapsed_s > 0),
+    ]
+    expected = plan.predicted.generated_tokens_per_s
+    if report.rehearsed:
+        lines.append("  rehearsal: the CPU took the accelerator's place, so no speed above is the plan's")
+    elif report.elapsed_s > 0 and report.generated_tokens / report.elapsed_s < expected.low:
+        lines.append(f"  slower than planned: {_SLOWER}")
+    return "\n".join(lines)
+
+
+_SLOWER = "a busy machine, a batch that was not full, or a model so small that calls outweigh arithmetic"
+
+
+def _planned_bytes(plan: RuntimePlan, report: Report) -> int:
+    """Host memory; in a rehearsal it holds the device's too."""
+    return plan.memory.budget_bytes + plan.offload.budget_bytes * report.rehearsed
+
+
+def _speeds(plan: RuntimePlan, report: Report) -> Iterator[tuple[str, float, Range]]:
+    """(phase, tokens/s as measured, tokens/s as planned) of each phase that ran."""
+    expected = plan.predicted
+    phases = (
+        ("prefill", report.prefilled_tokens, report.prefill_s, expected.prefill_tokens_per_s),
+        ("decode", report.decode_tokens, report.decode_s, expected.decode_tokens_per_s),
+        ("generated", report.generated_tokens, report.elapsed_s, expected.generated_tokens_per_s),
+    )
+    return ((name, tokens / seconds, planned) for name, tokens, seconds, planned in phases if seconds > 0)
+
+
+def _speed(name: str, measured: float, plan: Range) -> str:
+    interval = f"{plan.low:,.0f} to {plan.high:,.0f}"
+    return f"  {name:9}  {measured:,.0f} tokens/s, the plan expected {plan.value:,.0f} ({interval})"
+
+
+def _lane(lane: LaneReport, elapsed_s: float) -> str:
+    text = f"  {lane.name:9}  busy {lane.busy_s / elapsed_s:4.0%}, waited {lane.stall_s / elapsed_s:4.0%}"
+    if not lane.bytes_read:
+        return text
+    rate = lane.bytes_read / lane.busy_s / 1e9
+    return f"{text}, {_gib(lane.bytes_read)} GiB read at {rate:.2f} GB/s while busy"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def write_report(path: Path, runtime_dir: Path, plan: RuntimePlan, report: Report) -> None:
+    """Write everything measured as JSON, beside what the plan expected; raises RunError.
+
+    `moeplan calibrate --from` reads it, and finds the plan by `runtime_dir` and its runtime.json's digest.
+    """
+    data = {
+        "format": REPORT_FORMAT,
+        "plan": plan.name,
+        "runtime_dir": str(runtime_dir.resolve()),
+        "runtime_sha256": hashlib.sha256((runtime_dir / "runtime.json").read_bytes()).hexdigest(),
+        "sequences": plan.batch.sequences,
+        "measured": asdict(report) | {"elapsed_s": report.elapsed_s},
+        "predicted_and_measured": [_compared(*speed) for speed in _speeds(plan, report)],
+    }
+    with written(path):
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _compared(name: str, measured: float, plan: Range) -> dict[str, Any]:
+    return {
+        "figure": f"{name}_tokens_per_s",
+        "predicted": plan.value,
+        "low": plan.low,
+        "high": plan.high,
+        "measured": measured,
+        "ratio": measured / plan.value,
+        "within": plan.low <= measured <= plan.high,
+    }
