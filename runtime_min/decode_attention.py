@@ -1,12 +1,10 @@
 """Attention of one new token per sequence over a KV cache in blocks: compiled, or in plain torch.
 
 A cache of keys, and one of values, is a tensor [blocks, V, block_tokens, D]: a block holds the keys of
-`block_tokens` neighbouring tokens of one sequence, those of a head in one run of memory. That is the layout
-in which reading is fastest: the processor meets long runs, and the heads of a block are read by
-different threads. `tables` [B, M] names the blocks of each sequence in order; entries past its length are
-not looked at.
+`block_tokens` neighbouring tokens of one sequence, those of a head in one run of memory. `tables` [B, M]
+names the blocks of each sequence in order; entries past its length are not looked at.
 
-B sequences, T tokens, Q query heads, V key and value heads, G = Q / V query heads to each, D head dimension
+B sequences, Q query heads, V key and value heads, G = Q / V query heads to each, D head dimension
 """
 
 from __future__ import annotations
@@ -24,10 +22,9 @@ from moeplan.runtime_min import team
 PARTS_PER_THREAD = 4  # so that a thread that is interrupted leaves parts to the others
 
 
-def store(cache: Tensor, tables: Tensor, sequences: Tensor, positions: Tensor, x: Tensor) -> None:
-    """Keep x [T, V, D], keys or values, at `positions` [T] of `sequences` [T], the rows of `tables`."""
-    blocks = tables[sequences, positions // cache.shape[2]].long()  # [T]
-    cache[blocks, :, positions % cache.shape[2]] = x
+def prepare() -> None:
+    """Load the compiled kernel; the first time ever it is compiled, for some seconds."""
+    _kernel()
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeplan.runtime_min.decode_attention import decode_attention
 from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, kv_blocks
 
 Piece = tuple[Tensor, int, int]  # a sequence's blocks [M], and its tokens from .. to that a pass reads
@@ -157,19 +158,3 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, new: int) -> Tensor:
     q, k, v = (x.reshape(-1, new, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # [B, heads, S, D]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(0, 1).flatten(1)
-
-
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
-    """Attention of one token [B, Q, D] per sequence over `keys` and `values` [blocks, V, t, D]: [B, Q * D].
-
-    The query heads that share keys stand where a sequence would: no key is copied for them.
-    """
-    most = int(lengths.max())
-    k, v = (_gathered(x, tables[:, : kv_blocks(most)]) for x in (keys, values))  # [B, V, M * t, D]
-    seen = (torch.arange(k.shape[2]) < lengths[:, None])[:, None, None]
-    grouped = q.reshape(len(q), k.shape[1], -1, q.shape[2])
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen).flatten(1)
-
-
-def _gathered(cache: Tensor, tables: Tensor) -> Tensor:
-    return cache[tables].transpose(1, 2).reshape(len(tables), cache.shape[1], -1, cache.shape[3])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moeplan.runtime_min.checkpoint import find_tensors
 from moeplan.runtime_min.cpu import keep_freed_memory
+from moeplan.runtime_min.decode_attention import prepare
 from moeplan.runtime_min.engine import Active, Batches, Generation, goes_on, groups
 from moeplan.runtime_min.lanes import (
     ATTENTION,
@@ -238,6 +239,7 @@ class Engine(Stream):
         check_memory(folder / "runtime.json", plan, shapes, moving)
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
+        prepare()
         dtype = DTYPES[m.compute_dtype]
         self._pages = PageStore(refs, m.layers, pages, lambda *at: page_names(m, pages, *at), dtype)
         lanes = Lanes(schedule, pages.readers)

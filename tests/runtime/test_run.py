@@ -319,7 +319,7 @@ def test_a_run_that_needs_more_than_planned_is_refused(checkpoint, tmp_path, ite
         ("pages", {"pages_per_layer": 4}, "pages_per_layer does not hold the experts"),
         ("pages", {"slots": 0}, "no slots for pages that move"),
         ("model", {"kv_heads": 3}, "heads are not a multiple of kv_heads"),
-        ("model", {"architecture": "llama"}, "architecture 'llama' is not supported"),
+        ("model", {"architecture": "gpt2"}, "architecture 'gpt2' is not supported"),
     ],
 )
 def test_figures_that_cannot_be_executed(checkpoint, tmp_path, part, change, says):

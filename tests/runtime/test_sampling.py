@@ -45,7 +45,7 @@ def test_a_tiny_temperature_is_greedy(temperature):
 
 
 def test_greedy_takes_the_first_of_equals():
-    assert greedy(torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0]])) == [1, 0]
+    assert greedy(torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0]])) == ([1, 0], [3.0, 2.0])
 
 
 @pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
