@@ -31,9 +31,8 @@ def case(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     for cache in caches:
         sequences = torch.arange(count).repeat_interleave(lengths)
         positions = torch.cat([torch.arange(int(length)) for length in lengths])
-        attention.store(
-            cache, tables, sequences, positions, torch.randn(len(positions), heads, size).to(dtype)
-        )
+        places = tables[sequences, positions // tokens].long(), positions % tokens
+        cache[places[0], :, places[1]] = torch.randn(len(positions), heads, size).to(dtype)
     q = torch.randn(count, heads * group, size).to(dtype)
     return q, *caches, tables, lengths
 

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from moeplan.runtime_min.batch_file import parse_line
+from moeplan.runtime_min.prompts import Prompts
 
 from .folders import Shape, save_checkpoint
 
@@ -14,13 +18,14 @@ SHAPES = {
     "olmoe": Shape(kind="olmoe", head_dim=6),
     "qwen3_moe": Shape(kind="qwen3_moe", tied=True),
 }
-SPEC = """\
+NEW = 12
+SPEC = f"""\
 name: job
-model: {path: checkpoint, dtype: float32}
-workload: {batch: {prompts: prompts.jsonl}}
+model: {{path: checkpoint, dtype: float32}}
+workload: {{batch: {{requests: 4, prompt: 40, output: {NEW}}}}}
 machine: cpu-2core
 """
-PROMPTS = Path(__file__).parents[2] / "examples" / "tinymoe" / "prompts.jsonl"
+TEXTS = ["Once upon a time", "I", "A man, a plan, a canal", "It was"]
 
 
 def moeplan(*arguments: str, cwd: Path) -> None:
@@ -29,15 +34,27 @@ def moeplan(*arguments: str, cwd: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def request(name: str, text: str) -> str:
+    body = {"prompt": text, "max_tokens": NEW, "temperature": 0}
+    return json.dumps({"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body})
+
+
 @pytest.mark.parametrize("kind", SHAPES)
-def test_a_compiled_plan_is_executed(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "checkpoint").mkdir()
-    save_checkpoint(tmp_path / "checkpoint", SHAPES[kind])
-    (tmp_path / "prompts.jsonl").write_text("\n".join(PROMPTS.read_text().splitlines()[:4]) + "\n")
+def test_a_compiled_plan_answers_as_transformers_does(kind: str, tmp_path: Path) -> None:
+    folder, shape = tmp_path / "checkpoint", SHAPES[kind]
+    folder.mkdir()
+    reference = save_checkpoint(folder, shape)
+    lines = [request(str(number), text) for number, text in enumerate(TEXTS)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "spec.yaml").write_text(SPEC)
     moeplan("compile", "spec.yaml", cwd=tmp_path)
     moeplan("run", "job.plan", "--input", "prompts.jsonl", "--output", "answers.jsonl", cwd=tmp_path)
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == 4
-    # Lengths are estimated at compile time and this tokenizer spends a token per byte: only the first fits.
-    assert answers[0]["response"]["body"]["usage"]["completion_tokens"] == 48
+    prompts = Prompts(folder, shape.vocab)
+    answers = (tmp_path / "answers.jsonl").read_text().splitlines()
+    for line, answer in zip(lines, answers, strict=True):
+        ids = torch.tensor([prompts.encode(parse_line(1, line.encode()))])
+        mask = torch.ones_like(ids)
+        said = reference.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[0].tolist()
+        new = [token for token in said[ids.shape[1] :] if token != 258]
+        choice = json.loads(answer)["response"]["body"]["choices"][0]
+        assert choice["text"] == prompts.decode(ids[0].tolist(), new)
