@@ -1,72 +1,76 @@
-"""Products of bf16 by the runtime and by torch: rate, weights read per second, and their ratio.
+"""Products of bf16 on the tile units against torch's, and the bytes of weights that each reads.
 
 usage: python benchmarks/products.py
 
-Weights in turn out of 256 MiB, so that they come from memory as in a pass. Timed in alternation; medians
-of nine. Whether the runtime uses its tiles at a number of tokens is in the last column.
+Every call takes another copy of the weight, so that none is in a core's L2 (a last-level cache of more than
+COPIES_BYTES would still hold them). Both are timed in turns, and the median of either is shown. torch has the
+tiles too where CPUID describes them; ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 shows it without.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
-from moeplan.runtime_min.cpu import cap_onednn
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-cap_onednn()
+from moeplan.runtime_min import amx, cpu, layers
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from moeplan.runtime_min import tiles  # noqa: E402
-from moeplan.runtime_min.layers import pad_rows  # noqa: E402
-
-SHAPES = [(2048, 1024), (1024, 2048), (5632, 2048), (2048, 5632)]
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-MEMORY_BYTES = 256 << 20
-CALLS, ROUNDS = 6, 9
+ROWS = (1, 8, 16, 32, 64, 128, 256, 1024)
+SHAPES = ((2048, 1024), (1024, 2048), (5632, 2048), (2048, 5632), (4096, 14336))  # out, in
+COPIES_BYTES = 64 << 20
+SPENT_S = 0.3  # on each number of rows, by either
 
 
-def main() -> None:
-    if not tiles.worth():
-        print("no AMX tiles here: all products are torch's")
-        return
-    print(f"{torch.get_num_threads()} threads")
-    print("  rows values tokens   tiles GFLOP/s  GB/s of weights   torch GFLOP/s  GB/s   ratio  used")
-    for rows, values in SHAPES:
-        weights = torch.randn(MEMORY_BYTES // (2 * rows * values), rows, values).bfloat16()
-        for tokens in TOKENS:
-            x = torch.randn(tokens, values).bfloat16()
-            ours, theirs = seconds(weights, x, [tiles.product, padded])
-            work, nbytes = 2 * tokens * rows * values / 1e9, 2 * rows * values / 1e9
+def time_s(call: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> float:
+    start = time.perf_counter()
+    call(x, weight)
+    return time.perf_counter() - start
+
+
+def by_torch(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(layers.pad_rows(x), weight)[: x.shape[0]]
+
+
+def compare(x: Tensor, weights: list[Tensor]) -> tuple[float, float]:
+    """Median seconds of torch and of the tiles."""
+    calls = (by_torch, amx.product)
+    for call in calls:
+        call(x, weights[0])
+    times: tuple[list[float], list[float]] = ([], [])
+    while sum(map(sum, times)) < 2 * SPENT_S or len(times[0]) < 5:
+        weight = weights[len(times[0]) % len(weights)]
+        for call, spent in zip(calls, times, strict=True):
+            spent.append(time_s(call, x, weight))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def main() -> int:
+    if not amx.usable():
+        print("the tile units cannot be used here", file=sys.stderr)
+        return 1
+    print(f"{torch.get_num_threads()} threads, {cpu.ISA}={os.environ.get(cpu.ISA, '')}")
+    print(
+        f"{'out x in':>12} {'M':>5} {'torch GFLOP/s':>14} {'tiles':>7} {'torch GB/s':>11} {'tiles':>6}  ratio"
+    )
+    for outer, inner in SHAPES:
+        nbytes = 2 * outer * inner
+        weights = [torch.randn(outer, inner).bfloat16() for _ in range(max(2, -(-COPIES_BYTES // nbytes)))]
+        for rows in ROWS:
+            ours = compare(torch.randn(rows, inner).bfloat16(), weights)
+            flops, gb = ([work / s / 1e9 for s in ours] for work in (nbytes * rows, nbytes))
             print(
-                f"{rows:6}{values:7}{tokens:7}{work / ours:16.0f}{nbytes / ours:17.1f}{work / theirs:16.0f}"
-                f"{nbytes / theirs:6.1f}{theirs / ours:8.2f}  {'yes' if tokens in tiles.worth() else 'no'}",
+                f"{outer:>5} x {inner:<5}{rows:>5} {flops[0]:>14.0f} {flops[1]:>7.0f} {gb[0]:>11.1f} "
+                f"{gb[1]:>6.1f} {ours[0] / ours[1]:>6.2f}",
                 flush=True,
             )
-
-
-def padded(x: Tensor, weight: Tensor) -> Tensor:
-    """Torch's product as the runtime calls it."""
-    return F.linear(pad_rows(x), weight)
-
-
-@torch.inference_mode()
-def seconds(weights: Tensor, x: Tensor, products: list[Callable[[Tensor, Tensor], Tensor]]) -> list[float]:
-    """Median seconds of a call of each, in alternation."""
-    taken: list[list[float]] = [[] for _ in products]
-    at = 0
-    for _ in range(ROUNDS + 1):
-        for times, product in zip(taken, products, strict=True):
-            start = time.perf_counter()
-            for _ in range(CALLS):
-                product(x, weights[at % len(weights)])
-                at += 1
-            times.append((time.perf_counter() - start) / CALLS)
-    return [statistics.median(times[1:]) for times in taken]
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

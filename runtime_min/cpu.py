@@ -59,7 +59,7 @@ def amx_is_hollow() -> bool:
     try:
         return is_hollow(_native_cpuid())
     except OSError:  # executable memory is forbidden: distrust AMX under any hypervisor
-        return {"amx_tile", "hypervisor"} <= processor_flags()
+        return {"amx_tile", "hypervisor"} <= _flags()
 
 
 def is_hollow(cpuid: Cpuid) -> bool:
@@ -95,8 +95,7 @@ def _native_cpuid() -> Cpuid:
     return cpuid
 
 
-def processor_flags() -> set[str]:
-    """What the processor says it can do; empty where the system does not tell."""
+def _flags() -> set[str]:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeplan.runtime_min import tiles
+from moeplan.runtime_min import amx
 from moeplan.runtime_min.model_config import RopeScaling
 
 
@@ -23,9 +23,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, in] times weight [out, in]."""
-    if tiles.fits(x, weight):
-        return tiles.product(x, weight).to(x.dtype)
-    return F.linear(pad_rows(x), weight)[: x.shape[0]]
+    on_tiles = amx.linear(x, weight)
+    return F.linear(pad_rows(x), weight)[: x.shape[0]] if on_tiles is None else on_tiles
 
 
 def pad_rows(x: Tensor) -> Tensor:
@@ -48,11 +47,10 @@ def round_rows(rows: int) -> int:
 
 
 def expert(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """w2 · (silu(w1 · x) * (w3 · x)) for x [T, H], w1 and w3 [I, H], w2 [H, I]; on tiles in float32."""
-    if tiles.fits(x, w1, w2, w3):
-        given, count = tiles.packed(x), len(x)
-        widened = F.silu(tiles.multiply(given, count, w1), inplace=True)
-        return tiles.product(widened.mul_(tiles.multiply(given, count, w3)).to(x.dtype), w2)
+    """w2 · (silu(w1 · x) * (w3 · x)) for x [T, H], w1 and w3 [I, H], w2 [H, I]."""
+    gate = amx.linear(x, w1)  # [T, I]
+    if gate is not None:
+        return linear(F.silu(gate, inplace=True).mul_(linear(x, w3)), w2)
     padded = pad_rows(x)
     inner = F.silu(F.linear(padded, w1), inplace=True)  # [T, I]
     return F.linear(inner.mul_(F.linear(padded, w3)), w2)[: x.shape[0]]

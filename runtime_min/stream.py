@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeplan.runtime_min import tiles
+from moeplan.runtime_min import amx
 from moeplan.runtime_min.checkpoint import find_tensors
 from moeplan.runtime_min.cpu import keep_freed_memory
 from moeplan.runtime_min.decode_attention import prepare
@@ -241,7 +241,7 @@ class Engine(Stream):
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
         prepare()
-        tiles.worth()
+        amx.usable()
         dtype = DTYPES[m.compute_dtype]
         self._pages = PageStore(refs, m.layers, pages, lambda *at: page_names(m, pages, *at), dtype)
         lanes = Lanes(schedule, pages.readers)

@@ -1,0 +1,197 @@
+"""Products of bf16 on the tile units (AMX) of an x86-64 CPU; torch's wherever they cannot be used.
+
+Where oneDNN finds no description of the tiles (CPUID leaf 0x1D, which some hypervisors leave empty) it does
+without them. Here they are asked for and tried: see `usable`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeplan.runtime_min import cpu, team
+
+FLAGS = {"amx_tile", "amx_bf16", "avx512f", "avx512bw"}
+# Where oneDNN has the tiles too it is faster with more rows than these, by benchmarks/products.py.
+MOST_ROWS = 128
+_CHUNK_BYTES = 1 << 20  # of the weight: what a thread works on stays in its L2
+_CHUNK_ROWS = 128  # at most
+_PROBE_S = 120.0  # most that compiling and trying may take
+_PROBE = "from moeplan.runtime_min import amx; import sys; sys.exit(not amx.right())"
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux: arch/x86/include/uapi/asm/prctl.h
+# Palette 1: eight tiles of 16 rows of 64 bytes. Source: Intel SDM, LDTILECFG.
+_CONFIG = ctypes.create_string_buffer(
+    bytes([1]) + bytes(15) + bytes([64, 0]) * 8 + bytes(16) + bytes([16]) * 8 + bytes(8), 64
+)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor | None:
+    """x [T, in] times weight [out, in] as bf16 [T, out], or None where torch is to do it."""
+    if not _fits(x, weight) or x.shape[0] > _most_rows() or not usable():
+        return None
+    return _compiled(x, weight, torch.bfloat16)
+
+
+def product(x: Tensor, weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """x bf16 [T, in] times weight bf16 [out, in], summed in float32: [T, out] of `dtype`, bf16 or float32.
+
+    The weight is read in place; its rows must be contiguous. A token's result does not depend on the others.
+    """
+    if _fits(x, weight) and usable():
+        return _compiled(x, weight, dtype)
+    return F.linear(x, weight).to(dtype)
+
+
+@functools.cache
+def usable() -> bool:
+    """Whether the tiles are there, permitted, and multiply rightly.
+
+    Tried in a process of its own, which an illegal instruction may kill; the answer is kept in the user's
+    cache by what the CPU has and the kernel's sources.
+    """
+    flags = cpu_flags()
+    if not flags >= FLAGS or not _has_numba() or not _permitted():
+        return False
+    if not _works(_kept(flags)):
+        return False
+    _kernel()  # loaded now, not in the first pass
+    return True
+
+
+def _works(kept: Path) -> bool:
+    """What was found before and is `kept`, or is found now."""
+    try:
+        return json.loads(kept.read_text()) is True
+    except (OSError, ValueError):
+        works = _probe()
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fresh = kept.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(works))
+        fresh.replace(kept)
+    except OSError:
+        pass  # tried again the next time
+    return works
+
+
+def right() -> bool:
+    """Whether a small product is what float32 makes of it; raises nothing, but may kill the process."""
+    if not _permitted():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (35, 64))
+    difference = _compiled(x, weight, torch.float32) - x.float() @ weight.float().T
+    return difference.abs().max().item() < 1e-3
+
+
+def cpu_flags() -> frozenset[str]:
+    """What Linux lists of an x86-64 CPU; elsewhere empty."""
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+
+
+def _has_numba() -> bool:
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _most_rows() -> int:
+    """No limit where oneDNN is kept from the tiles: see cpu.cap_onednn."""
+    allowed = os.environ.get(cpu.ISA, "DEFAULT").upper()
+    return MOST_ROWS if allowed in ("DEFAULT", "ALL") or "AMX" in allowed else sys.maxsize
+
+
+@functools.cache
+def _permitted() -> bool:
+    """Ask Linux for the tiles' state, once per process."""
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    call.restype = ctypes.c_long
+    return bool(call(_ARCH_PRCTL, ctypes.c_long(_REQUEST_PERMISSION), ctypes.c_long(_TILE_DATA)) == 0)
+
+
+def _sources() -> list[str]:
+    return [str(Path(__file__).with_name(name)) for name in ("amx.py", "amx_kernel.py")]
+
+
+def _kept(flags: frozenset[str]) -> Path:
+    digest = hashlib.sha256(" ".join(sorted(flags)).encode())
+    for source in _sources():
+        digest.update(Path(source).read_bytes())
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home, "moeplan", f"amx-{digest.hexdigest()[:16]}.json")
+
+
+def _probe() -> bool:
+    try:
+        child = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, timeout=_PROBE_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return child.returncode == 0
+
+
+@functools.cache
+def _kernel() -> Any:
+    with team.kept(*_sources()):
+        from moeplan.runtime_min import amx_kernel
+    return amx_kernel
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype == weight.dtype == torch.bfloat16
+        and x.device.type == weight.device.type == "cpu"
+        and x.dim() == 2
+        and x.shape[0] > 0
+        and x.shape[1] % 32 == 0
+        and x.shape[1] > 0
+        and weight.shape[0] % 32 == 0
+        and weight.is_contiguous()
+    )
+
+
+def _compiled(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    kernel = _kernel()
+    x = x.contiguous()
+    (count, inner), outer = x.shape, weight.shape[0]
+    blocks = -(-count // 16)
+    packed = torch.empty(blocks * 16 * inner, dtype=torch.bfloat16)
+    out = torch.empty(count, outer, dtype=dtype)
+    chunk = _chunk_rows(inner, outer)
+    parts = -(-outer // chunk)
+    scratch = torch.empty(parts * 1024, dtype=torch.float32)
+    table = [
+        *(0, blocks, x.data_ptr(), packed.data_ptr(), weight.data_ptr(), out.data_ptr()),
+        *(count, inner, outer, chunk, dtype == torch.float32, scratch.data_ptr(), ctypes.addressof(_CONFIG)),
+    ]
+    team.run(kernel.pack, table)
+    table[kernel.PARTS] = parts
+    team.run(kernel.product, table)
+    return out
+
+
+def _chunk_rows(inner: int, outer: int) -> int:
+    """Rows of the weight that a thread takes at once, a multiple of 32: few enough to share out evenly."""
+    cached = _CHUNK_BYTES // (2 * inner)
+    shared = outer // (4 * torch.get_num_threads())
+    return max(32, min(cached, shared, _CHUNK_ROWS) // 32 * 32)
