@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeplan.runtime_min import cpu, team
+from moeplan.runtime_min.compiled import user_cache
+from moeplan.runtime_min.cpu import cpu_flags
 
 FLAGS = {"amx_tile", "amx_bf16", "avx512f", "avx512bw"}
 # Where oneDNN has the tiles too it is faster with more rows than these, by benchmarks/products.py.
@@ -96,17 +97,6 @@ def right() -> bool:
     return difference.abs().max().item() < 1e-3
 
 
-def cpu_flags() -> frozenset[str]:
-    """What Linux lists of an x86-64 CPU; elsewhere empty."""
-    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
-        return frozenset()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
-
-
 def _has_numba() -> bool:
     try:
         import numba  # noqa: F401
@@ -138,8 +128,7 @@ def _kept(flags: frozenset[str]) -> Path:
     digest = hashlib.sha256(" ".join(sorted(flags)).encode())
     for source in _sources():
         digest.update(Path(source).read_bytes())
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home, "moeplan", f"amx-{digest.hexdigest()[:16]}.json")
+    return user_cache() / f"amx-{digest.hexdigest()[:16]}.json"
 
 
 def _probe() -> bool:

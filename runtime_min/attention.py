@@ -84,14 +84,14 @@ def attend(layer: int, batch: MicroBatch, cache: KvCache, q: Tensor, k: Tensor, 
 
 def attend_prompts(batch: MicroBatch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The attention of q [T, Q, D] of whole prompts over k and v [T, V, D]: [T, Q * D]."""
-    return _joined([_prefill(q[s.tokens], k[s.tokens], v[s.tokens], s.new) for s in batch.spans])
+    return _joined([prompt_attention(q[s.tokens], k[s.tokens], v[s.tokens], s.new) for s in batch.spans])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _prefill(q: Tensor, k: Tensor, v: Tensor, new: int) -> Tensor:
+def prompt_attention(q: Tensor, k: Tensor, v: Tensor, new: int) -> Tensor:
     """Causal attention of whole prompts of `new` tokens each, given flat."""
     q, k, v = (x.reshape(-1, new, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # [B, heads, S, D]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])

@@ -59,7 +59,7 @@ def find_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     problems: list[str] = []
     found: dict[str, TensorRef] = {}
     for path in _shards(folder, shapes, problems):
-        refs = _read_header(path, problems)
+        refs = read_header(path, problems)
         problems += [f"{path}: {n}: is also in {found[n].path.name}" for n in refs if n in found]
         found.update(refs)
     readable = not problems
@@ -95,7 +95,7 @@ def _shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], problems: list[
     return [folder / name for name in names if Path(name).name == name and (folder / name).is_file()]
 
 
-def _read_header(path: Path, problems: list[str]) -> dict[str, TensorRef]:
+def read_header(path: Path, problems: list[str]) -> dict[str, TensorRef]:
     """The tensors that the header of `path` declares and the file has room for."""
     try:
         size = path.stat().st_size

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from moeplan.runtime_min.checkpoint import CheckpointError, TensorRef, _read_header, read_json
+from moeplan.runtime_min.checkpoint import CheckpointError, TensorRef, read_header, read_json
 from moeplan.runtime_min.errors import RunError, written
 
 NAME = "checksums.json"
@@ -62,7 +62,7 @@ def _corrupt(ref: TensorRef) -> str:
 def _tensors(folder: Path) -> Iterator[TensorRef]:
     problems: list[str] = []
     paths = sorted(folder.glob("*.safetensors"))
-    found = [ref for path in paths for ref in _read_header(path, problems).values()]
+    found = [ref for path in paths for ref in read_header(path, problems).values()]
     if not paths:
         problems.append(f"{folder}: has no safetensors file")
     if problems:

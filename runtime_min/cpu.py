@@ -59,7 +59,7 @@ def amx_is_hollow() -> bool:
     try:
         return is_hollow(_native_cpuid())
     except OSError:  # executable memory is forbidden: distrust AMX under any hypervisor
-        return {"amx_tile", "hypervisor"} <= _flags()
+        return {"amx_tile", "hypervisor"} <= cpu_flags()
 
 
 def is_hollow(cpuid: Cpuid) -> bool:
@@ -95,9 +95,10 @@ def _native_cpuid() -> Cpuid:
     return cpuid
 
 
-def _flags() -> set[str]:
+def cpu_flags() -> frozenset[str]:
+    """What Linux lists of an x86-64 processor; elsewhere empty."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return set()
-    return set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
+        return frozenset()
+    return frozenset(next((line for line in text.splitlines() if line.startswith("flags")), "").split())

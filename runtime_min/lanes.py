@@ -14,21 +14,20 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
-import os
 import sys
-import tempfile
 import threading
 import time
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from moeplan.runtime_min.compiled import compiled_apart
 from moeplan.runtime_min.plan_file import SCHEDULE_FORMAT, PlanFileError, RuntimePlan
 
 LANES = ("compute", "disk")  # of a stream plan
@@ -52,36 +51,12 @@ def load_schedule(folder: Path, plan: RuntimePlan) -> types.ModuleType:
     module.__file__ = str(path)
     sys.modules[name] = module  # Numba looks the functions' module up by name
     try:
-        with _compiled_apart(plan.schedule.sha256):
+        with compiled_apart(plan.schedule.sha256):
             loader.exec_module(module)
             module.issue(module.new_clock(), 1, 1, 1)  # compiled now, not in the first pass
     except Exception as error:
         raise PlanFileError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
     return module
-
-
-@contextmanager
-def _compiled_apart(digest: str) -> Iterator[None]:
-    """Numba keeps what it compiles meanwhile in the user's cache, by the schedule's digest.
-
-    Beside schedule.py it would take any compiled file of the same date for its own.
-    """
-    try:
-        import numba
-    except ImportError:
-        yield
-        return
-    config: Any = numba.config
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    before, config.CACHE_DIR = config.CACHE_DIR, os.path.join(home, "moeplan", digest)
-    try:
-        os.makedirs(config.CACHE_DIR, mode=0o700, exist_ok=True)
-    except OSError:  # nothing is kept
-        config.CACHE_DIR = tempfile.mkdtemp(prefix="moeplan-")
-    try:
-        yield
-    finally:
-        config.CACHE_DIR = before
 
 
 class _SourceLoader(importlib.machinery.SourceFileLoader):

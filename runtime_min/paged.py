@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeplan.runtime_min.attention import prompt_attention
 from moeplan.runtime_min.decode_attention import decode_attention
 from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, kv_blocks
 
@@ -151,10 +152,3 @@ def _prompt(layer: int, span: Span, cache: PagedCache, q: Tensor, k: Tensor, v: 
         q.transpose(0, 1)[None], keys[None], values[None], attn_mask=seen, enable_gqa=grouped
     )
     return out[0].transpose(0, 1).flatten(1)
-
-
-def prompt_attention(q: Tensor, k: Tensor, v: Tensor, new: int) -> Tensor:
-    """Causal attention of whole prompts of `new` tokens each, given flat: [T, Q * D]."""
-    q, k, v = (x.reshape(-1, new, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # [B, heads, S, D]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).flatten(0, 1).flatten(1)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moeplan.runtime_min import lanes
+from moeplan.runtime_min.compiled import compiled_apart
 
 Kernel = Any  # a Numba CFunc of a pointer to int64
 
@@ -26,7 +26,7 @@ Kernel = Any  # a Numba CFunc of a pointer to int64
 def kept(*sources: str) -> Iterator[None]:
     """What Numba compiles meanwhile is kept in the user's cache by the contents of the files `sources`."""
     digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
-    with lanes._compiled_apart(f"kernels-{digest[:16]}"):
+    with compiled_apart(f"kernels-{digest[:16]}"):
         yield
 
 

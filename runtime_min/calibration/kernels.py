@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeplan.runtime_min.attention import prompt_attention
 from moeplan.runtime_min.calibration.probe import Probe, Shape
 from moeplan.runtime_min.decode_attention import decode_attention
 from moeplan.runtime_min.lanes import ATTENTION, ROUTE
 from moeplan.runtime_min.layers import linear
 from moeplan.runtime_min.operations import DTYPES
-from moeplan.runtime_min.paged import PagedCache, decode_batch, prompt_attention
+from moeplan.runtime_min.paged import PagedCache, decode_batch
 from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, kv_blocks
 from moeplan.runtime_min.sampling import greedy
 
