@@ -8,6 +8,7 @@ from moeplan.runtime_min.models.architecture import Architecture
 LLAMA4_TEXT = Architecture(
     class_name="Llama4ForCausalLM",
     mlp="feed_forward",
+    matrices=("gate_up_proj", "down_proj"),
     dense="interleaved",
     experts="halves",
     shared="shared_expert",

@@ -151,7 +151,7 @@ MODELS = {
             "n_heads": 6,
             "n_layers": 3,
             "max_seq_len": 256,
-            "attn_config": {"kv_n_heads": 3, "clip_qkv": 0.9},
+            "attn_config": {"kv_n_heads": 3, "clip_qkv": 0.9, "rope_theta": 500.0},
             "ffn_config": {
                 "hidden_size": 36,
                 "ffn_hidden_size": 22,
