@@ -75,6 +75,7 @@ def model_from_config(config: Mapping[str, object], name: str, source: str, wher
         stored_bytes_per_expert_parameter=experts_bytes,
         stored_bytes_per_other_parameter=other_bytes,
         max_context_tokens=architecture.frame.max_context_tokens,
+        executed_context_tokens=_executed_context(keys, architecture.frame.max_context_tokens),
         router_corrections=architecture.moe_layers * architecture.experts * architecture.router_correction,
         not_executed=tuple(_not_executed(keys)),
     )
@@ -651,8 +652,8 @@ def _not_executed(keys: _Keys) -> Iterator[str]:
     """What of a model runtime_min refuses, in words: as runtime_min.model_config has it."""
     if keys.value("text_config") is not None:
         keys = keys.group("text_config")
-    rope = keys.value("rope_parameters") or keys.value("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else rope
+    rope = _rope(keys)
+    rope_type = rope.get("rope_type", rope.get("type"))
     if keys.value("quantization_config") is not None:
         yield "quantised checkpoints"
     if keys.value("mlp_bias"):
@@ -663,6 +664,20 @@ def _not_executed(keys: _Keys) -> Iterator[str]:
         yield f"rotary positions of type {_shown(rope_type)}"
     if keys.value("use_sliding_window") and keys.value("model_type") == "qwen2_moe":
         yield "sliding windows of qwen2_moe"
+
+
+def _executed_context(keys: _Keys, longest: int) -> int:
+    """Beyond the original context LongRoPE changes cached keys too: runtime_min stays within."""
+    rope = _rope(keys)
+    original = rope.get("original_max_position_embeddings", keys.value("original_max_position_embeddings"))
+    if rope.get("rope_type", rope.get("type")) != "longrope" or not isinstance(original, int):
+        return longest
+    return min(original, longest)
+
+
+def _rope(keys: _Keys) -> Mapping[str, object]:
+    found = keys.value("rope_parameters") or keys.value("rope_scaling")
+    return found if isinstance(found, Mapping) else {}
 
 
 # Bytes in the checkpoint ------------------------------------------------------------------------------------

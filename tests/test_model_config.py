@@ -16,6 +16,7 @@ from moeplan.planner.catalog import load_catalog
 from moeplan.planner.diagnostics import CompileError, Span
 from moeplan.planner.ir.model import Model
 from moeplan.planner.model_config import load_model, model_from_config, supported_model_types
+from moeplan.runtime_min.plan_file import ARCHITECTURES
 
 WHERE = Span("spec.yaml", 3, 10)
 
@@ -491,3 +492,13 @@ def test_what_the_bundled_runtime_does_not_execute(change: dict[str, Any], says:
     assert build({**SMALL["llama"], **change}).not_executed == says
     nested = {**SMALL["llama4"]["text_config"], **change}
     assert build({"model_type": "llama4", "text_config": nested}).not_executed == says
+
+
+def test_longrope_is_executed_within_the_original_context() -> None:
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    assert build({**SMALL["phimoe"], "rope_parameters": rope}).executed_context_tokens == 64
+    assert build(SMALL["phimoe"]).executed_context_tokens == 256
+
+
+def test_the_runtime_executes_every_type() -> None:
+    assert supported_model_types() == ARCHITECTURES

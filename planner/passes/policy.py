@@ -65,14 +65,24 @@ def _no_arithmetic(workload: Workload, requests: RequestClass, roofline: Rooflin
 
 def _not_executed(workload: Workload, requests: RequestClass, roofline: Roofline) -> Rejection | None:
     """A refusal where the bundled runtime does not compute something of the model."""
-    if not workload.model.not_executed:
+    model = workload.model
+    if requests.context_tokens_max > model.executed_context_tokens:
+        return impossible(
+            roofline.machine.name,
+            requests,
+            "model",
+            f"the bundled runtime executes {model.name} (longrope) within its original context, "
+            f"{model.executed_context_tokens:,} tokens; requests have {requests.context_tokens_max:,}",
+            "GPUs that hold the whole model, or shorter requests",
+        )
+    if not model.not_executed:
         return None
     return impossible(
         roofline.machine.name,
         requests,
         "model",
-        f"the bundled runtime does not execute {' and '.join(workload.model.not_executed)} "
-        f"({workload.model.name}, {workload.model.model_type})",
+        f"the bundled runtime does not execute {' and '.join(model.not_executed)} "
+        f"({model.name}, {model.model_type})",
         "GPUs that hold the whole model, or a checkpoint without",
     )
 

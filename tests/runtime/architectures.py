@@ -83,15 +83,28 @@ LONG = {
     "original_max_position_embeddings": 64,
 }
 
+_EYES = {
+    "hidden_size": 8,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "vision_output_dim": 8,
+    "projector_input_dim": 8,
+    "projector_output_dim": 8,
+}
+
 
 @dataclass(frozen=True)
 class Small:
-    """`keys` of config.json for transformers' class; `model_type` where the checkpoint has another."""
+    """`keys` of config.json for transformers' class; `model_type` where the checkpoint has another.
+    `seeing`: the text model is part of one that sees images."""
 
     name: str
     keys: dict[str, Any]
     model_type: str = ""
-    text: bool = True
+    seeing: bool = False
 
 
 MODELS = {
@@ -164,6 +177,7 @@ MODELS = {
     "llama4_text, all mixed, no norm": Small(
         "Llama4", {**LLAMA4, "interleave_moe_layer_step": 1, "use_qk_norm": False, "num_experts_per_tok": 1}
     ),
+    "llama4": Small("Llama4", LLAMA4, seeing=True),
     "qwen2_moe": Small(
         "Qwen2Moe", {**SIZES, **MOE, "moe_intermediate_size": 18, "shared_expert_intermediate_size": 26}
     ),
@@ -176,18 +190,22 @@ MODELS = {
 }
 
 
-def save(folder: Path, small: Small, stored: torch.dtype = torch.float32) -> Any:
+def save(folder: Path, small: Small) -> Any:
     """Write a random checkpoint with a byte tokenizer; return transformers' model in float32."""
     torch.manual_seed(0)
     config_name = "Llama4TextConfig" if small.name == "Llama4" else f"{small.name}Config"
     model_class = getattr(transformers, f"{small.name}ForCausalLM")
     ids = {"vocab_size": VOCAB, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": None}
     config = getattr(transformers, config_name)(**ids | {"initializer_range": 0.3} | small.keys)
+    if small.seeing:
+        model_class = transformers.Llama4ForConditionalGeneration
+        config = transformers.Llama4Config(text_config=config.to_dict(), vision_config=_EYES)
     model = model_class(config).eval()
     _spread(model)
-    model.to(stored).save_pretrained(folder)
+    model.save_pretrained(folder)
     save_tokenizer(folder)
     reference = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = reference.language_model if small.seeing else reference
     _plainly(reference)
     if small.model_type:
         told = json.loads((folder / "config.json").read_text())
