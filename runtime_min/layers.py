@@ -23,16 +23,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Centre and normalise float32 `x` [T, H]; the result has the dtype of `weight` [H]."""
-    normed = F.layer_norm(x, x.shape[-1:], None, None, eps).to(weight.dtype).mul_(weight)
-    return normed if bias is None else normed.add_(bias)
+    shift = None if bias is None else bias.float()
+    return F.layer_norm(x, x.shape[-1:], weight.float(), shift, eps).to(weight.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, in] times weight [out, in], plus bias [out]."""
-    out = amx.linear(x, weight)
-    if out is None:
-        out = F.linear(pad_rows(x), weight)[: x.shape[0]]
-    return out if bias is None else out.add_(bias)
+    on_tiles = amx.linear(x, weight)
+    if on_tiles is None:
+        return F.linear(pad_rows(x), weight, bias)[: x.shape[0]]
+    return on_tiles if bias is None else on_tiles.add_(bias)
 
 
 def pad_rows(x: Tensor) -> Tensor:
