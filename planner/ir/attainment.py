@@ -1,0 +1,99 @@
+"""The Attainment level: what a queueing simulation of the fleet says about its promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moeplan.planner.ir.workload import ClassName
+
+ArrivalSource = Literal["trace", "gamma"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingLaw:
+    """One engine under continuous batching, as its policy's cost law has it. Tables are linear in between.
+
+    A step takes every running sequence one token further and up to `step_tokens` tokens, less one per
+    running sequence, of waiting prompts. It lasts `step_s[batch][context]`, where context is the mean of the running
+    sequences, and `prefill_s[prompt]` more for each whole prompt of that many tokens. At most `sequences` run,
+    and their caches, `cache_bytes[context]` each, fill `memory_bytes` at most. A first token leaves
+    `first_token_s[prompt]` and `first_token_steps` times its step later than that step ends.
+    """
+
+    sequences: int
+    step_tokens: int
+    memory_bytes: float
+    batch: tuple[int, ...]
+    context_tokens: tuple[float, ...]
+    step_s: tuple[tuple[float, ...], ...]
+    cache_bytes: tuple[float, ...]
+    prompt_tokens: tuple[float, ...]
+    prefill_s: tuple[float, ...]
+    first_token_s: tuple[float, ...]
+    first_token_steps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """The replicas of one column that serve, spares left out: `engines` copies of the model in all.
+
+    `sigma` is the relative standard error of their predicted throughput.
+    """
+
+    column: str
+    engines: int
+    law: ServingLaw
+    sigma: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Percentiles:
+    """Of the requests, in seconds."""
+
+    p50_s: float
+    p90_s: float
+    p99_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """What one simulation of all requests found.
+
+    A request attains its SLO if its TTFT and the mean of its gaps between tokens do. `gap` is of each
+    request's longest gap. `busy` has each pool's share of time in which an engine steps.
+    """
+
+    attained_share: float
+    ttft: Percentiles
+    itl: Percentiles
+    gap: Percentiles
+    busy: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassAttainment:
+    """An online class in simulation, as predicted and with every engine one standard error slower than that.
+
+    `fleets_tried` were simulated until one attained the SLO `slower`; the cheapest that the solver would have
+    taken without simulation costs `unsimulated_usd_per_hour`. `headroom` multiplies its target utilisation.
+    """
+
+    serves: ClassName
+    wanted_share: float
+    requests: int
+    arrivals: ArrivalSource
+    arrival_cv: float
+    predicted: Replay
+    slower: Replay
+    fleets_tried: int
+    headroom: float
+    unsimulated_usd_per_hour: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attainment:
+    """Empty for batch work, which has no latency to promise."""
+
+    classes: tuple[ClassAttainment, ...] = ()
+    pools: tuple[Pool, ...] = ()
