@@ -53,13 +53,15 @@ def requests(seed: int, count: int, rate_per_s: float) -> Sizes:
     return arrival, draw.randint(1, 900, count), draw.randint(1, 80, count)
 
 
-def waits_s(sequences: int, rate_per_s: float, output: Ints) -> Floats:
-    """Seconds before service of a Poisson stream of just this rate, where a request holds one of `sequences`
-    places."""
-    arrival = np.cumsum(np.random.RandomState(1).exponential(1.0, len(output)))
-    arrival *= len(output) / rate_per_s / arrival[-1]
-    served = serve(arrival, np.ones_like(output), output, replace(PURE, sequences=sequences), 1)
-    return served.ttft_s - STEP_S
+def mean_wait_s(sequences: int, rate_per_s: float, outputs: list[Ints]) -> float:
+    """Mean seconds before service of Poisson streams, where a request holds one of `sequences` places."""
+    means = []
+    for seed, output in enumerate(outputs):
+        arrival = np.cumsum(np.random.RandomState(seed).exponential(1.0, len(output)))
+        arrival *= len(output) / rate_per_s / arrival[-1]  # at just this rate
+        served = serve(arrival, np.ones_like(output), output, replace(PURE, sequences=sequences), 1)
+        means.append(served.ttft_s.mean() - STEP_S)
+    return float(np.mean(means))
 
 
 def erlang_c_wait_s(places: int, rate_per_s: float, service_s: float) -> float:
@@ -70,23 +72,24 @@ def erlang_c_wait_s(places: int, rate_per_s: float, service_s: float) -> float:
     return full / (below + full) * service_s / (places - load)
 
 
-@pytest.mark.parametrize(("places", "utilisation"), [(1, 0.5), (1, 0.8), (4, 0.7), (16, 0.8)])
+@pytest.mark.parametrize(("places", "utilisation"), [(1, 0.8), (4, 0.7), (16, 0.8)])
 def test_m_m_c(places: int, utilisation: float) -> None:
-    """Within 2 % of Erlang's formula, for the mean that was drawn."""
-    output = np.ceil(np.random.RandomState(2).exponential(2.0 / STEP_S, 1_000_000)).astype(np.int64)
-    mean_s = float(output.mean()) * STEP_S
+    """Within 2 % of Erlang's formula, over four streams of a million requests each."""
+    draws = [np.random.RandomState(seed).exponential(200, 1_000_000) for seed in range(100, 104)]
+    outputs = [np.ceil(draw).astype(np.int64) for draw in draws]
+    mean_s = float(np.mean(outputs)) * STEP_S
     rate = utilisation * places / mean_s
     expected = erlang_c_wait_s(places, rate, mean_s)
-    assert waits_s(places, rate, output).mean() == pytest.approx(expected, rel=0.02)
+    assert mean_wait_s(places, rate, outputs) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("utilisation", [0.3, 0.6, 0.85])
 def test_m_d_1(utilisation: float) -> None:
     """Within 2 % of Pollaczek and Khinchine: ρ·D / (2·(1 - ρ))."""
-    service_s = 0.5
-    output = np.full(400_000, round(service_s / STEP_S))
+    service_s = 0.1
+    output = np.full(500_000, round(service_s / STEP_S))
     expected = utilisation * service_s / (2 * (1 - utilisation))
-    assert waits_s(1, utilisation / service_s, output).mean() == pytest.approx(expected, rel=0.02)
+    assert mean_wait_s(1, utilisation / service_s, [output] * 2) == pytest.approx(expected, rel=0.02)
 
 
 def test_waits_are_those_of_the_queue_with_many_servers() -> None:
