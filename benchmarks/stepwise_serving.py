@@ -1,4 +1,4 @@
-"""Continuous batching step by step in plain Python: slow, short, and independent of the compiled simulator."""
+"""Continuous batching step by step in plain Python: slow, short, independent of the compiled simulator."""
 
 from __future__ import annotations
 

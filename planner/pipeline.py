@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import Workload
+from moeplan.planner.passes.attainment import attain
 from moeplan.planner.passes.fleet import choose_fleet
 from moeplan.planner.passes.placement import place
 from moeplan.planner.passes.policy import find_policies
@@ -71,8 +73,10 @@ def compile_plan(
     rejections = (*(refusal for _, refused in found for refusal in refused), *profiled.rejections)
     for policy in policies:
         verify.verify_policy(policy)
-    fleet = run("fleet", lambda: choose_fleet(spec, workload, policies, rejections, offers))
+    choose = partial(choose_fleet, spec, workload, policies, rejections, offers)
+    fleet, attainment = run("fleet", lambda: attain(spec, workload, rooflines, inputs.trace, choose))
     verify.verify_fleet(spec, workload, fleet)
+    verify.verify_attainment(fleet, attainment)
 
     replicas = run(
         "schedules", lambda: tuple(_replica(workload, rooflines, choice) for choice in fleet.choices)
@@ -88,6 +92,7 @@ def compile_plan(
         rejections=rejections,
         unused_rows=profiled.unused,
         fleet=fleet,
+        attainment=attainment,
         replicas=replicas,
         placement=placement,
         facts_sha256=facts_digest(inputs.model, *machines, *offers),

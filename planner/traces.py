@@ -8,7 +8,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,8 +54,8 @@ class RequestTrace:
     def arrival_cv(self) -> float:
         """Coefficient of variation of the gaps between arrivals, within stretches of the trace.
 
-        Each stretch, an eighth of the gaps (of at least 100), is compared with its own mean: a Poisson stream whose
-        rate drifts over the trace has 1, not more.
+        Each stretch, an eighth of the gaps (of at least 100), is compared with its own mean: a Poisson stream
+        whose rate drifts over the trace has about 1, not more.
         """
         gaps = np.diff(self.arrival_s)
         stretches = np.array_split(gaps, max(1, min(_STRETCHES, len(gaps) // _FEWEST_GAPS)))
@@ -84,9 +84,7 @@ class RequestTrace:
         """What was not read, or nothing."""
         if not self.unread:
             return ""
-        return (
-            f"{self.unread:,} of {self.requests + self.unread:,} rows not read, first: {self.first_unread}"
-        )
+        return f"{self.unread:,} of {self.requests + self.unread:,} rows not read, first: {self.first_unread}"
 
 
 def spec_trace(spec: Spec, folder: Path) -> RequestTrace | None:
@@ -116,9 +114,7 @@ def read_trace(path: Path, span: Span) -> RequestTrace:
                 place = Span(str(path), line, 1)
                 if unread <= _MOST_PROBLEMS:
                     problems.append(
-                        Diagnostic(
-                            code="bad-trace", span=place, message=f"cannot read this request: {row}"
-                        )
+                        Diagnostic(code="bad-trace", span=place, message=f"cannot read this request: {row}")
                     )
             else:
                 rows.append(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+from moeplan.planner.ir.attainment import Attainment
 from moeplan.planner.ir.fleet import Fleet
 from moeplan.planner.ir.placement import Placement
 from moeplan.planner.ir.policy import Policy
@@ -114,6 +115,18 @@ def verify_fleet(spec: Spec, workload: Workload, fleet: Fleet) -> None:
         _require(used <= most, f"the fleet keeps the {gpu} quota")
     budget = spec.market.budget_usd_per_hour
     _require(budget is None or fleet.usd_per_hour <= budget + _SLACK, "the fleet keeps the budget")
+
+
+def verify_attainment(fleet: Fleet, attainment: Attainment) -> None:
+    """Online columns have a pool each, shares are shares, and the SLO is attained as predicted at least."""
+    online = [c.column.name for c in fleet.choices if c.column.policy.serves == "online"]
+    _require([pool.column for pool in attainment.pools] == online, "each online column is a pool")
+    for found in attainment.classes:
+        for replay in (found.predicted, found.slower):
+            shares = [replay.attained_share, *(s for _, s in (*replay.busy, *replay.occupied))]
+            _require(all(0 <= share <= 1 + _SLACK for share in shares), "simulated shares are shares")
+        promised = found.slower if found.when_slower else found.predicted
+        _require(promised.attained_share >= found.wanted_share, f"the {found.serves} SLO is attained")
 
 
 def verify_schedule(schedule: Schedule, policy: Policy) -> None:

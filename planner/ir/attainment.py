@@ -15,10 +15,10 @@ class ServingLaw:
     """One engine under continuous batching, as its policy's cost law has it. Tables are linear in between.
 
     A step takes every running sequence one token further and up to `step_tokens` tokens, less one per
-    running sequence, of waiting prompts. It lasts `step_s[batch][context]`, where context is the mean of the running
-    sequences, and `prefill_s[prompt]` more for each whole prompt of that many tokens. At most `sequences` run,
-    and their caches, `cache_bytes[context]` each, fill `memory_bytes` at most. A first token leaves
-    `first_token_s[prompt]` and `first_token_steps` times its step later than that step ends.
+    running sequence, of waiting prompts. It lasts `step_s[batch][context]`, where context is the mean of the
+    running sequences, and `prefill_s[prompt]` more for each whole prompt of that many tokens. At most
+    `sequences` run, and their caches, `cache_bytes[context]` each, fill `memory_bytes` at most. A first token
+    leaves `first_token_s[prompt]` and `first_token_steps` times its step later than that step ends.
     """
 
     sequences: int
@@ -38,13 +38,13 @@ class ServingLaw:
 class Pool:
     """The replicas of one column that serve, spares left out: `engines` copies of the model in all.
 
-    `sigma` is the relative standard error of their predicted throughput.
+    The plan is made for engines that take up to `slower` times as long as `law` predicts.
     """
 
     column: str
     engines: int
+    slower: float
     law: ServingLaw
-    sigma: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,34 +60,39 @@ class Percentiles:
 class Replay:
     """What one simulation of all requests found.
 
-    A request attains its SLO if its TTFT and the mean of its gaps between tokens do. `gap` is of each
-    request's longest gap. `busy` has each pool's share of time in which an engine steps.
+    A request attains its SLO if its TTFT and the mean of its gaps between tokens do; `refused` are longer
+    than the engines were planned for. `gap` is of each request's longest gap. By pool: `busy` is the share of
+    time in which its engines step, `occupied` how full of sequences they are.
     """
 
     attained_share: float
+    refused: int
     ttft: Percentiles
     itl: Percentiles
     gap: Percentiles
     busy: tuple[tuple[str, float], ...]
+    occupied: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassAttainment:
-    """An online class in simulation, as predicted and with every engine one standard error slower than that.
+    """An online class in simulation: as predicted, and with every engine as slow as the plan allows for.
 
-    `fleets_tried` were simulated until one attained the SLO `slower`; the cheapest that the solver would have
-    taken without simulation costs `unsimulated_usd_per_hour`. `headroom` multiplies its target utilisation.
+    The fleet is the cheapest found that attains the SLO in the second simulation, if `when_slower`, or else
+    in the first, among `fleets_tried`: solutions at `headroom` times the solver's own target utilisation,
+    which alone would have cost `unsimulated_usd_per_hour`.
     """
 
     serves: ClassName
     wanted_share: float
     requests: int
     arrivals: ArrivalSource
-    arrival_cv: float
     predicted: Replay
     slower: Replay
+    when_slower: bool
     fleets_tried: int
     headroom: float
+    usd_per_hour: float
     unsimulated_usd_per_hour: float
 
 

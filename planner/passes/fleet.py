@@ -31,11 +31,16 @@ def choose_fleet(
     policies: Sequence[Policy],
     rejections: Sequence[Rejection],
     offers: Sequence[Offer],
+    headroom: float = 1.0,
 ) -> Fleet:
-    """Return the cheapest fleet. Raises InfeasibleError naming the constraint that binds."""
+    """Return the cheapest fleet, with `headroom` times the usual target utilisation, at most 1.
+
+    Raises InfeasibleError naming the constraint that binds.
+    """
     columns = find_columns(policies, offers, spec.market)
     require_columns(spec, workload, policies, columns, rejections)
-    target = min(_TARGET_UTILISATION[c.policy.generated_tokens_per_s.provenance] for c in columns)
+    usual = min(_TARGET_UTILISATION[c.policy.generated_tokens_per_s.provenance] for c in columns)
+    target = min(1.0, headroom * usual)
     limits = Limits(quota=dict(spec.market.quota), budget_usd_per_hour=spec.market.budget_usd_per_hour)
     answers: list[Answer] = []
     for requests in sorted(workload.classes, key=lambda r: r.name != "online"):

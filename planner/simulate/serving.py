@@ -1,4 +1,4 @@
-"""Requests, engines -> when each request has its first and its last token: continuous batching, event by event.
+"""Requests, engines -> when each request has its tokens: continuous batching, event by event.
 
 An engine runs steps, one after the other. Every step takes each running sequence one token further; where
 prompts wait, it also takes as many of their tokens, first come first served, as its budget of tokens, its
@@ -33,12 +33,12 @@ _GAPS_KEPT = 256  # of each engine, longest first
 _PROMPT, _OUTPUT, _AFTER, _SINCE = range(4)
 # Floats: what comes in, the time of the first token's step, what comes out.
 _ARRIVAL, _PREFILL, _OWN, _CACHE, _SINCE_S, _TTFT, _ITL, _GAP, _FINISH = range(9)
-# Columns of engines, ints: requests that wait or run, sequences that run, tokens in their caches, steps taken, the
-# table's segment of contexts last looked up; steps of the leg under way, how many requests end their prefill
-# in it; first and last that wait, and how much of the first is prefilled; how many gaps are kept.
+# Columns of engines, ints: requests that wait or run, sequences that run, tokens in their caches, steps
+# taken, the table's segment of contexts last looked up; steps of the leg under way, how many requests end
+# their prefill in it; first and last that wait, how much of the first is prefilled; how many gaps are kept.
 _LOAD, _RUNNING, _CONTEXT, _STEPS, _SEGMENT, _LENGTH, _ENTERING, _FIRST, _LAST, _DONE, _GAPS = range(11)
-# Floats: bytes of cache set aside, seconds in which it steps, the same times the sequences that run; begin and end
-# of the leg under way (infinite where there is none), seconds of each of its steps, and without prefill.
+# Floats: bytes of cache set aside, seconds in which it steps, the same times the sequences that run; begin
+# and end of the leg under way (infinite where there is none), seconds of each of its steps, and without prefill.
 _HELD, _BUSY, _OCCUPIED, _BEGIN, _END, _STEP, _DECODE = range(7)
 # Columns of sequences: a heap by the step in which each ends (when, which request); who enters in this leg.
 _WHEN, _WHO, _ENTERED = range(3)
@@ -48,8 +48,8 @@ _SEQUENCES, _STEP_TOKENS, _MEMORY, _FIRST_STEPS = range(4)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """By request, [n]: seconds to the first token, mean seconds between tokens (0 for a single token), the longest,
-    when the last token left. By engine: seconds in which it steps, and sequence-seconds of those that run."""
+    """By request, [n]: seconds to the first token, mean seconds between tokens (0 for a single token), the
+    longest, when the last token left. By engine: seconds in which it steps, and sequence-seconds."""
 
     ttft_s: Floats
     itl_s: Floats
@@ -64,8 +64,8 @@ def serve(
 ) -> Served:
     """Serve requests [n] that arrive at `arrival_s`, sorted, on `engines` equal engines.
 
-    Raises ValueError where arrivals are not sorted, sizes are below 1, there is no engine, or a request's cache
-    alone exceeds an engine's memory.
+    Raises ValueError where arrivals are not sorted, sizes are below 1, there is no engine, or a request's
+    cache alone exceeds an engine's memory.
     """
     if engines < 1 or (len(arrival_s) and min(prompt_tokens.min(), output_tokens.min()) < 1):
         raise ValueError("there is an engine, and sizes are 1 token or more")
@@ -101,7 +101,7 @@ def _by_batch(law: ServingLaw) -> Floats:
     return np.ascontiguousarray(rows)
 
 
-# The helpers are inlined before types are inferred: as functions of their own they ran at a third of the speed.
+# The helpers are inlined before types are inferred: as functions of their own they took a third longer.
 @njit(cache=True)
 def _serve(
     sizes: Any,
@@ -115,7 +115,7 @@ def _serve(
     context: Any,
     step_s: Any,
 ) -> None:
-    """Arrival by arrival: bring all engines up to it, then hand it over. After the last one all come to rest."""
+    """Arrival by arrival: bring all engines up to it, then hand it over. After the last, all come to rest."""
     engines, requests = len(counts), len(sizes)
     for request in range(requests + 1):
         now = times[request, _ARRIVAL] if request < requests else np.inf
@@ -211,7 +211,7 @@ def _step(counts: Any, context: Any, step_s: Any, e: int, running: int, length: 
         at += 1
     counts[e, _SEGMENT] = at
     share = min(1.0, (mean - context[at]) / (context[at + 1] - context[at]))
-    return step_s[running, at] * (1.0 - share) + step_s[running, at + 1] * share
+    return float(step_s[running, at] * (1.0 - share) + step_s[running, at + 1] * share)
 
 
 @njit(inline="always")
@@ -266,7 +266,10 @@ def _push(counts: Any, sequences: Any, e: int, when: int, request: int) -> None:
     counts[e, _RUNNING] += 1
     while at > 0 and sequences[e, (at - 1) // 2, _WHEN] > when:
         above = (at - 1) // 2
-        sequences[e, at, _WHEN], sequences[e, at, _WHO] = sequences[e, above, _WHEN], sequences[e, above, _WHO]
+        sequences[e, at, _WHEN], sequences[e, at, _WHO] = (
+            sequences[e, above, _WHEN],
+            sequences[e, above, _WHO],
+        )
         at = above
     sequences[e, at, _WHEN], sequences[e, at, _WHO] = when, request
 
@@ -283,14 +286,17 @@ def _pop(counts: Any, sequences: Any, e: int) -> None:
             child += 1
         if sequences[e, child, _WHEN] >= when:
             break
-        sequences[e, at, _WHEN], sequences[e, at, _WHO] = sequences[e, child, _WHEN], sequences[e, child, _WHO]
+        sequences[e, at, _WHEN], sequences[e, at, _WHO] = (
+            sequences[e, child, _WHEN],
+            sequences[e, child, _WHO],
+        )
         at, child = child, 2 * child + 1
     sequences[e, at, _WHEN], sequences[e, at, _WHO] = when, request
 
 
 @njit(inline="always")
 def _keep_gap(counts: Any, clocks: Any, gap_s: Any, gap_step: Any, e: int) -> None:
-    """Note the leg's step, and forget those before it that are no longer than it: what is left is ever shorter."""
+    """Note the leg's step, and forget those before it that are no longer: what is left is ever shorter."""
     count = counts[e, _GAPS]
     while count and gap_s[e, count - 1] <= clocks[e, _STEP]:
         count -= 1
@@ -312,4 +318,4 @@ def _longest_gap(counts: Any, gap_s: Any, gap_step: Any, e: int, since: int) -> 
             high = middle
         else:
             low = middle + 1
-    return gap_s[e, low]
+    return float(gap_s[e, low])

@@ -257,12 +257,14 @@ class _Copy:
         )
 
     def law(self, sequences: int) -> ServingLaw:
-        """What one step takes, with at most so many sequences. A first token takes the rest of the step under
-        way and its own, in which all of its prompt passes; what the law of TTFT has above that comes on top."""
+        """What one step takes, with at most so many sequences. A first token takes the rest of the step
+        under way and its own, in which its prompt passes; what the law of TTFT has above that is on top."""
         most = self.requests.context_tokens_max
         batch = batch_grid(sequences)
         context, prompts = tokens_grid(most), tokens_grid(self.requests.prompt_tokens_max)
-        steps = [[float(np.asarray(sum(self.step_parts(float(b), c).values()))) for c in context] for b in batch]
+        steps = [
+            [float(np.asarray(sum(self.step_parts(float(b), c).values()))) for c in context] for b in batch
+        ]
         prefill = [self.prefill_s(p) for p in prompts]
         own_s = self.workload.model.moe_layers * VLLM.prefill_moe_layer_s
         return ServingLaw(

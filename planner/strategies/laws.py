@@ -1,4 +1,4 @@
-"""A policy's serving law: how one engine that runs as the policy says fills its steps, and how long they take."""
+"""A policy's serving law: how an engine that runs as the policy says fills its steps, and what they take."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moeplan.planner.strategies.in_memory import in_memory_law
 
 
 def serving_law(workload: Workload, roofline: Roofline, policy: Policy) -> ServingLaw:
-    """Return the law of one copy of the model. Where the user's measurements changed the policy's rates, all its
-    times are longer or shorter by what they did to the seconds of the class's mix of requests."""
+    """Return the law of one copy of the model. Where the user's measurements changed the policy's rates, all
+    its times are longer or shorter by what they did to the seconds of the class's mix of requests."""
     requests = workload.request_class(policy.serves)
     if policy.engine != "vllm":
         return _passes(requests, policy)
@@ -46,8 +46,8 @@ def _correction(workload: Workload, roofline: Roofline, policy: Policy, requests
 
 
 def _passes(requests: RequestClass, policy: Policy) -> ServingLaw:
-    """Offloaded engines: every pass takes as long as one that is full, since what streams is the weights, and the
-    prompts that enter are in it; memory was made for all sequences."""
+    """Offloaded engines: every pass takes as long as one that is full, since what streams is the weights, and
+    the prompts that enter are in it; memory was made for all sequences."""
     seconds = sum(requests.buckets[rate.bucket].share * rate.itl_s for rate in policy.rates)
     most = float(requests.context_tokens_max)
     return ServingLaw(

@@ -1,4 +1,4 @@
-"""The queueing simulator: closed forms of queueing theory, a plain simulator, laws of conservation and order."""
+"""The queueing simulator: closed forms of queueing theory, a plain simulator, conservation and order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PURE = ServingLaw(
     first_token_s=(0.0, 0.0),
     first_token_steps=0.0,
 )
-# Everything at once: steps that lengthen with batch and context, prompts in pieces, few places, little memory.
+# Steps that lengthen with batch and context, prompts in pieces, few places and little memory.
 BUSY = ServingLaw(
     sequences=6,
     step_tokens=300,
