@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from moeplan.planner.arrivals import request_stream
 from moeplan.planner.diagnostics import Diagnostic, InfeasibleError
 from moeplan.planner.ir.attainment import Attainment, ClassAttainment, Pool, Replay
-from moeplan.planner.ir.fleet import Choice, Fleet
+from moeplan.planner.ir.fleet import Choice, Column, Fleet
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import RequestClass, Workload
@@ -152,7 +152,7 @@ class _Search:
 
         fleet = self.choose(headroom)
         pools = tuple(
-            _pool(self.workload, self.rooflines, choice)
+            pool_of(self.workload, self.rooflines, choice.column, _serving(choice))
             for choice in fleet.choices
             if choice.column.policy.serves == self.requests.name
         )
@@ -169,17 +169,21 @@ class _Search:
         return self.tried[-1]
 
 
-def _pool(workload: Workload, rooflines: Sequence[Roofline], choice: Choice) -> Pool:
-    """The replicas that serve: a spot pool's spare one stands in for those that are reclaimed."""
-    column, policy = choice.column, choice.column.policy
-    spare = SPOT_OVERPROVISION if column.market == "spot" else 0
+def pool_of(workload: Workload, rooflines: Sequence[Roofline], column: Column, replicas: int) -> Pool:
+    """`replicas` of a column, as they are simulated."""
+    policy = column.policy
     roofline = next(r for r in rooflines if r.machine == policy.machine)
     return Pool(
         column=column.name,
-        engines=(choice.replicas - spare) * policy.data_parallel,
+        engines=replicas * policy.data_parallel,
         slower=min(math.exp(policy.generated_tokens_per_s.sigma), _MOST_SLOWER),
         law=serving_law(workload, roofline, policy),
     )
+
+
+def _serving(choice: Choice) -> int:
+    """Replicas that serve: a spot pool's spare one stands in for those that are reclaimed."""
+    return choice.replicas - (SPOT_OVERPROVISION if choice.column.market == "spot" else 0)
 
 
 def _missed(spec: Spec, requests: RequestClass, best: _Tried) -> InfeasibleError:
