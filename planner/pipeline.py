@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from moeplan.planner.candidates import candidate_machines, candidate_offers
 from moeplan.planner.capacity import capacity_bound
 from moeplan.planner.catalog import facts_digest
 from moeplan.planner.inputs import load_inputs
-from moeplan.planner.ir.fleet import Choice
+from moeplan.planner.ir.fleet import Choice, Fleet
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.roofline import Roofline
@@ -73,8 +73,13 @@ def compile_plan(
     rejections = (*(refusal for _, refused in found for refusal in refused), *profiled.rejections)
     for policy in policies:
         verify.verify_policy(policy)
-    choose = partial(choose_fleet, spec, workload, policies, rejections, offers)
-    fleet, attainment = run("fleet", lambda: attain(spec, workload, rooflines, inputs.trace, choose))
+
+    def choose(policies: Sequence[Policy]) -> Fleet:
+        return choose_fleet(spec, workload, policies, rejections, offers, headroom=math.inf)
+
+    fleet, attainment = run(
+        "fleet", lambda: attain(spec, workload, rooflines, policies, inputs.trace, choose)
+    )
     verify.verify_fleet(spec, workload, fleet)
     verify.verify_attainment(fleet, attainment)
 

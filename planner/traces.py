@@ -9,7 +9,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,7 +30,7 @@ Row = tuple[float, int, int]  # arrival in seconds, prompt tokens, output tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestTrace:
-    """Requests in the order of their arrival, [n] each; the first arrives at 0.
+    """Requests in the order of their arrival, [n] each; the first of a file arrives at 0.
 
     `unread` rows of the file are in no array; `first_unread` says where the first is and why.
     """
@@ -72,12 +72,14 @@ class RequestTrace:
 
     def at_rate(self, rate_per_s: float) -> RequestTrace:
         """The same requests, all gaps longer or shorter by one factor."""
+        return replace(self, arrival_s=self.arrival_s * (self.rate_per_s / rate_per_s))
+
+    def part(self, which: NDArray[np.bool_]) -> RequestTrace:
+        """The requests at which `which` [n] is true, when they were."""
         return RequestTrace(
-            arrival_s=self.arrival_s * (self.rate_per_s / rate_per_s),
-            prompt_tokens=self.prompt_tokens,
-            output_tokens=self.output_tokens,
-            unread=self.unread,
-            first_unread=self.first_unread,
+            arrival_s=self.arrival_s[which],
+            prompt_tokens=self.prompt_tokens[which],
+            output_tokens=self.output_tokens[which],
         )
 
     def unread_note(self) -> str:

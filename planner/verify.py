@@ -123,7 +123,9 @@ def verify_attainment(fleet: Fleet, attainment: Attainment) -> None:
     _require([pool.column for pool in attainment.pools] == online, "each online column is a pool")
     for found in attainment.classes:
         for replay in (found.predicted, found.slower):
-            shares = [replay.attained_share, *(s for _, s in (*replay.busy, *replay.occupied))]
+            shares = [replay.attained_share]
+            for pool in replay.pools:
+                shares += [pool.attained_share, pool.busy, pool.occupied]
             _require(all(0 <= share <= 1 + _SLACK for share in shares), "simulated shares are shares")
         promised = found.slower if found.when_slower else found.predicted
         _require(promised.attained_share >= found.wanted_share, f"the {found.serves} SLO is attained")

@@ -38,12 +38,14 @@ class ServingLaw:
 class Pool:
     """The replicas of one column that serve, spares left out: `engines` copies of the model in all.
 
-    The plan is made for engines that take up to `slower` times as long as `law` predicts.
+    The plan is made for engines that take up to `slower` times as long as `law` predicts. Queues leave
+    `capacity_share` of the throughput that one would have without them: so the solver was told.
     """
 
     column: str
     engines: int
     slower: float
+    capacity_share: float
     law: ServingLaw
 
 
@@ -57,12 +59,23 @@ class Percentiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolReplay:
+    """One pool in a simulation. `busy` is the share of time in which its engines step, `occupied` how full of
+    sequences they are on average."""
+
+    column: str
+    requests: int
+    attained_share: float
+    busy: float
+    occupied: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
     """What one simulation of all requests found.
 
     A request attains its SLO if its TTFT and the mean of its gaps between tokens do; `refused` are longer
-    than the engines were planned for. `gap` is of each request's longest gap. By pool: `busy` is the share of
-    time in which its engines step, `occupied` how full of sequences they are.
+    than the engines were planned for. `gap` is of each request's longest gap.
     """
 
     attained_share: float
@@ -70,17 +83,16 @@ class Replay:
     ttft: Percentiles
     itl: Percentiles
     gap: Percentiles
-    busy: tuple[tuple[str, float], ...]
-    occupied: tuple[tuple[str, float], ...]
+    pools: tuple[PoolReplay, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassAttainment:
     """An online class in simulation: as predicted, and with every engine as slow as the plan allows for.
 
-    The fleet is the cheapest found that attains the SLO in the second simulation, if `when_slower`, or else
-    in the first, among `fleets_tried`: solutions at `headroom` times the solver's own target utilisation,
-    which alone would have cost `unsimulated_usd_per_hour`.
+    The fleet attains the SLO in the second simulation if `when_slower`, or else in the first only. It is the
+    cheapest found among `fleets_tried`; the first of them, which the solver chose without simulation, would
+    have cost `unsimulated_usd_per_hour` and attains for `unsimulated_share`.
     """
 
     serves: ClassName
@@ -91,9 +103,9 @@ class ClassAttainment:
     slower: Replay
     when_slower: bool
     fleets_tried: int
-    headroom: float
     usd_per_hour: float
     unsimulated_usd_per_hour: float
+    unsimulated_share: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,22 +1,27 @@
-"""Workload, Fleet, requests -> Attainment: the cheapest fleet that keeps its SLO in simulation.
+"""Workload, policies, requests -> Fleet, Attainment: the cheapest fleet that keeps its SLO in simulation.
 
-The solver knows utilisation, not queues. Its fleets, solved at ever other utilisations, are simulated on the
-class's own arrivals; the cheapest that attains is kept. Throughputs are estimates, so what counts is the
-simulation in which every engine is slower than predicted, by one standard error but at most 15 %: to be
-surer, measuring is cheaper than renting. Where no fleet attains then, one that attains as predicted will do,
-and the plan says so.
+The solver knows throughputs, not queues. Its fleet is simulated on the class's own arrivals; of each pool
+that misses the SLO the simulation tells how many engines would keep it, and so what share of its throughput
+queues leave. With these shares the fleet is solved again, until one attains. All columns start with their
+whole throughput, so that what is dear is dear because it was tried. As small pools teach worse shares than
+large ones have, columns that might do all for less are then tried alone.
+
+Throughputs are estimates. So what counts is the simulation in which every engine is slower than predicted, by
+one standard error but at most 15 %: to be surer, measuring is cheaper than renting. Where no fleet attains
+then, one that attains as predicted will do, and the plan says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from moeplan.planner.arrivals import request_stream
 from moeplan.planner.diagnostics import Diagnostic, InfeasibleError
-from moeplan.planner.ir.attainment import Attainment, ClassAttainment, Pool, Replay
-from moeplan.planner.ir.fleet import Choice, Column, Fleet
+from moeplan.planner.ir.attainment import Attainment, ClassAttainment, Pool, Replay, ServingLaw
+from moeplan.planner.ir.fleet import Choice, Fleet, Route
+from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import RequestClass, Workload
@@ -25,171 +30,221 @@ from moeplan.planner.strategies.laws import serving_law
 from moeplan.planner.traces import RequestTrace
 from moeplan.planner.units import format_duration
 
-_EMPTIER = 0.75  # how much of the headroom is left with each step of the search for enough of it
-_MOST_STEPS = 8  # down to a tenth
-_MOST_HALVINGS = 3
 _MOST_SLOWER = 1.15
-_SAME_COST = 1.02  # fleets this close in cost need no further search between them
+_MOST_FLEETS = 16  # solved with ever better shares
+_MOST_TIMES = 16  # as many engines are tried for a pool that misses its SLO
+_CHEAPER = 0.98  # of another fleet's cost, to be worth a simulation
 
-Choose = Callable[[float], Fleet]  # from headroom, which multiplies the target utilisation
-
-
-@dataclass(frozen=True, slots=True)
-class _Tried:
-    """A fleet and its simulations."""
-
-    headroom: float
-    fleet: Fleet
-    pools: tuple[Pool, ...]
-    predicted: Replay
-    slower: Replay
+Choose = Callable[[Sequence[Policy]], Fleet]
 
 
 def attain(
     spec: Spec,
     workload: Workload,
     rooflines: Sequence[Roofline],
+    policies: Sequence[Policy],
     trace: RequestTrace | None,
     choose: Choose,
 ) -> tuple[Fleet, Attainment]:
-    """Return the cheapest fleet of `choose` that attains the SLO of the online class, and its simulations.
+    """Return the cheapest fleet that `choose` finds and that attains the SLO of the online class, and its
+    simulations. Its online policies have the rates that queues leave.
 
     Without an online class it is the solver's own. Raises InfeasibleError as `choose` does, and where no
     fleet that quota, budget and machines allow attains the SLO even at predicted speed.
     """
     requests = next((r for r in workload.classes if r.slo is not None), None)
     if requests is None:
-        return choose(1.0), Attainment()
-    search = _Search(workload, rooflines, requests, request_stream(requests, trace), choose)
+        return choose(policies), Attainment()
+    search = _Search(workload, rooflines, policies, requests, request_stream(requests, trace), choose)
     best = search.cheapest()
     if best is None:
-        raise _missed(spec, requests, search.nearest())
+        raise _missed(spec, requests, [tried.predicted for tried in search.tried])
+    first = search.tried[0]
     online = ClassAttainment(
         serves=requests.name,
-        wanted_share=search.wanted,
+        wanted_share=search.slo.attainment,
         requests=search.stream.requests,
         arrivals="trace" if trace else "gamma",
         predicted=best.predicted,
         slower=best.slower,
         when_slower=search.attains(best.slower),
         fleets_tried=len(search.tried),
-        headroom=best.headroom,
         usd_per_hour=best.fleet.usd_per_hour,
-        unsimulated_usd_per_hour=search.tried[0].fleet.usd_per_hour,
+        unsimulated_usd_per_hour=first.fleet.usd_per_hour,
+        unsimulated_share=first.slower.attained_share,
     )
     return best.fleet, Attainment(classes=(online,), pools=best.pools)
 
 
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """A fleet and its simulations; `parts` are its pools' requests."""
+
+    fleet: Fleet
+    choices: tuple[Choice, ...]
+    pools: tuple[Pool, ...]
+    parts: list[RequestTrace]
+    predicted: Replay
+    slower: Replay
+
+
+Key = tuple[str, str, str, int]
+
+
+def _key(policy: Policy) -> Key:
+    return policy.machine.name, policy.serves, policy.engine, policy.gpus
+
+
 class _Search:
-    """Fleets at ever other headrooms, simulated one by one."""
+    """Fleets, each solved with what the simulations before it taught."""
 
     def __init__(
         self,
         workload: Workload,
         rooflines: Sequence[Roofline],
+        policies: Sequence[Policy],
         requests: RequestClass,
         stream: RequestTrace,
         choose: Choose,
     ) -> None:
         assert requests.slo is not None  # only classes with an SLO are simulated
-        self.workload, self.rooflines, self.choose = workload, rooflines, choose
-        self.requests, self.stream, self.slo = requests, stream, requests.slo
-        self.wanted = requests.slo.attainment
+        self.requests, self.stream, self.slo, self.choose = requests, stream, requests.slo, choose
+        self.others = [policy for policy in policies if policy.serves != requests.name]
+        self.own = {_key(policy): policy for policy in policies if policy.serves == requests.name}
+        self.rooflines = {roofline.machine.name: roofline for roofline in rooflines}
+        self.workload = workload
+        # What queues leave of each policy's throughput, as far as is known.
+        self.shares = {key: 1.0 / slowest(policy) for key, policy in self.own.items()}
         self.tried: list[_Tried] = []
 
     def attains(self, found: Replay) -> bool:
-        return found.attained_share >= self.wanted
+        return found.attained_share >= self.slo.attainment
 
     def cheapest(self) -> _Tried | None:
-        """The cheapest fleet that attains, with slower engines if any does, else as predicted, or None."""
-        first = self._try(1.0)
-        good, bad = self._fuller(first) if self.attains(first.slower) else self._emptier(first)
-        if good is not None and bad is not None:
-            good = self._between(good, bad)
-        if good is not None:
-            return good
-        able = [t for t in self.tried if self.attains(t.predicted)]
-        return min(able, key=lambda t: t.fleet.usd_per_hour, default=None)
+        """The cheapest fleet found that attains with slow engines; where none does, as predicted."""
+        found = self._repaired()
+        for key, policy in self.own.items():
+            if not policy.rehearsed_only and all(rate.requests_per_s.value for rate in policy.rates):
+                found = self._alone(key, found)
+        if found:
+            return found
+        able = [tried for tried in self.tried if self.attains(tried.predicted)]
+        return min(able, key=lambda tried: tried.fleet.usd_per_hour, default=None)
 
-    def nearest(self) -> _Tried:
-        return max(self.tried, key=lambda t: t.predicted.attained_share)
-
-    def _fuller(self, good: _Tried) -> tuple[_Tried, _Tried | None]:
-        """As full as can be, if that is cheaper: where it attains, else where it does not."""
-        if good.fleet.usd_per_hour == 0.0:
-            return good, None
-        tried = self._try(1.0 / good.fleet.target_utilisation)
-        if tried.fleet.usd_per_hour * _SAME_COST >= good.fleet.usd_per_hour:
-            return good, None
-        return (tried, None) if self.attains(tried.slower) else (good, tried)
-
-    def _emptier(self, bad: _Tried) -> tuple[_Tried | None, _Tried]:
-        """Ever emptier replicas until they attain, or none can be had."""
-        for _ in range(_MOST_STEPS):
+    def _repaired(self) -> _Tried | None:
+        """The first fleet that attains; None where the solver finds no more."""
+        while len(self.tried) < _MOST_FLEETS:
             try:
-                tried = self._try(bad.headroom * _EMPTIER)
+                tried = self._simulated(self._solved(self.shares), self.shares)
             except InfeasibleError:
+                if not self.tried:
+                    raise
                 break
             if self.attains(tried.slower):
-                return tried, bad
-            bad = tried
-        return None, bad
+                return tried
+            for number, pool in enumerate(tried.slower.pools):
+                if pool.attained_share < self.slo.attainment:
+                    self._learn(tried, number, self.shares)
+        return None
 
-    def _between(self, good: _Tried, bad: _Tried) -> _Tried:
-        """The cheapest that attains between a fleet that does and one that does not."""
-        for _ in range(_MOST_HALVINGS):
-            if good.fleet.usd_per_hour <= bad.fleet.usd_per_hour * _SAME_COST:
-                break
-            tried = self._try(math.sqrt(good.headroom * bad.headroom))
-            if self.attains(tried.slower):
-                good = tried
-            else:
-                bad = tried
-        return good
+    def _alone(self, key: Key, best: _Tried | None) -> _Tried | None:
+        """`best`, or a fleet of one policy if that attains for less."""
+        most_usd = best.fleet.usd_per_hour * _CHEAPER if best else math.inf
+        shares = {key: 1.0 / slowest(self.own[key])}
+        try:
+            fleet = self._solved(shares)
+            if fleet.usd_per_hour >= most_usd:
+                return best
+            tried = self._simulated(fleet, shares)
+            for _ in range(2):
+                if self.attains(tried.slower):
+                    return tried
+                if len(tried.choices) > 1:
+                    break
+                self._learn(tried, 0, shares, most_usd)
+                fleet = self._solved(shares)
+                if fleet.usd_per_hour >= most_usd:
+                    break
+                tried = self._simulated(fleet, shares)
+        except InfeasibleError:
+            pass
+        return best
 
-    def _try(self, headroom: float) -> _Tried:
-        from moeplan.planner.simulate.fleet import replay  # takes Numba, which batch work does not need
+    def _solved(self, shares: Mapping[Key, float]) -> Fleet:
+        """The cheapest fleet of policies with what queues leave of their rates."""
+        return self.choose([*self.others, *(_left(self.own[key], s) for key, s in shares.items() if s)])
 
-        fleet = self.choose(headroom)
-        pools = tuple(
-            pool_of(self.workload, self.rooflines, choice.column, _serving(choice))
-            for choice in fleet.choices
-            if choice.column.policy.serves == self.requests.name
-        )
-        routes = [route for route in fleet.routes if route.serves == self.requests.name]
-        known = next((t for t in self.tried if t.pools == pools and t.fleet.routes == fleet.routes), None)
-        if known:
-            predicted, slower = known.predicted, known.slower
-        else:
-            predicted, slower = (
-                replay(self.stream, self.requests.buckets, routes, pools, self.slo, late)
-                for late in (False, True)
-            )
-        self.tried.append(_Tried(headroom, fleet, pools, predicted, slower))
+    def _simulated(self, fleet: Fleet, shares: Mapping[Key, float]) -> _Tried:
+        from moeplan.planner.simulate.fleet import replay, split  # take Numba, which batch work does not need
+
+        choices = tuple(c for c in fleet.choices if c.column.policy.serves == self.requests.name)
+        pools = tuple(self._pool(choice, shares) for choice in choices)
+        routes: list[Route] = [route for route in fleet.routes if route.serves == self.requests.name]
+        parts = split(self.stream, self.requests.buckets, routes, pools)
+        predicted, slower = (replay(parts, pools, self.slo, late) for late in (False, True))
+        self.tried.append(_Tried(fleet, choices, pools, parts, predicted, slower))
         return self.tried[-1]
 
+    def _pool(self, choice: Choice, shares: Mapping[Key, float]) -> Pool:
+        key = _key(choice.column.policy)
+        policy = self.own[key]
+        law = serving_law(self.workload, self.rooflines[policy.machine.name], policy)
+        return pool_of(choice.column.name, policy, serving_replicas(choice), law, shares[key])
 
-def pool_of(workload: Workload, rooflines: Sequence[Roofline], column: Column, replicas: int) -> Pool:
+    def _learn(
+        self, tried: _Tried, number: int, shares: dict[Key, float], most_usd: float = math.inf
+    ) -> None:
+        """Of a pool that misses: the share with which the solver buys as many engines as keep the SLO.
+
+        It is of half an engine less, so that one fewer is too few; 0 where no number for `most_usd` helps.
+        """
+        from moeplan.planner.simulate.fleet import engines_needed
+
+        choice, pool, part = tried.choices[number], tried.pools[number], tried.parts[number]
+        key, column = _key(choice.column.policy), choice.column
+        most = _MOST_TIMES * pool.engines
+        if most_usd < math.inf:
+            most = min(most, math.ceil(most_usd / column.usd_per_hour) * column.policy.data_parallel)
+        needed = engines_needed(part, pool, self.slo, self.slo.attainment, most)
+        load = choice.utilisation * pool.engines * shares[key]
+        shares[key] = load / (needed - 0.5) if needed else 0.0
+
+
+def _left(policy: Policy, share: float) -> Policy:
+    """The policy with a share of its rates."""
+    rates = []
+    for rate in policy.rates:
+        left = replace(rate.requests_per_s, value=rate.requests_per_s.value * share)
+        rates.append(replace(rate, requests_per_s=left))
+    return replace(policy, rates=tuple(rates))
+
+
+def slowest(policy: Policy) -> float:
+    """How many times as long as predicted the plan allows everything to take."""
+    return min(math.exp(policy.generated_tokens_per_s.sigma), _MOST_SLOWER)
+
+
+def pool_of(column: str, policy: Policy, replicas: int, law: ServingLaw, capacity_share: float) -> Pool:
     """`replicas` of a column, as they are simulated."""
-    policy = column.policy
-    roofline = next(r for r in rooflines if r.machine == policy.machine)
     return Pool(
-        column=column.name,
+        column=column,
         engines=replicas * policy.data_parallel,
-        slower=min(math.exp(policy.generated_tokens_per_s.sigma), _MOST_SLOWER),
-        law=serving_law(workload, roofline, policy),
+        slower=slowest(policy),
+        capacity_share=capacity_share,
+        law=law,
     )
 
 
-def _serving(choice: Choice) -> int:
+def serving_replicas(choice: Choice) -> int:
     """Replicas that serve: a spot pool's spare one stands in for those that are reclaimed."""
     return choice.replicas - (SPOT_OVERPROVISION if choice.column.market == "spot" else 0)
 
 
-def _missed(spec: Spec, requests: RequestClass, best: _Tried) -> InfeasibleError:
+def _missed(spec: Spec, requests: RequestClass, replays: Sequence[Replay]) -> InfeasibleError:
     """The answer where no fleet attains: how near the nearest comes, and what it would attain."""
-    slo, found = requests.slo, best.predicted
-    assert slo is not None
+    slo = requests.slo
+    assert slo is not None  # it was missed
+    found = max(replays, key=lambda replay: replay.attained_share)
     share = math.floor(found.attained_share * 1000) / 10
     late = "ttft" if found.ttft.p99_s > slo.ttft_s else "itl"
     reached = getattr(found, late).p99_s

@@ -1,4 +1,4 @@
-"""Requests, pools, routes -> Replay: a fleet's latency in simulation.
+"""Requests, pools, routes -> how a fleet keeps its SLO in simulation, pool by pool.
 
 A request is routed to a pool at random, weighted by its bucket's shares, and inside the pool to the engine
 with the fewest unfinished requests. Importing this module imports Numba.
@@ -7,11 +7,12 @@ with the fewest unfinished requests. Importing this module imports Numba.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moeplan.planner.buckets import nearest_buckets
-from moeplan.planner.ir.attainment import Percentiles, Pool, Replay
+from moeplan.planner.ir.attainment import Percentiles, Pool, PoolReplay, Replay
 from moeplan.planner.ir.fleet import Route
 from moeplan.planner.ir.spec import Slo
 from moeplan.planner.ir.workload import Bucket
@@ -22,65 +23,103 @@ from moeplan.planner.traces import RequestTrace
 _SEED = 1  # of the router
 
 
-def replay(
-    stream: RequestTrace,
-    buckets: Sequence[Bucket],
-    routes: Sequence[Route],
-    pools: Sequence[Pool],
-    slo: Slo,
-    slower: bool = False,
-) -> Replay:
-    """Serve `stream` on `pools`, as predicted or with each engine as slow as its plan allows for.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolRun:
+    """One pool's requests, [n]: infinite where refused for their length; and what its engines did."""
 
-    Requests longer than an engine was planned for are refused, and so miss their SLO.
-    """
-    n = stream.requests
-    served = np.ones(n, bool)
-    ttft, itl, gap = np.full((3, n), np.inf)
-    busy, occupied = [], []
-    chosen = _routed(nearest_buckets(buckets, stream.prompt_tokens, stream.output_tokens), routes, pools)
-    for number, pool in enumerate(pools):
-        own = chosen == number
-        law = slowed(pool.law, pool.slower) if slower else pool.law
-        fits = stream.prompt_tokens + stream.output_tokens <= law.context_tokens[-1]
-        served &= ~own | fits
-        own &= fits
-        result = serve(
-            stream.arrival_s[own],
-            stream.prompt_tokens[own],
-            stream.output_tokens[own],
-            law,
-            pool.engines,
-        )
-        ttft[own], itl[own], gap[own] = result.ttft_s, result.itl_s, result.gap_s
-        span_s = max(float(result.finish_s.max(initial=0.0)), float(stream.arrival_s[-1]))
-        busy.append((pool.column, float(result.busy_s.mean()) / span_s))
-        places = pool.law.sequences * span_s
-        occupied.append((pool.column, float(result.occupied_s.mean()) / places))
-    several = served & (stream.output_tokens > 1)
+    column: str
+    ttft_s: Floats
+    itl_s: Floats  # nan where there is but one token
+    gap_s: Floats
+    attained: int
+    busy: float
+    occupied: float
+
+
+def split(
+    stream: RequestTrace, buckets: Sequence[Bucket], routes: Sequence[Route], pools: Sequence[Pool]
+) -> list[RequestTrace]:
+    """The part of `stream` that is routed to each of `pools`."""
+    bucket = nearest_buckets(buckets, stream.prompt_tokens, stream.output_tokens)
+    chosen = _routed(bucket, routes, [pool.column for pool in pools], len(buckets))
+    return [stream.part(chosen == number) for number in range(len(pools))]
+
+
+def run_pool(part: RequestTrace, pool: Pool, slo: Slo, slower: bool) -> PoolRun:
+    """Serve a pool's requests, as predicted or with engines as slow as the plan allows for."""
+    law = slowed(pool.law, pool.slower) if slower else pool.law
+    fits = part.prompt_tokens + part.output_tokens <= law.context_tokens[-1]
+    served = part.part(fits)
+    result = serve(served.arrival_s, served.prompt_tokens, served.output_tokens, law, pool.engines)
+    ttft, itl, gap = np.full((3, part.requests), np.inf)
+    ttft[fits], itl[fits], gap[fits] = result.ttft_s, result.itl_s, result.gap_s
+    span_s = max(float(part.arrival_s.max(initial=0.0)), float(result.finish_s.max(initial=0.0)), 1e-9)
+    return PoolRun(
+        column=pool.column,
+        ttft_s=ttft,
+        itl_s=np.where(part.output_tokens > 1, itl, np.nan),
+        gap_s=gap,
+        attained=int(((ttft <= slo.ttft_s) & (itl <= slo.itl_s)).sum()),
+        busy=float(result.busy_s.mean()) / span_s,
+        occupied=float(result.occupied_s.mean()) / span_s / law.sequences,
+    )
+
+
+def replay(parts: Sequence[RequestTrace], pools: Sequence[Pool], slo: Slo, slower: bool = False) -> Replay:
+    """Serve each pool's part of a stream; see `split`."""
+    runs = [run_pool(part, pool, slo, slower) for part, pool in zip(parts, pools, strict=True)]
+    ttft, itl, gap = (
+        np.concatenate([getattr(run, name) for run in runs]) for name in ("ttft_s", "itl_s", "gap_s")
+    )
+    served = np.isfinite(ttft)
+    several = served & np.isfinite(itl)
     return Replay(
-        attained_share=float(((ttft <= slo.ttft_s) & (itl <= slo.itl_s)).mean()),
+        attained_share=sum(run.attained for run in runs) / max(1, len(ttft)),
         refused=int((~served).sum()),
         ttft=_percentiles(ttft[served]),
         itl=_percentiles(itl[several]),
         gap=_percentiles(gap[several]),
-        busy=tuple(busy),
-        occupied=tuple(occupied),
+        pools=tuple(
+            PoolReplay(
+                column=run.column,
+                requests=len(run.ttft_s),
+                attained_share=run.attained / max(1, len(run.ttft_s)),
+                busy=run.busy,
+                occupied=run.occupied,
+            )
+            for run in runs
+        ),
     )
 
 
-def _routed(bucket: Ints, routes: Sequence[Route], pools: Sequence[Pool]) -> Ints:
+def engines_needed(part: RequestTrace, pool: Pool, slo: Slo, wanted: float, most: int) -> int | None:
+    """The fewest engines, no fewer than the pool has and at most `most`, that keep the SLO for `wanted` of its
+    part when slow; None where `most` do not. Of many engines the number is right to a twentieth."""
+
+    def keeps(engines: int) -> bool:
+        run = run_pool(part, replace(pool, engines=engines), slo, slower=True)
+        return run.attained >= wanted * part.requests
+
+    low, high = pool.engines - 1, min(pool.engines, most)
+    while not keeps(high):
+        if high == most:
+            return None
+        low, high = high, min(2 * high, most)
+    while high - low > max(1, high // 20):
+        middle = (low + high) // 2
+        low, high = (low, middle) if keeps(middle) else (middle, high)
+    return high
+
+
+def _routed(bucket: Ints, routes: Sequence[Route], columns: Sequence[str], buckets: int) -> Ints:
     """The number of each request's pool."""
-    names = [pool.column for pool in pools]
-    shares = np.zeros((bucket.max(initial=0) + 1, len(pools)))
+    shares = np.zeros((buckets, len(columns)))
     for route in routes:
-        if route.bucket < len(shares):
-            shares[route.bucket, names.index(route.column)] += route.share
+        shares[route.bucket, columns.index(route.column)] += route.share
+    edges = np.cumsum(shares / shares.sum(axis=1, keepdims=True), axis=1)
     # The legacy generator: its stream is the same in every version of numpy.
     drawn = np.random.RandomState(_SEED).random_sample(len(bucket))
-    edges = np.cumsum(shares / shares.sum(axis=1, keepdims=True), axis=1)
-    chosen = (drawn[:, None] >= edges[bucket][:, :-1]).sum(axis=1)
-    return np.asarray(chosen, np.int64)
+    return np.asarray((drawn[:, None] >= edges[bucket][:, :-1]).sum(axis=1), np.int64)
 
 
 def _percentiles(seconds: Floats) -> Percentiles:

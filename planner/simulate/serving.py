@@ -37,8 +37,8 @@ _ARRIVAL, _PREFILL, _OWN, _CACHE, _SINCE_S, _TTFT, _ITL, _GAP, _FINISH = range(9
 # taken, the table's segment of contexts last looked up; steps of the leg under way, how many requests end
 # their prefill in it; first and last that wait, how much of the first is prefilled; how many gaps are kept.
 _LOAD, _RUNNING, _CONTEXT, _STEPS, _SEGMENT, _LENGTH, _ENTERING, _FIRST, _LAST, _DONE, _GAPS = range(11)
-# Floats: bytes of cache set aside, seconds in which it steps, the same times the sequences that run; of the leg
-# under way: begin, end (infinite where there is none), seconds of each step, the same without prefill.
+# Floats: bytes of cache set aside, seconds in which it steps, the same times the sequences that run; of the
+# leg under way: begin, end (infinite where there is none), seconds of each step, the same without prefill.
 _HELD, _BUSY, _OCCUPIED, _BEGIN, _END, _STEP, _DECODE = range(7)
 # Columns of sequences: a heap by the step in which each ends (when, which request); who enters in this leg.
 _WHEN, _WHO, _ENTERED = range(3)
