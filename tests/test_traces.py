@@ -44,9 +44,7 @@ def test_plain_csv(tmp_path: Path) -> None:
 
 
 def test_azure_columns(tmp_path: Path) -> None:
-    found = trace(
-        tmp_path, AZURE + "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,0\n"
-    )
+    found = trace(tmp_path, AZURE + "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,0\n")
     assert found.rate_per_s == pytest.approx(1 / 4.314579, rel=1e-6)
     assert found.output_tokens.tolist() == [44, 1]
 
@@ -89,8 +87,8 @@ def test_evenly_spaced_arrivals(tmp_path: Path) -> None:
 
 
 def test_drift_is_no_burstiness() -> None:
-    """A Poisson stream whose rate falls to a tenth over the trace: CV about 1, where all gaps together have more;
-    the index of dispersion sees it."""
+    """A Poisson stream whose rate falls to a tenth over the trace: CV about 1, where all gaps together have
+    more; the index of dispersion sees it."""
     unit = np.random.RandomState(0).exponential(1.0, 20_000)
     drifting = arrivals(unit * np.geomspace(1.0, 10.0, len(unit)))
     gaps = np.diff(drifting.arrival_s)

@@ -90,9 +90,10 @@ class Replay:
 class ClassAttainment:
     """An online class in simulation: as predicted, and with every engine as slow as the plan allows for.
 
-    The fleet attains the SLO in the second simulation if `when_slower`, or else in the first only. It is the
-    cheapest found among `fleets_tried`; the first of them, which the solver chose without simulation, would
-    have cost `unsimulated_usd_per_hour` and attains for `unsimulated_share`.
+    The fleet attains the SLO in the second simulation if `when_slower`, or else in the first only;
+    `allowance` is how much longer the slowest pool's times are in the second. It is the cheapest found among
+    `fleets_tried`; the first of them, which the solver chose without simulation, would have cost
+    `unsimulated_usd_per_hour` and attains for `unsimulated_share` in the second.
     """
 
     serves: ClassName
@@ -102,6 +103,7 @@ class ClassAttainment:
     predicted: Replay
     slower: Replay
     when_slower: bool
+    allowance: float
     fleets_tried: int
     usd_per_hour: float
     unsimulated_usd_per_hour: float

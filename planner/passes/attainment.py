@@ -68,6 +68,7 @@ def attain(
         predicted=best.predicted,
         slower=best.slower,
         when_slower=search.attains(best.slower),
+        allowance=max(pool.slower for pool in best.pools) - 1.0,
         fleets_tried=len(search.tried),
         usd_per_hour=best.fleet.usd_per_hour,
         unsimulated_usd_per_hour=first.fleet.usd_per_hour,

@@ -93,8 +93,8 @@ def replay(parts: Sequence[RequestTrace], pools: Sequence[Pool], slo: Slo, slowe
 
 
 def engines_needed(part: RequestTrace, pool: Pool, slo: Slo, wanted: float, most: int) -> int | None:
-    """The fewest engines, no fewer than the pool has and at most `most`, that keep the SLO for `wanted` of its
-    part when slow; None where `most` do not. Of many engines the number is right to a twentieth."""
+    """The fewest engines, no fewer than the pool has and at most `most`, that keep the SLO for `wanted` of
+    its part when slow; None where `most` do not. Of many engines the number is right to a twentieth."""
 
     def keeps(engines: int) -> bool:
         run = run_pool(part, replace(pool, engines=engines), slo, slower=True)
