@@ -7,7 +7,7 @@ Azure/AzurePublicDataset and kvcache-ai/Mooncake (docs/queueing.md); TRACE is on
 ending. For each trace, and rates up to several times its own, a plan is compiled for a market of a few
 machines. Then every mix of four columns (the plan's, and those that attain alone at the least cost) up to
 what the plan costs is simulated in the order of its cost, routed for the lowest peak load, until one attains:
-by the plan's own rule (engines up to 15 % slower), and as predicted. Nothing here was measured on GPUs.
+by the plan's own rule (in a surge of 15 %), and at the planned rate. Nothing here was measured on GPUs.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def searched(case: Case) -> list[Column]:
     return sorted(case.columns, key=lambda c: (c.name not in planned, alone_usd(c), c.name))[:_MOST_COLUMNS]
 
 
-def cheapest(case: Case, slower: bool) -> tuple[float, dict[str, int], int]:
+def cheapest(case: Case, surge: bool) -> tuple[float, dict[str, int], int]:
     """The cheapest mix that attains: its USD/h, its counts, how many were simulated."""
     columns = searched(case)
     buckets = range(len(case.requests.buckets))
@@ -196,7 +196,7 @@ def cheapest(case: Case, slower: bool) -> tuple[float, dict[str, int], int]:
         if sum(n / whole for n, whole in zip(counts, loads, strict=True)) < _LEAST_CAPACITY:
             continue
         routing, peak = routes(case, columns, counts)
-        factor = max(case.pools[c.name].slower for c in columns) if slower else 1.0
+        factor = max(case.pools[c.name].margin for c in columns) if surge else 1.0
         if peak * factor > 1.1:  # more than a tenth overloaded for the length of the trace
             continue
         pools = [
@@ -206,7 +206,7 @@ def cheapest(case: Case, slower: bool) -> tuple[float, dict[str, int], int]:
         ]
         simulated += 1
         parts = split(case.stream, case.requests.buckets, routing, pools)
-        result = replay(parts, pools, case.slo, slower)
+        result = replay(parts, pools, case.slo, surge)
         if result.attained_share >= case.slo.attainment:
             return usd, {c.name: n for c, n in zip(columns, counts, strict=True) if n}, simulated
     return math.inf, {}, simulated
@@ -227,8 +227,8 @@ def row(name: str, rate: float, case: Case) -> str:
     )
     return (
         f"| {name}, {rate:g} | {described(counts)} | {case.fleet.usd_per_hour:.2f} | {load_of_fullest:.0%} "
-        f"| {found.slower.attained_share:.2%}, {found.predicted.attained_share:.2%} "
-        f"| {found.slower.ttft.p99_s:.2f} s | {found.slower.itl.p99_s * 1e3:.0f} ms "
+        f"| {found.surge.attained_share:.2%}, {found.planned.attained_share:.2%} "
+        f"| {found.surge.ttft.p99_s:.2f} s | {found.surge.itl.p99_s * 1e3:.0f} ms "
         f"| {found.unsimulated_usd_per_hour:.2f}, {found.unsimulated_share:.1%} | {found.fleets_tried}, "
         f"{case.seconds:.1f} s |"
     )
@@ -237,8 +237,8 @@ def row(name: str, rate: float, case: Case) -> str:
 def compared(name: str, rate: float, case: Case) -> str:
     """The plan's cost over those of the cheapest mixes."""
     usd, cells = case.fleet.usd_per_hour, []
-    for slower in (True, False):
-        least, mix, tried = cheapest(case, slower)
+    for surge in (True, False):
+        least, mix, tried = cheapest(case, surge)
         cells.append(f"{least:.2f}: {described(mix)} ({tried} simulated) | {usd / least:.2f}")
     return f"| {name}, {rate:g} | {usd:.2f} | {' | '.join(cells)} |"
 
@@ -246,9 +246,7 @@ def compared(name: str, rate: float, case: Case) -> str:
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:] or list(CASES)
     cases = {}
-    print(
-        "attained, P99: with slow engines; attained as predicted second; without simulation: USD/h, attained"
-    )
+    print("attained: in the surge, as planned; P99 in the surge; without simulation: USD/h, attained")
     print(
         "| trace, req/s | plan | USD/h | load | attained | TTFT | ITL | without simulation | fleets, time |"
     )
@@ -258,9 +256,7 @@ def main() -> None:
         for rate in rates:
             cases[name, rate] = compiled(folder / f"{name}.csv.gz", model, slo, rate)
             print(row(name, rate, cases[name, rate]), flush=True)
-    print(
-        "\n| trace, req/s | plan | cheapest that attains with slow engines | ratio | as predicted | ratio |"
-    )
+    print("\n| trace, req/s | plan | cheapest that attains in the surge | ratio | as planned | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
     for (name, rate), case in cases.items():
         print(compared(name, rate, case), flush=True)

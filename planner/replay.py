@@ -30,8 +30,8 @@ class Service:
 
 
 def replay_requests(folder: Path, trace_file: Path, rate: str = "") -> str:
-    """Serve the trace on the plan in `folder`, at its own rate or another ("8/s"), as predicted and with
-    engines as slow as the plan allows for; the answer is text for a screen.
+    """Serve the trace on the plan in `folder`, at its own rate or another ("8/s"), and in a surge
+    of the plan's margin; the answer is text for a screen.
 
     Raises CompileError where the folder holds no plan of online work, the trace cannot be read, or the rate
     is none.
@@ -42,8 +42,8 @@ def replay_requests(folder: Path, trace_file: Path, rate: str = "") -> str:
     trace = read_trace(trace_file, Span(str(trace_file)))
     stream = trace.at_rate(_rate_per_s(rate)) if rate else trace
     parts = split(stream, service.buckets, service.routes, service.pools)
-    predicted, slower = (replay(parts, service.pools, service.slo, late) for late in (False, True))
-    return "\n".join(_lines(service, stream, predicted, slower))
+    planned, surge = (replay(parts, service.pools, service.slo, more) for more in (False, True))
+    return "\n".join(_lines(service, stream, planned, surge))
 
 
 def _rate_per_s(text: str) -> float:
@@ -91,7 +91,7 @@ def _refusal(path: Path, message: str, hint: str) -> CompileError:
     return CompileError(Diagnostic(code="no-simulation", span=Span(str(path)), message=message, hint=hint))
 
 
-def _lines(service: Service, stream: RequestTrace, predicted: Replay, slower: Replay) -> list[str]:
+def _lines(service: Service, stream: RequestTrace, planned: Replay, surge: Replay) -> list[str]:
     slo = service.slo
     lines = [
         f"{service.name}: {stream.requests:,} requests at {stream.rate_per_s:.4g}/s (planned for "
@@ -101,8 +101,8 @@ def _lines(service: Service, stream: RequestTrace, predicted: Replay, slower: Re
     ]
     if note := stream.unread_note():
         lines.append(f"  not read    {note}")
-    allowed = f"{max((pool.slower for pool in service.pools), default=1.0) - 1:.0%} slower"
-    for title, found in (("as predicted", predicted), (allowed, slower)):
+    more = f"{max((pool.margin for pool in service.pools), default=1.0) - 1:.0%} faster"
+    for title, found in (("at this rate", planned), (more, surge)):
         lines += _replay_lines(title, found)
     lines.append("  simulated: nothing was measured")
     return lines

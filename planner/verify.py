@@ -118,16 +118,16 @@ def verify_fleet(spec: Spec, workload: Workload, fleet: Fleet) -> None:
 
 
 def verify_attainment(fleet: Fleet, attainment: Attainment) -> None:
-    """Online columns have a pool each, shares are shares, and the SLO is attained as predicted at least."""
+    """Online columns have a pool each, shares are shares, and the SLO is attained at the planned rate."""
     online = [c.column.name for c in fleet.choices if c.column.policy.serves == "online"]
     _require([pool.column for pool in attainment.pools] == online, "each online column is a pool")
     for found in attainment.classes:
-        for replay in (found.predicted, found.slower):
+        for replay in (found.planned, found.surge):
             shares = [replay.attained_share]
             for pool in replay.pools:
                 shares += [pool.attained_share, pool.busy, pool.occupied]
             _require(all(0 <= share <= 1 + _SLACK for share in shares), "simulated shares are shares")
-        promised = found.slower if found.when_slower else found.predicted
+        promised = found.surge if found.bears_surge else found.planned
         _require(promised.attained_share >= found.wanted_share, f"the {found.serves} SLO is attained")
 
 

@@ -143,7 +143,7 @@ def _attainment(found: ClassAttainment) -> dict[str, Any]:
     source = "of the trace" if found.arrivals == "trace" else "with gamma-distributed gaps"
     rows = []
     for name, of in (("TTFT", "ttft"), ("ITL", "itl"), ("longest gap", "gap")):
-        for speed, replay in (("as predicted", found.predicted), ("slower", found.slower)):
+        for speed, replay in (("as planned", found.planned), ("surge", found.surge)):
             percentiles: Percentiles = getattr(replay, of)
             cells = (percentiles.p50_s, percentiles.p90_s, percentiles.p99_s)
             rows.append((name, speed, *map(format_duration, cells)))
@@ -153,18 +153,18 @@ def _attainment(found: ClassAttainment) -> dict[str, Any]:
         "rows": rows,
         "pools": [
             (p.column, f"{p.requests:,}", f"{p.attained_share:.2%}", f"{p.busy:.0%}", f"{p.occupied:.0%}")
-            for p in found.slower.pools
+            for p in found.surge.pools
         ],
         "search": _search_line(found),
-        "warning": "" if found.when_slower else "No fleet that can be had attains it with the slower engines",
+        "warning": "" if found.bears_surge else "No fleet that can be had attains it in the surge",
     }
 
 
 def attained(found: ClassAttainment) -> str:
     """Of how many requests the SLO is kept, in one line."""
-    slower = f"{found.slower.attained_share:.2%} if all engines are {found.allowance:.0%} slower"
+    surge = f"{found.surge.attained_share:.2%} with {found.margin - 1:.0%} more requests"
     return (
-        f"{found.predicted.attained_share:.2%} as predicted, {slower} "
+        f"{found.planned.attained_share:.2%} of the requests, {surge} "
         f"({found.wanted_share * 100:.5g}% wanted)"
     )
 
@@ -174,7 +174,9 @@ def _search_line(found: ClassAttainment) -> str:
     if found.fleets_tried == 1:
         return "The first fleet tried attains it"
     share, usd = f"{found.unsimulated_share:.2%}", f"{found.unsimulated_usd_per_hour:.2f}"
-    return f"{found.fleets_tried} fleets were tried; the first, {usd} USD/h, keeps it for {share} when slower"
+    return (
+        f"{found.fleets_tried} fleets were tried; the first, {usd} USD/h, keeps it for {share} in the surge"
+    )
 
 
 def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:

@@ -38,13 +38,13 @@ class ServingLaw:
 class Pool:
     """The replicas of one column that serve, spares left out: `engines` copies of the model in all.
 
-    The plan is made for engines that take up to `slower` times as long as `law` predicts. Queues leave
+    The plan is made for `margin` times its requests, as `law` is a prediction. Queues leave
     `capacity_share` of the throughput that one would have without them: so the solver was told.
     """
 
     column: str
     engines: int
-    slower: float
+    margin: float
     capacity_share: float
     law: ServingLaw
 
@@ -88,22 +88,21 @@ class Replay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassAttainment:
-    """An online class in simulation: as predicted, and with every engine as slow as the plan allows for.
+    """An online class in simulation: at the rate that is planned for, and in a surge of `margin` times it.
 
-    The fleet attains the SLO in the second simulation if `when_slower`, or else in the first only;
-    `allowance` is how much longer the slowest pool's times are in the second. It is the cheapest found among
-    `fleets_tried`; the first of them, which the solver chose without simulation, would have cost
-    `unsimulated_usd_per_hour` and attains for `unsimulated_share` in the second.
+    The fleet attains the SLO in the second simulation if `bears_surge`, or else in the first only; it is the
+    cheapest found among `fleets_tried`. The first of them, which the solver chose without simulation, would
+    have cost `unsimulated_usd_per_hour` and attains for `unsimulated_share` in the second.
     """
 
     serves: ClassName
     wanted_share: float
     requests: int
     arrivals: ArrivalSource
-    predicted: Replay
-    slower: Replay
-    when_slower: bool
-    allowance: float
+    planned: Replay
+    surge: Replay
+    bears_surge: bool
+    margin: float
     fleets_tried: int
     usd_per_hour: float
     unsimulated_usd_per_hour: float

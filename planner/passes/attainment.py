@@ -2,17 +2,17 @@
 
 The solver knows throughputs, not queues. Its fleet is simulated on the class's own arrivals; of each pool
 that misses the SLO the simulation tells how many engines would keep it, and so what share of its throughput
-queues leave. With these shares the fleet is solved again, until one attains. All columns start with their
-whole throughput, so that what is dear is dear because it was tried. As small pools teach worse shares than
-large ones have, columns that might do all for less are then tried alone.
+queues leave. First each policy alone learns its share, as small pools teach worse ones than large ones have;
+then mixes are solved with what is known, simulated and taught again, as long as they are cheaper.
 
-Throughputs are estimates. So what counts is the simulation in which every engine is slower than predicted, by
-one standard error but at most 15 %: to be surer, measuring is cheaper than renting. Where no fleet attains
-then, one that attains as predicted will do, and the plan says so.
+Throughputs are estimates. So what counts is the simulation of a surge: requests come faster by one standard
+error of the throughput, but by no more than 15 %, since to be surer measuring is cheaper than renting. Where
+no fleet attains then, one that attains at the planned rate will do, and the plan says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ from moeplan.planner.strategies.laws import serving_law
 from moeplan.planner.traces import RequestTrace
 from moeplan.planner.units import format_duration
 
-_MOST_SLOWER = 1.15
+_MOST_MARGIN = 1.15
 _MOST_FLEETS = 16  # solved with ever better shares
 _MOST_TIMES = 16  # as many engines are tried for a pool that misses its SLO
 _CHEAPER = 0.98  # of another fleet's cost, to be worth a simulation
@@ -50,7 +50,7 @@ def attain(
     simulations. Its online policies have the rates that queues leave.
 
     Without an online class it is the solver's own. Raises InfeasibleError as `choose` does, and where no
-    fleet that quota, budget and machines allow attains the SLO even at predicted speed.
+    fleet that quota, budget and machines allow attains the SLO even at the planned rate.
     """
     requests = next((r for r in workload.classes if r.slo is not None), None)
     if requests is None:
@@ -58,21 +58,21 @@ def attain(
     search = _Search(workload, rooflines, policies, requests, request_stream(requests, trace), choose)
     best = search.cheapest()
     if best is None:
-        raise _missed(spec, requests, [tried.predicted for tried in search.tried])
+        raise _missed(spec, requests, [tried.planned for tried in search.tried])
     first = search.tried[0]
     online = ClassAttainment(
         serves=requests.name,
         wanted_share=search.slo.attainment,
         requests=search.stream.requests,
         arrivals="trace" if trace else "gamma",
-        predicted=best.predicted,
-        slower=best.slower,
-        when_slower=search.attains(best.slower),
-        allowance=max(pool.slower for pool in best.pools) - 1.0,
+        planned=best.planned,
+        surge=best.surge,
+        bears_surge=search.attains(best.surge),
+        margin=max(pool.margin for pool in best.pools),
         fleets_tried=len(search.tried),
         usd_per_hour=best.fleet.usd_per_hour,
         unsimulated_usd_per_hour=first.fleet.usd_per_hour,
-        unsimulated_share=first.slower.attained_share,
+        unsimulated_share=first.surge.attained_share,
     )
     return best.fleet, Attainment(classes=(online,), pools=best.pools)
 
@@ -85,8 +85,8 @@ class _Tried:
     choices: tuple[Choice, ...]
     pools: tuple[Pool, ...]
     parts: list[RequestTrace]
-    predicted: Replay
-    slower: Replay
+    planned: Replay
+    surge: Replay
 
 
 Key = tuple[str, str, str, int]
@@ -115,61 +115,66 @@ class _Search:
         self.rooflines = {roofline.machine.name: roofline for roofline in rooflines}
         self.workload = workload
         # What queues leave of each policy's throughput, as far as is known.
-        self.shares = {key: 1.0 / slowest(policy) for key, policy in self.own.items()}
+        self.shares = {key: 1.0 / margin_of(policy) for key, policy in self.own.items()}
         self.tried: list[_Tried] = []
 
     def attains(self, found: Replay) -> bool:
         return found.attained_share >= self.slo.attainment
 
     def cheapest(self) -> _Tried | None:
-        """The cheapest fleet found that attains with slow engines; where none does, as predicted."""
-        found = self._repaired()
-        for key, policy in self.own.items():
-            if not policy.rehearsed_only and all(rate.requests_per_s.value for rate in policy.rates):
-                found = self._alone(key, found)
-        if found:
-            return found
-        able = [tried for tried in self.tried if self.attains(tried.predicted)]
-        return min(able, key=lambda tried: tried.fleet.usd_per_hour, default=None)
+        """The cheapest fleet found that attains in a surge; where none does, at the planned rate."""
+        first = self._simulated(self._solved(self.shares), self.shares)
+        if self.attains(first.surge):
+            return first
+        best = None
+        for usd, key in self._single_types():
+            if best is None or usd < best.fleet.usd_per_hour * _CHEAPER:
+                best = self._alone(key, best) or best
+        best = self._mixed(best) or best
+        able = [tried for tried in self.tried if self.attains(tried.planned)]
+        return best or min(able, key=lambda tried: tried.fleet.usd_per_hour, default=None)
 
-    def _repaired(self) -> _Tried | None:
-        """The first fleet that attains; None where the solver finds no more."""
-        while len(self.tried) < _MOST_FLEETS:
-            try:
-                tried = self._simulated(self._solved(self.shares), self.shares)
-            except InfeasibleError:
-                if not self.tried:
-                    raise
-                break
-            if self.attains(tried.slower):
-                return tried
-            for number, pool in enumerate(tried.slower.pools):
-                if pool.attained_share < self.slo.attainment:
-                    self._learn(tried, number, self.shares)
-        return None
+    def _single_types(self) -> list[tuple[float, Key]]:
+        """Policies that can serve every size, by what they cost alone, queues aside."""
+        found = []
+        for key, policy in self.own.items():
+            if policy.rehearsed_only or not all(rate.requests_per_s.value for rate in policy.rates):
+                continue
+            with contextlib.suppress(InfeasibleError):
+                found.append((self._solved({key: self.shares[key]}).usd_per_hour, key))
+        return sorted(found)
 
     def _alone(self, key: Key, best: _Tried | None) -> _Tried | None:
-        """`best`, or a fleet of one policy if that attains for less."""
-        most_usd = best.fleet.usd_per_hour * _CHEAPER if best else math.inf
-        shares = {key: 1.0 / slowest(self.own[key])}
-        try:
-            fleet = self._solved(shares)
-            if fleet.usd_per_hour >= most_usd:
-                return best
-            tried = self._simulated(fleet, shares)
-            for _ in range(2):
-                if self.attains(tried.slower):
-                    return tried
-                if len(tried.choices) > 1:
-                    break
-                self._learn(tried, 0, shares, most_usd)
+        """The fleet of one policy that attains; None where there is none, or none for less than `best`."""
+        tried = None
+        with contextlib.suppress(InfeasibleError):
+            while tried is None or not self.attains(tried.surge):
+                shares = {key: self.shares[key]}
                 fleet = self._solved(shares)
-                if fleet.usd_per_hour >= most_usd:
-                    break
+                if tried and (len(tried.choices) > 1 or fleet.choices == tried.fleet.choices):
+                    return None
+                if best and fleet.usd_per_hour >= best.fleet.usd_per_hour * _CHEAPER:
+                    return None
                 tried = self._simulated(fleet, shares)
-        except InfeasibleError:
-            pass
-        return best
+                if not self.attains(tried.surge) and not self._learn(tried, 0, self.shares):
+                    return None
+        return tried
+
+    def _mixed(self, best: _Tried | None) -> _Tried | None:
+        """The first mix that attains; None where the solver finds no more, or none for less than `best`."""
+        shares = dict(self.shares)
+        with contextlib.suppress(InfeasibleError):
+            for _ in range(_MOST_FLEETS):
+                fleet = self._solved(shares)
+                if best and fleet.usd_per_hour >= best.fleet.usd_per_hour * _CHEAPER:
+                    return None
+                tried = self._simulated(fleet, shares)
+                if self.attains(tried.surge):
+                    return tried
+                for number, pool in enumerate(tried.surge.pools):
+                    if pool.attained_share < self.slo.attainment and not self._learn(tried, number, shares):
+                        shares[_key(tried.choices[number].column.policy)] = 0.0
+        return None
 
     def _solved(self, shares: Mapping[Key, float]) -> Fleet:
         """The cheapest fleet of policies with what queues leave of their rates."""
@@ -182,8 +187,8 @@ class _Search:
         pools = tuple(self._pool(choice, shares) for choice in choices)
         routes: list[Route] = [route for route in fleet.routes if route.serves == self.requests.name]
         parts = split(self.stream, self.requests.buckets, routes, pools)
-        predicted, slower = (replay(parts, pools, self.slo, late) for late in (False, True))
-        self.tried.append(_Tried(fleet, choices, pools, parts, predicted, slower))
+        planned, surge = (replay(parts, pools, self.slo, more) for more in (False, True))
+        self.tried.append(_Tried(fleet, choices, pools, parts, planned, surge))
         return self.tried[-1]
 
     def _pool(self, choice: Choice, shares: Mapping[Key, float]) -> Pool:
@@ -192,23 +197,21 @@ class _Search:
         law = serving_law(self.workload, self.rooflines[policy.machine.name], policy)
         return pool_of(choice.column.name, policy, serving_replicas(choice), law, shares[key])
 
-    def _learn(
-        self, tried: _Tried, number: int, shares: dict[Key, float], most_usd: float = math.inf
-    ) -> None:
+    def _learn(self, tried: _Tried, number: int, shares: dict[Key, float]) -> bool:
         """Of a pool that misses: the share with which the solver buys as many engines as keep the SLO.
 
-        It is of half an engine less, so that one fewer is too few; 0 where no number for `most_usd` helps.
+        It is of half an engine less, so that one fewer is too few. False where no number helps.
         """
         from moeplan.planner.simulate.fleet import engines_needed
 
         choice, pool, part = tried.choices[number], tried.pools[number], tried.parts[number]
-        key, column = _key(choice.column.policy), choice.column
-        most = _MOST_TIMES * pool.engines
-        if most_usd < math.inf:
-            most = min(most, math.ceil(most_usd / column.usd_per_hour) * column.policy.data_parallel)
-        needed = engines_needed(part, pool, self.slo, self.slo.attainment, most)
-        load = choice.utilisation * pool.engines * shares[key]
-        shares[key] = load / (needed - 0.5) if needed else 0.0
+        needed = engines_needed(part, pool, self.slo, self.slo.attainment, _MOST_TIMES * pool.engines)
+        if needed is None:
+            return False
+        load = choice.utilisation * pool.engines * pool.capacity_share
+        copies = choice.column.policy.data_parallel
+        shares[_key(choice.column.policy)] = load / (needed - 0.5 * copies)
+        return True
 
 
 def _left(policy: Policy, share: float) -> Policy:
@@ -220,9 +223,9 @@ def _left(policy: Policy, share: float) -> Policy:
     return replace(policy, rates=tuple(rates))
 
 
-def slowest(policy: Policy) -> float:
-    """How many times as long as predicted the plan allows everything to take."""
-    return min(math.exp(policy.generated_tokens_per_s.sigma), _MOST_SLOWER)
+def margin_of(policy: Policy) -> float:
+    """For how many times its requests a plan is made."""
+    return min(math.exp(policy.generated_tokens_per_s.sigma), _MOST_MARGIN)
 
 
 def pool_of(column: str, policy: Policy, replicas: int, law: ServingLaw, capacity_share: float) -> Pool:
@@ -230,7 +233,7 @@ def pool_of(column: str, policy: Policy, replicas: int, law: ServingLaw, capacit
     return Pool(
         column=column,
         engines=replicas * policy.data_parallel,
-        slower=slowest(policy),
+        margin=margin_of(policy),
         capacity_share=capacity_share,
         law=law,
     )

@@ -17,7 +17,6 @@ from moeplan.planner.ir.fleet import Route
 from moeplan.planner.ir.spec import Slo
 from moeplan.planner.ir.workload import Bucket
 from moeplan.planner.simulate.serving import Floats, Ints, serve
-from moeplan.planner.strategies.laws import slowed
 from moeplan.planner.traces import RequestTrace
 
 _SEED = 1  # of the router
@@ -45,15 +44,15 @@ def split(
     return [stream.part(chosen == number) for number in range(len(pools))]
 
 
-def run_pool(part: RequestTrace, pool: Pool, slo: Slo, slower: bool) -> PoolRun:
-    """Serve a pool's requests, as predicted or with engines as slow as the plan allows for."""
-    law = slowed(pool.law, pool.slower) if slower else pool.law
-    fits = part.prompt_tokens + part.output_tokens <= law.context_tokens[-1]
+def run_pool(part: RequestTrace, pool: Pool, slo: Slo, surge: bool) -> PoolRun:
+    """Serve a pool's requests, at their own rate or in a surge of the pool's margin."""
+    fits = part.prompt_tokens + part.output_tokens <= pool.law.context_tokens[-1]
     served = part.part(fits)
-    result = serve(served.arrival_s, served.prompt_tokens, served.output_tokens, law, pool.engines)
+    arrival_s = served.arrival_s / (pool.margin if surge else 1.0)
+    result = serve(arrival_s, served.prompt_tokens, served.output_tokens, pool.law, pool.engines)
     ttft, itl, gap = np.full((3, part.requests), np.inf)
     ttft[fits], itl[fits], gap[fits] = result.ttft_s, result.itl_s, result.gap_s
-    span_s = max(float(part.arrival_s.max(initial=0.0)), float(result.finish_s.max(initial=0.0)), 1e-9)
+    span_s = max(float(result.finish_s.max(initial=0.0)), 1e-9)
     return PoolRun(
         column=pool.column,
         ttft_s=ttft,
@@ -61,13 +60,13 @@ def run_pool(part: RequestTrace, pool: Pool, slo: Slo, slower: bool) -> PoolRun:
         gap_s=gap,
         attained=int(((ttft <= slo.ttft_s) & (itl <= slo.itl_s)).sum()),
         busy=float(result.busy_s.mean()) / span_s,
-        occupied=float(result.occupied_s.mean()) / span_s / law.sequences,
+        occupied=float(result.occupied_s.mean()) / span_s / pool.law.sequences,
     )
 
 
-def replay(parts: Sequence[RequestTrace], pools: Sequence[Pool], slo: Slo, slower: bool = False) -> Replay:
+def replay(parts: Sequence[RequestTrace], pools: Sequence[Pool], slo: Slo, surge: bool = False) -> Replay:
     """Serve each pool's part of a stream; see `split`."""
-    runs = [run_pool(part, pool, slo, slower) for part, pool in zip(parts, pools, strict=True)]
+    runs = [run_pool(part, pool, slo, surge) for part, pool in zip(parts, pools, strict=True)]
     ttft, itl, gap = (
         np.concatenate([getattr(run, name) for run in runs]) for name in ("ttft_s", "itl_s", "gap_s")
     )
@@ -94,10 +93,10 @@ def replay(parts: Sequence[RequestTrace], pools: Sequence[Pool], slo: Slo, slowe
 
 def engines_needed(part: RequestTrace, pool: Pool, slo: Slo, wanted: float, most: int) -> int | None:
     """The fewest engines, no fewer than the pool has and at most `most`, that keep the SLO for `wanted` of
-    its part when slow; None where `most` do not. Of many engines the number is right to a twentieth."""
+    its part in a surge; None where `most` do not. Of many engines the number is right to a twentieth."""
 
     def keeps(engines: int) -> bool:
-        run = run_pool(part, replace(pool, engines=engines), slo, slower=True)
+        run = run_pool(part, replace(pool, engines=engines), slo, surge=True)
         return run.attained >= wanted * part.requests
 
     low, high = pool.engines - 1, min(pool.engines, most)
