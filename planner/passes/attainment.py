@@ -31,6 +31,7 @@ from moeplan.planner.traces import RequestTrace
 from moeplan.planner.units import format_duration
 
 _MOST_MARGIN = 1.15
+_LEAST_PROMISE = 50  # percent that a spec may ask for
 _MOST_FLEETS = 16  # solved with ever better shares
 _MOST_TIMES = 16  # as many engines are tried for a pool that misses its SLO
 _CHEAPER = 0.98  # of another fleet's cost, to be worth a simulation
@@ -148,17 +149,19 @@ class _Search:
         """The fleet of one policy that attains; None where there is none, or none for less than `best`."""
         tried = None
         with contextlib.suppress(InfeasibleError):
-            while tried is None or not self.attains(tried.surge):
+            for _ in range(_MOST_FLEETS):
                 shares = {key: self.shares[key]}
                 fleet = self._solved(shares)
-                if tried and (len(tried.choices) > 1 or fleet.choices == tried.fleet.choices):
-                    return None
                 if best and fleet.usd_per_hour >= best.fleet.usd_per_hour * _CHEAPER:
                     return None
-                tried = self._simulated(fleet, shares)
-                if not self.attains(tried.surge) and not self._learn(tried, 0, self.shares):
+                if tried and fleet.choices == tried.fleet.choices:
                     return None
-        return tried
+                tried = self._simulated(fleet, shares)
+                if self.attains(tried.surge):
+                    return tried
+                if len(tried.choices) > 1 or not self._learn(tried, 0, self.shares):
+                    return None
+        return None
 
     def _mixed(self, best: _Tried | None) -> _Tried | None:
         """The first mix that attains; None where the solver finds no more, or none for less than `best`."""
@@ -250,15 +253,14 @@ def _missed(spec: Spec, requests: RequestClass, replays: Sequence[Replay]) -> In
     assert slo is not None  # it was missed
     found = max(replays, key=lambda replay: replay.attained_share)
     share = math.floor(found.attained_share * 1000) / 10
-    late = "ttft" if found.ttft.p99_s > slo.ttft_s else "itl"
-    reached = getattr(found, late).p99_s
+    lower = f"attainment: {share:g}%, " if share >= _LEAST_PROMISE else ""
+    late = f"TTFT {format_duration(found.ttft.p99_s)} and ITL {format_duration(found.itl.p99_s)}"
     return InfeasibleError(
         Diagnostic(
             code="slo-missed",
             span=spec.span("workload.online.slo"),
             message=f"in simulation no fleet keeps the SLO for {slo.attainment * 100:g} % of the requests, "
-            f"the best for {share:g} %",
-            hint=f"attainment: {share:g}%, or {late}: {format_duration(reached)} (its 99th percentile), or a "
-            "lower rate",
+            f"the best for {share:g} %; its 99th percentiles are {late}",
+            hint=f"{lower}a later ttft or itl, a lower rate, or more machines to choose from",
         )
     )
