@@ -59,14 +59,14 @@ def attain(
     search = _Search(workload, rooflines, policies, requests, request_stream(requests, trace), choose)
     best = search.cheapest()
     if best is None:
-        raise _missed(spec, requests, [tried.planned for tried in search.tried])
+        raise _missed(spec, requests, [search.planned(tried) for tried in search.tried])
     first = search.tried[0]
     online = ClassAttainment(
         serves=requests.name,
         wanted_share=search.slo.attainment,
         requests=search.stream.requests,
         arrivals="trace" if trace else "gamma",
-        planned=best.planned,
+        planned=search.planned(best),
         surge=best.surge,
         bears_surge=search.attains(best.surge),
         margin=max(pool.margin for pool in best.pools),
@@ -80,13 +80,12 @@ def attain(
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
-    """A fleet and its simulations; `parts` are its pools' requests."""
+    """A fleet and its simulation in a surge; `parts` are its pools' requests."""
 
     fleet: Fleet
     choices: tuple[Choice, ...]
     pools: tuple[Pool, ...]
     parts: list[RequestTrace]
-    planned: Replay
     surge: Replay
 
 
@@ -132,8 +131,16 @@ class _Search:
             if best is None or usd < best.fleet.usd_per_hour * _CHEAPER:
                 best = self._alone(key, best) or best
         best = self._mixed(best) or best
-        able = [tried for tried in self.tried if self.attains(tried.planned)]
-        return best or min(able, key=lambda tried: tried.fleet.usd_per_hour, default=None)
+        if best:
+            return best
+        able = [tried for tried in self.tried if self.attains(self.planned(tried))]
+        return min(able, key=lambda tried: tried.fleet.usd_per_hour, default=None)
+
+    def planned(self, tried: _Tried) -> Replay:
+        """The simulation at the planned rate."""
+        from moeplan.planner.simulate.fleet import replay
+
+        return replay(tried.parts, tried.pools, self.slo)
 
     def _single_types(self) -> list[tuple[float, Key]]:
         """Policies that can serve every size, by what they cost alone, queues aside."""
@@ -190,8 +197,8 @@ class _Search:
         pools = tuple(self._pool(choice, shares) for choice in choices)
         routes: list[Route] = [route for route in fleet.routes if route.serves == self.requests.name]
         parts = split(self.stream, self.requests.buckets, routes, pools)
-        planned, surge = (replay(parts, pools, self.slo, more) for more in (False, True))
-        self.tried.append(_Tried(fleet, choices, pools, parts, planned, surge))
+        surge = replay(parts, pools, self.slo, surge=True)
+        self.tried.append(_Tried(fleet, choices, pools, parts, surge))
         return self.tried[-1]
 
     def _pool(self, choice: Choice, shares: Mapping[Key, float]) -> Pool:
