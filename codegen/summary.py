@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeplan.codegen.emit.report import caution, interval, latency, why_unrun
+from moeplan.codegen.emit.report import attained, caution, interval, latency, why_unrun
 from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan, Replica
@@ -14,6 +14,7 @@ def summary(plan: Plan, folder: str, changed: int, checkpoint_option: str) -> st
     lines = [f"{plan.spec.name}: {plan.workload.model.name}"]
     for choice, site in zip(plan.fleet.choices, plan.placement.sites, strict=True):
         lines += _choice_lines(choice, site)
+    lines += [f"  simulated   SLO kept for {attained(found)}" for found in plan.attainment.classes]
     lines += [f"  cost        {line}" for line in _cost_lines(plan)]
     if any(site.market == "spot" for site in plan.placement.sites):
         lines.append(f"  placement   {plan.placement.statement}")

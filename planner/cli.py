@@ -190,6 +190,23 @@ def run(
     raise typer.Exit(runtime_main(arguments, _recorder(plan, folders[0].name, profile) if profile else None))
 
 
+@app.command()
+def simulate(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="the plan folder")],
+    requests: Annotated[
+        Path,
+        typer.Option("--requests", help="a request trace: Azure's, Mooncake's or plain, see docs/spec.md"),
+    ],
+    rate: Annotated[
+        str, typer.Option("--rate", help="requests over time, such as 8/s [default: the trace's own]")
+    ] = "",
+) -> None:
+    """Replay a request trace against a plan's online replicas, in a queueing simulation."""
+    from moeplan.planner.replay import replay_requests
+
+    print(replay_requests(plan, requests, rate))
+
+
 def _recorder(plan: Path, replica: str, profile: Path) -> Callable[[Report], None]:
     """What adds a run's figures to `profile`; raises CompileError now if no row can be added there."""
     import json

@@ -17,8 +17,9 @@ from moeplan.planner.ir.workload import ExpertPopularity
 from moeplan.planner.model_config import load_model
 from moeplan.planner.popularity_file import read_popularity
 from moeplan.planner.profile_file import ProfileRow, read_profile
-from moeplan.planner.request_files import PromptsFile, Trace, read_prompts, read_trace
+from moeplan.planner.request_files import PromptsFile, read_prompts
 from moeplan.planner.suggest import nearest
+from moeplan.planner.traces import RequestTrace, spec_trace
 from moeplan.planner.units import format_bytes
 
 _T = TypeVar("_T")
@@ -35,7 +36,7 @@ class Inputs:
     model: Model
     machine: Machine | None
     prompts: PromptsFile | None
-    trace: Trace | None
+    trace: RequestTrace | None
     profile: tuple[ProfileRow, ...] = ()
     popularity: tuple[ExpertPopularity, ...] = ()
 
@@ -58,7 +59,7 @@ def load_inputs(spec: Spec, machine_file: Path | None = None) -> Inputs:
     unnamed = bool(problems)
     profile = () if unnamed else _try(problems, lambda: _profile(spec, catalog, folder, model, machine))
     prompts = _try(problems, lambda: read_prompts(spec, folder))
-    trace = _try(problems, lambda: read_trace(spec, folder))
+    trace = _try(problems, lambda: spec_trace(spec, folder))
     popularity = _try(problems, lambda: _popularity(spec, folder, model)) if model else ()
     if problems or model is None or profile is None or popularity is None:
         raise CompileError(*problems)

@@ -239,7 +239,7 @@ SLO = Block(
         "attainment": Field(
             kind=PROMISE,
             default="99%",
-            doc="share of requests that must keep both (recorded; this version plans without queueing)",
+            doc="share of requests that must keep both, in a queueing simulation",
         ),
     }
 )
@@ -257,8 +257,9 @@ ONLINE = Block(
         "sizes": Field(kind=Listing(item=SIZE, sums_to_one="share"), doc="request sizes and their shares"),
         "trace": Field(
             kind=TRACE_PATH,
-            doc="a CSV of requests with columns arrival_s,input_tokens,output_tokens or "
-            "TIMESTAMP,ContextTokens,GeneratedTokens",
+            doc="requests as CSV or JSON lines, also gzipped, named arrival_s,input_tokens,output_tokens, "
+            "TIMESTAMP,ContextTokens,GeneratedTokens (Azure), or timestamp,input_length,output_length "
+            "(Mooncake, in ms)",
         ),
         "slo": Field(kind=SLO, required=True, doc="the latency that is promised"),
     },

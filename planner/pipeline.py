@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,11 +13,12 @@ from moeplan.planner.candidates import candidate_machines, candidate_offers
 from moeplan.planner.capacity import capacity_bound
 from moeplan.planner.catalog import facts_digest
 from moeplan.planner.inputs import load_inputs
-from moeplan.planner.ir.fleet import Choice
+from moeplan.planner.ir.fleet import Choice, Fleet
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import Workload
+from moeplan.planner.passes.attainment import attain
 from moeplan.planner.passes.fleet import choose_fleet
 from moeplan.planner.passes.placement import place
 from moeplan.planner.passes.policy import find_policies
@@ -71,8 +73,15 @@ def compile_plan(
     rejections = (*(refusal for _, refused in found for refusal in refused), *profiled.rejections)
     for policy in policies:
         verify.verify_policy(policy)
-    fleet = run("fleet", lambda: choose_fleet(spec, workload, policies, rejections, offers))
+
+    def choose(policies: Sequence[Policy]) -> Fleet:
+        return choose_fleet(spec, workload, policies, rejections, offers, headroom=math.inf)
+
+    fleet, attainment = run(
+        "fleet", lambda: attain(spec, workload, rooflines, policies, inputs.trace, choose)
+    )
     verify.verify_fleet(spec, workload, fleet)
+    verify.verify_attainment(fleet, attainment)
 
     replicas = run(
         "schedules", lambda: tuple(_replica(workload, rooflines, choice) for choice in fleet.choices)
@@ -88,6 +97,7 @@ def compile_plan(
         rejections=rejections,
         unused_rows=profiled.unused,
         fleet=fleet,
+        attainment=attainment,
         replicas=replicas,
         placement=placement,
         facts_sha256=facts_digest(inputs.model, *machines, *offers),

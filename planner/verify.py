@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+from moeplan.planner.ir.attainment import Attainment
 from moeplan.planner.ir.fleet import Fleet
 from moeplan.planner.ir.placement import Placement
 from moeplan.planner.ir.policy import Policy
@@ -114,6 +115,20 @@ def verify_fleet(spec: Spec, workload: Workload, fleet: Fleet) -> None:
         _require(used <= most, f"the fleet keeps the {gpu} quota")
     budget = spec.market.budget_usd_per_hour
     _require(budget is None or fleet.usd_per_hour <= budget + _SLACK, "the fleet keeps the budget")
+
+
+def verify_attainment(fleet: Fleet, attainment: Attainment) -> None:
+    """Online columns have a pool each, shares are shares, and the SLO is attained at the planned rate."""
+    online = [c.column.name for c in fleet.choices if c.column.policy.serves == "online"]
+    _require([pool.column for pool in attainment.pools] == online, "each online column is a pool")
+    for found in attainment.classes:
+        for replay in (found.planned, found.surge):
+            shares = [replay.attained_share]
+            for pool in replay.pools:
+                shares += [pool.attained_share, pool.busy, pool.occupied]
+            _require(all(0 <= share <= 1 + _SLACK for share in shares), "simulated shares are shares")
+        promised = found.surge if found.bears_surge else found.planned
+        _require(promised.attained_share >= found.wanted_share, f"the {found.serves} SLO is attained")
 
 
 def verify_schedule(schedule: Schedule, policy: Policy) -> None:

@@ -56,6 +56,20 @@ def test_check_tells_drift_and_shows_it(spec: Path) -> None:
     assert "hint: moeplan compile" in done.stderr
 
 
+def test_simulate(tmp_path: Path) -> None:
+    spec, trace = tmp_path / "spec.yaml", tmp_path / "t.csv"
+    spec.write_text(ONLINE + "market: {clouds: [gcp], gpus: [H100]}\n")
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0,400,30\n0.5,300,20\n2,100,10\n")
+    compiled = moeplan("compile", spec)
+    assert "simulated   SLO kept for" in compiled.stdout
+    done = moeplan("simulate", tmp_path / "chat.plan", "--requests", trace, "--rate", "3/s")
+    assert done.returncode == 0
+    assert "chat: 3 requests at 3/s (planned for 8/s)" in done.stdout
+    refused = moeplan("simulate", tmp_path / "chat.plan", "--requests", tmp_path / "none.csv")
+    assert refused.returncode == 2
+    assert "No such file" in refused.stderr
+
+
 def test_check_of_a_folder_that_is_not_there(spec: Path) -> None:
     done = moeplan("check", spec)
     assert done.returncode == 1
@@ -235,7 +249,7 @@ def test_a_pinned_machine_is_one_machine(spec: Path) -> None:
     done = moeplan("compile", spec)
     assert done.returncode == 3
     assert "the rate leaves no fleet for the online work" in done.stderr
-    assert "one machine, loaded to 70%, serves" in done.stderr
+    assert "one machine, loaded to 100%, serves" in done.stderr
 
 
 def test_what_cannot_be_executed_is_not_rented(spec: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from moeplan.codegen.emit.chart import chart_path
 from moeplan.codegen.render import render
 from moeplan.codegen.vllm import vllm_arguments
+from moeplan.planner.ir.attainment import ClassAttainment, Percentiles
 from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
@@ -33,6 +34,7 @@ def emit(plan: Plan) -> dict[str, str]:
         "token_prices": [
             (name, interval(price, "$", "")) for name, price in plan.fleet.usd_per_million_tokens
         ],
+        "attainment": [_attainment(found) for found in plan.attainment.classes],
         "replicas": [_replica(plan, replica) for replica in plan.replicas],
         "alternatives": [
             (a.column, a.serves, a.replicas, f"{a.cost_usd:.2f}", a.note) for a in plan.fleet.alternatives
@@ -134,6 +136,47 @@ def _deploy_row(choice: Choice, site: Site) -> dict[str, str]:
 def _count(site: Site) -> str:
     spare = f" + {site.spot_overprovision} to spare" if site.spot_overprovision else ""
     return f"{site.replicas}{spare}"
+
+
+def _attainment(found: ClassAttainment) -> dict[str, Any]:
+    """What simulation says of an online class."""
+    source = "of the trace" if found.arrivals == "trace" else "with gamma-distributed gaps"
+    rows = []
+    for name, of in (("TTFT", "ttft"), ("ITL", "itl"), ("longest gap", "gap")):
+        for speed, replay in (("as planned", found.planned), ("surge", found.surge)):
+            percentiles: Percentiles = getattr(replay, of)
+            cells = (percentiles.p50_s, percentiles.p90_s, percentiles.p99_s)
+            rows.append((name, speed, *map(format_duration, cells)))
+    return {
+        "requests": f"{found.requests:,} requests {source}",
+        "shares": attained(found),
+        "rows": rows,
+        "pools": [
+            (p.column, f"{p.requests:,}", f"{p.attained_share:.2%}", f"{p.busy:.0%}", f"{p.occupied:.0%}")
+            for p in found.surge.pools
+        ],
+        "search": _search_line(found),
+        "warning": "" if found.bears_surge else "No fleet that can be had attains it in the surge",
+    }
+
+
+def attained(found: ClassAttainment) -> str:
+    """Of how many requests the SLO is kept, in one line."""
+    surge = f"{found.surge.attained_share:.2%} with {found.margin - 1:.0%} more requests"
+    return (
+        f"{found.planned.attained_share:.2%} of the requests, {surge} "
+        f"({found.wanted_share * 100:.5g}% wanted)"
+    )
+
+
+def _search_line(found: ClassAttainment) -> str:
+    """What simulation changed."""
+    if found.fleets_tried == 1:
+        return "The first fleet tried attains it"
+    share, usd = f"{found.unsimulated_share:.2%}", f"{found.unsimulated_usd_per_hour:.2f}"
+    return (
+        f"{found.fleets_tried} fleets were tried; the first, {usd} USD/h, keeps it for {share} in the surge"
+    )
 
 
 def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:

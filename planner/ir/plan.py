@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moeplan.planner.ir.attainment import Attainment
 from moeplan.planner.ir.fleet import Fleet
 from moeplan.planner.ir.placement import Placement
 from moeplan.planner.ir.policy import CapacityBound, Policy, Rejection
@@ -40,6 +41,7 @@ class Plan:
     rejections: tuple[Rejection, ...]
     unused_rows: tuple[UnusedRow, ...]
     fleet: Fleet
+    attainment: Attainment
     replicas: tuple[Replica, ...]
     placement: Placement
     facts_sha256: str

@@ -31,11 +31,17 @@ def choose_fleet(
     policies: Sequence[Policy],
     rejections: Sequence[Rejection],
     offers: Sequence[Offer],
+    headroom: float = 1.0,
 ) -> Fleet:
-    """Return the cheapest fleet. Raises InfeasibleError naming the constraint that binds."""
+    """Return the cheapest fleet; online work with `headroom` times the usual target utilisation, at most 1.
+
+    Raises InfeasibleError naming the constraint that binds.
+    """
     columns = find_columns(policies, offers, spec.market)
     require_columns(spec, workload, policies, columns, rejections)
-    target = min(_TARGET_UTILISATION[c.policy.generated_tokens_per_s.provenance] for c in columns)
+    usual = min(_TARGET_UTILISATION[c.policy.generated_tokens_per_s.provenance] for c in columns)
+    online = any(requests.name == "online" for requests in workload.classes)
+    target = min(1.0, headroom * usual) if online else usual
     limits = Limits(quota=dict(spec.market.quota), budget_usd_per_hour=spec.market.budget_usd_per_hour)
     answers: list[Answer] = []
     for requests in sorted(workload.classes, key=lambda r: r.name != "online"):
@@ -43,7 +49,7 @@ def choose_fleet(
         if requests.name == "online":
             answer = solve_online(spec, requests, own, target, limits)
         else:
-            answer = solve_batch(spec, Batch(workload, requests, target), own, limits)
+            answer = solve_batch(spec, Batch(workload, requests, usual), own, limits)
         limits = limits.less(answer.choices)
         answers.append(answer)
     choices = tuple(choice for answer in answers for choice in answer.choices)

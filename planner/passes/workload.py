@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from moeplan.planner.buckets import size_buckets
 from moeplan.planner.diagnostics import CompileError, Diagnostic
 from moeplan.planner.inputs import Inputs
 from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.spec import BatchSpec, OnlineSpec, Spec
 from moeplan.planner.ir.workload import Bucket, Operator, OperatorName, RequestClass, Workload
 from moeplan.planner.request_files import PromptsFile
+from moeplan.planner.traces import RequestTrace
 
 
 def build_workload(spec: Spec, inputs: Inputs) -> Workload:
@@ -19,7 +23,7 @@ def build_workload(spec: Spec, inputs: Inputs) -> Workload:
     if spec.workload.batch:
         classes.append(_batch(spec.workload.batch, inputs))
     if spec.workload.online:
-        classes.append(_online(spec.workload.online, inputs))
+        classes.append(_online(spec.workload.online, inputs.trace))
     _require_context(spec, inputs.model, classes)
     return Workload(
         model=inputs.model,
@@ -71,30 +75,31 @@ def _listed_basis(listed: PromptsFile) -> str:
     return f"prompts file, tokens estimated from bytes{skipped}"
 
 
-def _online(online: OnlineSpec, inputs: Inputs) -> RequestClass:
-    trace = inputs.trace
-    buckets = (
-        trace.buckets
-        if trace
-        else tuple(
+def _online(online: OnlineSpec, trace: RequestTrace | None) -> RequestClass:
+    if trace:
+        buckets = size_buckets(trace.prompt_tokens, trace.output_tokens)
+        prompts, outputs = trace.prompt_tokens, trace.output_tokens
+    else:
+        buckets = tuple(
             Bucket(prompt_tokens=s.prompt_tokens, output_tokens=s.output_tokens, share=s.share)
             for s in online.sizes
         )
-    )
+        prompts = np.array([s.prompt_tokens for s in online.sizes])
+        outputs = np.array([s.output_tokens for s in online.sizes])
+    rate = online.rate_per_s if online.rate_per_s is not None else (trace.rate_per_s if trace else 0.0)
+    unread = trace.unread_note() if trace else ""
     return RequestClass(
         name="online",
         buckets=buckets,
         prompt_tokens_min=round(min(bucket.prompt_tokens for bucket in buckets)),
-        prompt_tokens_max=trace.max_prompt_tokens if trace else max(s.prompt_tokens for s in online.sizes),
-        output_tokens_max=trace.max_output_tokens if trace else max(s.output_tokens for s in online.sizes),
+        prompt_tokens_max=int(prompts.max()),
+        output_tokens_max=int(outputs.max()),
         requests=0,
         deadline_s=None,
-        rate_per_s=online.rate_per_s
-        if online.rate_per_s is not None
-        else (trace.rate_per_s if trace else 0.0),
+        rate_per_s=rate,
         arrival_cv=trace.arrival_cv if trace else 1.0,
         slo=online.slo,
-        basis="trace" if trace else "spec",
+        basis="spec" if trace is None else ", ".join(["trace"] + [unread] * bool(unread)),
     )
 
 

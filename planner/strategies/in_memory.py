@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.planner import costs, serving
+from moeplan.planner.ir.attainment import ServingLaw
 from moeplan.planner.ir.policy import (
     NO_PAGES,
     BucketRate,
@@ -26,6 +27,7 @@ from moeplan.planner.ir.policy import (
 from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roof, Roofline
 from moeplan.planner.ir.workload import Bucket, RequestClass, Workload
+from moeplan.planner.law_grids import batch_grid, tokens_grid
 from moeplan.planner.strategies.common import (
     AS_PREDICTED,
     GPU_SHARE,
@@ -54,6 +56,7 @@ VLLM = serving.Engine(
     queued=0.064,
     prefill_moe_layer_s=1.05e-3,
 )
+_STEPS_WAITED = 1.5  # by a first token: half of the step under way on average, and its own
 
 
 def in_memory_policy(workload: Workload, requests: RequestClass, roofline: Roofline) -> Policy | Rejection:
@@ -106,6 +109,14 @@ def in_memory_figures(
         ttft_s=float(times.ttft),
         itl_s=float(times.itl),
     )
+
+
+def in_memory_law(
+    workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy
+) -> ServingLaw:
+    """One copy of the model, step by step."""
+    held = _held_workloads(workload, roofline)[policy.weights_dtype]
+    return _Copy(held, requests, roofline, policy.gpus, policy.weights_dtype).law(policy.sequences)
 
 
 @dataclass(frozen=True)
@@ -243,6 +254,31 @@ class _Copy:
             # What a token's seconds go to: the parts of its step, and other requests' prefill.
             bottleneck=_step({**parts, "prefill": felt_s}).bottleneck("steps"),
             weights_dtype=self.weights_dtype,
+        )
+
+    def law(self, sequences: int) -> ServingLaw:
+        """What one step takes, with at most so many sequences. A first token takes the rest of the step
+        under way and its own, in which its prompt passes; what the law of TTFT has above that is on top."""
+        most = self.requests.context_tokens_max
+        batch = batch_grid(sequences)
+        context, prompts = tokens_grid(most), tokens_grid(self.requests.prompt_tokens_max)
+        steps = [
+            [float(np.asarray(sum(self.step_parts(float(b), c).values()))) for c in context] for b in batch
+        ]
+        prefill = [self.prefill_s(p) for p in prompts]
+        own_s = self.workload.model.moe_layers * VLLM.prefill_moe_layer_s
+        return ServingLaw(
+            sequences=sequences,
+            step_tokens=_PREFILL_TOKENS,
+            memory_bytes=self.kv_bytes,
+            batch=batch,
+            context_tokens=context,
+            step_s=tuple(map(tuple, steps)),
+            cache_bytes=tuple(self._held(c) for c in context),
+            prompt_tokens=prompts,
+            prefill_s=tuple(VLLM.mixed_prefill * s for s in prefill),
+            first_token_s=tuple(own_s + (VLLM.first_prefill - VLLM.mixed_prefill) * s for s in prefill),
+            first_token_steps=VLLM.first_steps - _STEPS_WAITED,
         )
 
     def _memory(self) -> list[tuple[str, float]]:
