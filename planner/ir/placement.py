@@ -14,10 +14,14 @@ Evidence = Literal["trace", "statistics", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Zone:
-    """A place that may hold replicas, and its hourly price of one machine there."""
+    """A place that may hold replicas, and its hourly price of one machine there.
+
+    No `zone`: the whole region.
+    """
 
     cloud: Cloud
     region: str
+    zone: str = ""
     usd_per_hour: float
     on_demand_usd_per_hour: float
 
