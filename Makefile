@@ -43,7 +43,7 @@ types: $(VENV)/.done
 
 # Every example's checked-in plan must be what its spec compiles to.
 check: $(VENV)/.done
-	@for spec in examples/*/spec.yaml; do $(BIN)/moeplan check $$spec || exit 1; done
+	@for spec in examples/*/spec.yaml; do $(BIN)/moeplan check --strict $$spec || exit 1; done
 
 examples: $(VENV)/.done
 	@for spec in examples/*/spec.yaml; do $(BIN)/moeplan compile $$spec || exit 1; done
