@@ -99,9 +99,10 @@ def _parts(choice: Choice) -> int:
 
 
 def _infra(zone: Zone) -> str:
-    """SkyPilot's name of a place. AWS zone names differ from account to account: there, the region."""
+    """SkyPilot's name of a place. AWS's zone names differ from account to account, and Azure's are unknown to
+    it: there, the region."""
     region = f"{zone.cloud}/{zone.region}"
-    return f"{region}/{zone.zone}" if zone.zone and zone.cloud != "aws" else region
+    return f"{region}/{zone.zone}" if zone.zone and zone.cloud == "gcp" else region
 
 
 def _target_qps(plan: Plan, choice: Choice, site: Site) -> float:
@@ -110,7 +111,7 @@ def _target_qps(plan: Plan, choice: Choice, site: Site) -> float:
     routed = sum(
         route.share * requests.buckets[route.bucket].share
         for route in plan.fleet.routes
-        if route.column == choice.column.name
+        if (route.column, route.serves) == (choice.column.name, site.serves)
     )
     fullest = plan.fleet.target_utilisation / choice.utilisation if choice.utilisation else 1.0
     return float(format(requests.rate_per_s * routed / site.replicas * max(1.0, fullest), ".4g"))

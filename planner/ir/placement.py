@@ -21,9 +21,9 @@ class Zone:
 
     cloud: Cloud
     region: str
-    zone: str = ""
     usd_per_hour: float
     on_demand_usd_per_hour: float
+    zone: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
