@@ -181,7 +181,7 @@ def write_file(path: Path, data: bytes) -> bool:
     if path.is_file() and path.read_bytes() == data:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another compilation has its own
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)

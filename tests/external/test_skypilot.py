@@ -147,6 +147,39 @@ def check_service(found: dict[str, Any], site: Site) -> None:
         assert decided == {"class": "RequestRateAutoscaler", "spot": 0, "on_demand": site.replicas}
 
 
+@pytest.mark.parametrize(
+    ("spare", "base", "fallback"), [(1, 0, True), (3, 1, True), (2, 1, False), (0, 2, True)]
+)
+def test_counts_of_any_placement(sky: SkyPilot, chat: Plan, spare: int, base: int, fallback: bool) -> None:
+    """Spot replicas beside those on demand; what stands in until they are ready."""
+    changes = {
+        "replicas": 4,
+        "spot_overprovision": spare,
+        "on_demand_base": base,
+        "on_demand_fallback": fallback,
+    }
+    (text,) = skypilot.emit(_placed(chat, replace(chat.placement.sites[0], **changes))).values()
+    found = sky.read(text)
+    assert found["problems"] == {}
+    assert found["autoscaler"]["spot"] == 4 + spare - base
+    assert found["autoscaler"]["on_demand"] == (4 if fallback else base)
+
+
+def test_zones_by_name(sky: SkyPilot, chat: Plan) -> None:
+    """Where the plan names zones, the placer has those alone."""
+    site = chat.placement.sites[0]
+    first, *_, last = sky_catalog.zones("gcp", site.zones[0].region)
+    zones = tuple(replace(site.zones[0], zone=zone) for zone in (first, last))
+    (text,) = skypilot.emit(_placed(chat, replace(site, zones=zones))).values()
+    found = sky.read(text)
+    assert found["problems"] == {}
+    assert [zone for _, _, zone in found["candidates"]] == [first, last]
+
+
+def _placed(plan: Plan, site: Site) -> Plan:
+    return replace(plan, placement=replace(plan.placement, sites=(site,)))
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*/*.plan/skypilot/*.yaml")), ids=lambda p: p.stem)
 def test_checked_in_files_are_accepted(sky: SkyPilot, path: Path) -> None:
     assert sky.read(path.read_text())["problems"] == {}
