@@ -6,7 +6,7 @@ DEMO   := build/demo
 # Debian packages venv apart from Python; in a fresh container there is a root to install it.
 GET_VENV := { test "$$(id -u)" = 0 && apt-get update -q && apt-get install -q -y python3-venv; }
 
-.PHONY: demo test test-all lint types check examples clean
+.PHONY: demo test test-all test-external test-skypilot test-engines lint types check examples clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -29,7 +29,7 @@ test: $(VENV)/.done
 	$(BIN)/pytest
 
 test-all: $(VENV)/.done
-	$(BIN)/pytest -m ''
+	$(BIN)/pytest -m 'not external'
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
@@ -43,10 +43,34 @@ types: $(VENV)/.done
 
 # Every example's checked-in plan must be what its spec compiles to.
 check: $(VENV)/.done
-	@for spec in examples/*/spec.yaml; do $(BIN)/moeplan check $$spec || exit 1; done
+	@for spec in examples/*/spec.yaml; do $(BIN)/moeplan check --strict $$spec || exit 1; done
 
 examples: $(VENV)/.done
 	@for spec in examples/*/spec.yaml; do $(BIN)/moeplan compile $$spec || exit 1; done
+
+# SkyPilot pins packages that other validators have newer: an environment of its own.
+SKYPILOT := build/skypilot
+$(SKYPILOT)/.done:
+	$(PYTHON) -m venv $(SKYPILOT)
+	$(SKYPILOT)/bin/pip install -q --disable-pip-version-check --only-binary :all: skypilot==0.14.1
+	touch $@
+
+test-skypilot: $(VENV)/.done $(SKYPILOT)/.done
+	$(BIN)/pytest -m external tests/external/test_skypilot.py
+
+# Packages of engines, only read: the flags in tests/codegen/flags come from them.
+ENGINES := build/engines
+$(ENGINES)/.done: tests/codegen/flags/vllm.json tests/codegen/flags/llama_cpp.json | $(VENV)/.done
+	$(BIN)/pip download -q --disable-pip-version-check --no-deps --only-binary :all: -d $(ENGINES) vllm==0.33.0
+	$(BIN)/pip download -q --disable-pip-version-check --no-deps --no-binary :all: -d $(ENGINES) llama-cpp-python==0.3.36
+	touch $@
+
+test-engines: $(VENV)/.done $(ENGINES)/.done
+	$(BIN)/pytest -m external tests/external/test_flags.py
+
+# What reads generated files for real; with CI=true a missing program is a failure.
+test-external: $(VENV)/.done $(SKYPILOT)/.done $(ENGINES)/.done
+	$(BIN)/pytest -m external tests/external
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache planner/programs/__pycache__ planner/simulate/__pycache__

@@ -73,13 +73,15 @@ def _next_line(plan: Plan, replica: Replica, folder: str, checkpoint_option: str
     policy = replica.policy
     if policy.engine == "vllm" and plan.fleet.usd_per_hour == 0:
         return f"start vLLM with the figures in {folder}/report.md"
-    if policy.engine == "vllm":
-        file = f"{folder}/skypilot/{replica.name}.yaml --env MODEL=..."
-        count = next(c.replicas for c in plan.fleet.choices if c.column.name == replica.name)
-        times = f"  ({count} times, each with its part of the requests)" if count > 1 else ""
-        batch = f"sky jobs launch {file} --env INPUT=... --env OUTPUT=...{times}"
-        return f"sky serve up {file}" if policy.serves == "online" else batch
+    if policy.engine == "vllm" and policy.serves == "online":
+        return f"sky serve up {folder}/skypilot/{replica.name}.yaml --env MODEL=..."
     if unrun := why_unrun(plan, policy):
         return f"{unrun}: the figures are predictions"
+    if plan.fleet.usd_per_hour > 0 and policy.serves == "batch":
+        count = next(c.replicas for c in plan.fleet.choices if c.column.name == replica.name)
+        times = f", SHARD from 0 to {count - 1}" if count > 1 else ""
+        file = f"{folder}/skypilot/{replica.name}.yaml"
+        options = "--env BUCKET=... --env MODEL=... --env SHARD=0"
+        return f"sky jobs launch {file} {options}  (read its first lines{times})"
     warning = f"  ({caution(policy)})" if caution(policy) else ""
     return f"moeplan run {folder}{checkpoint_option} --input REQUESTS.jsonl --output ANSWERS.jsonl{warning}"

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from moeplan.codegen.data import to_json
 
@@ -40,16 +40,24 @@ class Drift:
 
 
 def with_lock(
-    files: Mapping[str, str], inputs: Mapping[str, str], solver: Mapping[str, object]
+    files: Mapping[str, str],
+    inputs: Mapping[str, str],
+    solver: Mapping[str, object],
+    catalog: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """`files` and the moeplan.lock that describes them: digests of inputs and outputs, solver status."""
-    lock = {
+    """`files` and the moeplan.lock that describes them: digests of inputs and outputs, solver status.
+
+    `catalog` says which prices there were, if the plan rests on prices; see `older_catalog`.
+    """
+    lock: dict[str, Any] = {
         "format": _LOCK_FORMAT,
         "generator": _GENERATOR,
         "inputs": dict(inputs),
         "solver": dict(solver),
         "files": {path: _digest(text.encode()) for path, text in files.items()},
     }
+    if catalog:
+        lock["catalog"] = dict(catalog)
     return {**files, LOCK: to_json(lock)}
 
 
@@ -107,7 +115,7 @@ def check(files: Mapping[str, str], folder: Path) -> list[Drift]:
         except OSError:
             found.append(Drift(path, "missing", "", want))
             continue
-        if on_disk != want.encode():
+        if on_disk != want.encode() and not (path == LOCK and _same_but_catalog(on_disk, want)):
             edited = path in locked and _digest(on_disk) != locked[path]
             have = on_disk.decode("utf-8", "replace")
             found.append(Drift(path, "edited by hand" if edited else "stale", have, want))
@@ -118,17 +126,48 @@ def check(files: Mapping[str, str], folder: Path) -> list[Drift]:
     return found
 
 
+def older_catalog(files: Mapping[str, str], folder: Path) -> str:
+    """How the catalog of the plan in `folder` differs from that of `files`; empty: it does not.
+
+    Other prices need not change a plan, so `check` does not count them as drift by themselves.
+    """
+    had, has = _lock_at(folder).get("catalog"), json.loads(files[LOCK]).get("catalog")
+    if not isinstance(had, dict) or has is None or had == has:
+        return ""
+    age = "an older" if str(had.get("newest")) < has["newest"] else "another"
+    return f"compiled against {age} catalog: prices up to {had.get('newest')}, now up to {has['newest']}"
+
+
+def _same_but_catalog(on_disk: bytes, want: str) -> bool:
+    """Whether two locks differ in the catalog only."""
+    try:
+        had, has = json.loads(on_disk), json.loads(want)
+        return {**had, "catalog": None} == {**has, "catalog": None} and ("catalog" in had) == (
+            "catalog" in has
+        )
+    except (ValueError, TypeError):
+        return False
+
+
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
 def _locked(folder: Path) -> dict[str, str]:
     """{path: sha256} of the lock on disk; empty where there is none that can be read."""
+    files = _lock_at(folder).get("files")
+    return (
+        {path: str(sha) for path, sha in files.items() if _is_inside(path)} if isinstance(files, dict) else {}
+    )
+
+
+def _lock_at(folder: Path) -> dict[str, Any]:
+    """The lock on disk; empty where there is none that can be read."""
     try:
-        files = json.loads((folder / LOCK).read_text(encoding="utf-8"))["files"]
-        return {path: str(sha) for path, sha in files.items() if _is_inside(path)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        lock = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return lock if isinstance(lock, dict) else {}
 
 
 def _is_inside(path: str) -> bool:
@@ -142,7 +181,7 @@ def write_file(path: Path, data: bytes) -> bool:
     if path.is_file() and path.read_bytes() == data:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another compilation has its own
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)

@@ -122,11 +122,15 @@ def check(
     output: OutFolder = None,
     machine: MachineFile = None,
     diff: Annotated[bool, typer.Option("--diff", help="show the differences")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="other prices in the catalog count, though the plan be the same")
+    ] = False,
 ) -> None:
     """Compare the plan folder with SPEC, for CI.
 
     Writes nothing; one line per file that is missing, stale, edited by hand or obsolete, and exit code 1.
     """
+    from moeplan.codegen.write import LOCK, older_catalog
     from moeplan.codegen.write import check as compare
 
     plan, files = _compile(spec, machine, None)
@@ -136,7 +140,9 @@ def check(
         print(f"{folder / drift.path}: {drift.kind}", file=sys.stderr)
         if diff:
             print(drift.diff(), end="")
-    if drifts:
+    if older := older_catalog(files, folder):
+        print(f"{folder / LOCK}: {older}", file=sys.stderr)
+    if drifts or (strict and older):
         print(f"  hint: moeplan compile {spec}", file=sys.stderr)
         raise typer.Exit(1)
     print(f"{folder}: {len(files)} files are current")
@@ -317,43 +323,63 @@ _IDLE_LOAD = 0.3  # of the processors
 CATALOG_LISTS = ("models", "gpus", "machines", "offers", "sources")
 
 
-@app.command()
-def catalog(
-    what: Annotated[str, typer.Argument(metavar="LIST", help="|".join(CATALOG_LISTS))] = "machines",
-    folder: Annotated[Path | None, typer.Option("--folder", help="a folder of own entries")] = None,
-    skypilot: Annotated[
-        Path | None,
-        typer.Option("--skypilot", help="print the offers of this SkyPilot catalog folder as CSV"),
-    ] = None,
-) -> None:
-    """List what the catalog knows.
+catalog = typer.Typer(no_args_is_help=True, help="List what the catalog knows, or renew its prices.")
+app.add_typer(catalog, name="catalog")
+Folder = Annotated[Path | None, typer.Option("--folder", help="a folder of own entries, laid over ours")]
 
-    With --skypilot: print the prices of an installed SkyPilot as an offers.csv for an own catalog folder.
+
+def _add_list(what: str) -> None:
+    @catalog.command(what, help=f"List {what}.")
+    def command(folder: Folder = None) -> None:
+        from moeplan.planner import catalog as known
+        from moeplan.planner.diagnostics import Span
+
+        loaded = known.load_catalog(folder, Span(str(folder or "catalog")))
+        rows = getattr(known, f"{what.removesuffix('s')}_rows")(loaded)
+        widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+for _what in CATALOG_LISTS:
+    _add_list(_what)
+
+
+@catalog.command()
+def update(
+    source: Annotated[
+        Path, typer.Option("--from", help="a folder of SkyPilot's price files, or a CSV like offers.csv")
+    ] = Path("~/.sky/catalogs/v8"),
+    folder: Annotated[Path, typer.Option("--folder", help="the folder that specs name as `catalog:`")] = Path(
+        "catalog"
+    ),
+) -> None:
+    """Renew the prices of a catalog folder.
+
+    Writes FOLDER/offers.csv. Rows that make no sense are listed and left out. `moeplan check` tells which
+    plans were compiled with older prices.
     """
+    from moeplan.codegen.write import write_file
     from moeplan.planner import catalog as known
     from moeplan.planner.diagnostics import Span
 
-    loaded = known.load_catalog(folder, Span(str(folder or "catalog")))
-    if skypilot:
-        prices = known.import_skypilot(skypilot, Span(str(skypilot)), loaded.machines)
-        for problem in prices.problems:
-            print(problem, file=sys.stderr)
-        print(known.write_offers(prices.offers), end="")
-        return
-    if what not in CATALOG_LISTS:
-        print(f"moeplan: no list {what!r}: {', '.join(CATALOG_LISTS)}", file=sys.stderr)
-        raise typer.Exit(2)
-    rows = getattr(known, f"{what.removesuffix('s')}_rows")(loaded)
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    own = folder if folder.is_dir() else None
+    machines = known.load_catalog(own, Span(str(folder))).machines
+    found = known.update_offers(folder, source.expanduser(), machines)
+    for problem in found.problems:
+        print(problem, file=sys.stderr)
+    write_file(folder / known.OFFERS_FILE, known.write_offers(found.offers).encode())
+    changes = f"{found.added} new, {found.changed} changed, {found.gone} gone"
+    print(f"{folder / known.OFFERS_FILE}: {len(found.offers)} prices ({changes})")
+    if found.unknown:
+        print(f"left out {len(found.unknown)} machine types that machines.yaml does not have")
 
 
 def _compile(spec: Path, machine: Path | None, trace: Trace | None) -> tuple[Plan, dict[str, str]]:
     """The plan of a spec file and every file of its plan folder."""
     from moeplan.codegen.emit import emit_all
     from moeplan.codegen.write import with_lock
-    from moeplan.planner.inputs import input_digests
+    from moeplan.planner.inputs import catalog_prices, input_digests
     from moeplan.planner.pipeline import compile_plan
 
     text = spec.read_bytes()
@@ -363,7 +389,9 @@ def _compile(spec: Path, machine: Path | None, trace: Trace | None) -> tuple[Pla
         "status": plan.fleet.solver_status,
         "gap": 0.0 if plan.fleet.solver_status == "optimal" else None,
     }
-    return plan, with_lock(emit_all(plan), digests, solver)
+    return plan, with_lock(
+        emit_all(plan), digests, solver, catalog_prices(plan.spec) if not machine else None
+    )
 
 
 def _checkpoint_option(spec: Path, folder: Path, plan: Plan) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from moeplan.planner.catalog import Catalog, load_catalog, load_machine
+from moeplan.planner.catalog import Catalog, facts_digest, load_catalog, load_machine
 from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
 from moeplan.planner.ir.machine import Machine
 from moeplan.planner.ir.model import Model
@@ -141,6 +141,19 @@ def _named(kind: str, name: str, known: Mapping[str, _T], span: Span) -> _T:
             hint=_HUB_HINT if "/" in name else nearest(name, known, f"`moeplan catalog {kind}s` lists them"),
         )
     )
+
+
+def catalog_prices(spec: Spec) -> dict[str, str]:
+    """Which prices a spec is compiled against, for the lock: a digest of all and the newest one's date.
+
+    Empty where the machine is the user's own. Prices beyond the spec's market count: with the others they say
+    how old the catalog is.
+    """
+    if spec.machine is not None:
+        return {}
+    folder = Path(spec.path).parent / spec.catalog if spec.catalog else None
+    offers = load_catalog(folder, spec.span("catalog")).offers
+    return {"prices": facts_digest(*offers), "newest": max((offer.date for offer in offers), default="")}
 
 
 def input_digests(spec: Spec, text: bytes, machine_file: Path | None) -> dict[str, str]:

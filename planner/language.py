@@ -104,6 +104,11 @@ POPULARITY_PATH = replace(PATH, examples=("popularity.csv",))
 PROFILE_PATH = replace(PATH, examples=("profile.csv",))
 MACHINE_PATH = replace(PATH, examples=("machine.yaml",))
 FOLDER = replace(PATH, examples=("./catalog",))
+IMAGE = Scalar(
+    what="a container image with a tag or a digest",
+    examples=("vllm/vllm-openai:v0.33.0",),
+    pattern=r"^[a-z0-9]([a-z0-9._/-]|:[0-9]+/){0,200}(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}|@sha256:[0-9a-f]{64})$",
+)
 COUNT = Scalar(
     what="a whole number",
     examples=("1000",),
@@ -314,6 +319,10 @@ SPEC = Block(
         ),
         "market": Field(kind=MARKET, doc="where machines may be rented"),
         "catalog": Field(kind=FOLDER, doc="a folder with own or replacing catalog entries"),
+        "image": Field(
+            kind=IMAGE,
+            doc="the container image that vLLM runs from on rented machines; default: installed with pip",
+        ),
         "profile": Field(
             kind=PROFILE_PATH,
             doc="a CSV of your own measurements, which correct the predictions: columns machine, model, "

@@ -275,6 +275,7 @@ def _spec(path: str, data: Mapping[str, Any], spans: Mapping[str, Span]) -> Spec
         machine=_machine(data["machine"]) if "machine" in data else None,
         market=_market(data.get("market", {})),
         catalog=data.get("catalog", ""),
+        image=data.get("image", ""),
         profile_file=data.get("profile", ""),
         spans=spans,
     )

@@ -1,4 +1,4 @@
-"""The command line of the runtime alone: `runtime_min run`, `bench` and `checksum`."""
+"""The command line of the runtime alone: `runtime_min run`, `bench`, `checksum`, `split` and `merge`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from moeplan.runtime_min.plan_file import load
 from moeplan.runtime_min.report import Report, summary, write_report
 from moeplan.runtime_min.results import GOES_ON, partial_path
 from moeplan.runtime_min.run import Watch, bench_plan, run_plan, show
+from moeplan.runtime_min.shards import merge, split
 
 INTERRUPTED = 130
 BAR = 30  # characters
+_MOST_PARTS = 100_000
 
 
 def main(argv: Sequence[str] | None = None, finished: Callable[[Report], None] | None = None) -> int:
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="answer the requests of an OpenAI batch file")
     bench = commands.add_parser("bench", help="time full batches of random prompts")
     checksum = commands.add_parser("checksum", help="note the checksum of each tensor of a checkpoint")
+    _add_shards(commands)
     checksum.add_argument("checkpoint", type=Path, metavar="DIR")
     checksum.add_argument("--check", action="store_true", help="compare them with those noted earlier")
     for command in (run, bench):
@@ -87,6 +90,24 @@ def _parser() -> argparse.ArgumentParser:
         "--batches", type=int, default=1, metavar="N", help="full batches, one after the other (1)"
     )
     return parser
+
+
+def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    divide = commands.add_parser("split", help="divide an OpenAI batch file for several machines")
+    divide.add_argument("input", type=Path, metavar="IN.jsonl")
+    divide.add_argument("folder", type=Path, metavar="DIR", help="where part-NNNNN.jsonl are written")
+    divide.add_argument("--parts", type=_count, required=True, metavar="N")
+    join = commands.add_parser("merge", help="put the answers to all parts together, one per request")
+    join.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file that was split")
+    join.add_argument("answers", type=Path, metavar="DIR", help="holds the answers, any *.jsonl")
+    join.add_argument("--output", type=Path, required=True, metavar="OUT.jsonl")
+
+
+def _count(text: str) -> int:
+    """A number of parts."""
+    if not text.isdecimal() or not 0 < int(text) <= _MOST_PARTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {_MOST_PARTS}")
+    return int(text)
 
 
 def _run(options: argparse.Namespace, interruption: Interruption) -> Report:
@@ -118,10 +139,21 @@ def _checksum(options: argparse.Namespace, interruption: Interruption) -> None:
         print(f"wrote {write_checksums(options.checkpoint)}")
 
 
+def _split(options: argparse.Namespace, interruption: Interruption) -> None:
+    print(f"wrote {split(options.input, options.folder, options.parts)} parts to {options.folder}")
+
+
+def _merge(options: argparse.Namespace, interruption: Interruption) -> None:
+    errors = merge(options.input, options.answers, options.output)
+    print(f"wrote {options.output}; {errors} requests have an error record")
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace, Interruption], Report | None]] = {
     "run": _run,
     "bench": _bench,
     "checksum": _checksum,
+    "split": _split,
+    "merge": _merge,
 }
 
 

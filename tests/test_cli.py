@@ -207,7 +207,37 @@ def test_catalog_lists(what: str) -> None:
 def test_catalog_does_not_know_other_lists() -> None:
     done = moeplan("catalog", "fruits")
     assert done.returncode == 2
-    assert "models, gpus, machines, offers, sources" in done.stderr
+    assert "No such command 'fruits'" in done.stderr
+
+
+def test_new_prices_and_the_plans_made_before(spec: Path) -> None:
+    """Prices elsewhere leave the plan: told, and exit code 1 only if --strict. Prices here change it."""
+    offers = "cloud,region,instance,on_demand_usd_per_hour,spot_usd_per_hour,date,source\n"
+    row = "aws,{},g4dn.metal,{},,{},own price list\n"
+    own, new = spec.parent / "own" / "offers.csv", spec.parent / "new.csv"
+    own.parent.mkdir()
+    own.write_text(offers + row.format("us-east-1", 7.8, "2026-11-01"))
+    market = "market: {purchase: on-demand, gpus: [T4], regions: [aws/us-east-1]}\n"
+    spec.write_text(batch_spec() + "catalog: own\n" + market)
+    assert moeplan("compile", spec).returncode == 0
+    for region, price, plain in (("us-west-2", 1, 0), ("us-east-1", 5, 1)):
+        new.write_text(offers + row.format(region, price, "2026-11-29"))
+        done = moeplan("catalog", "update", "--from", new, "--folder", own.parent)
+        assert done.returncode == 0, done.stderr
+        checked, strict = moeplan("check", spec), moeplan("check", spec, "--strict")
+        assert (checked.returncode, strict.returncode) == (plain, 1)
+        older = "older catalog: prices up to 2026-11-01, now up to 2026-11-29"
+        assert older in checked.stderr
+        assert older in strict.stderr
+    assert moeplan("compile", spec).returncode == 0
+    assert moeplan("check", spec, "--strict").returncode == 0
+
+
+def test_prices_that_are_not_there(tmp_path: Path) -> None:
+    done = moeplan("catalog", "update", "--from", tmp_path / "none", "--folder", tmp_path / "own")
+    assert done.returncode == 2
+    assert "hint: SkyPilot writes its folder" in done.stderr
+    assert not (tmp_path / "own").exists()
 
 
 def test_schema_is_json() -> None:

@@ -132,6 +132,14 @@ def catalog_digest(catalog: Catalog) -> str:
 
 
 def facts_digest(*facts: Model | Machine | Offer) -> str:
-    """SHA-256 of some facts, such as those one plan was made from; their order does not matter."""
-    lines = sorted(f"{type(fact).__name__} {json.dumps(asdict(fact), sort_keys=True)}" for fact in facts)
+    """SHA-256 of some facts, such as those one plan was made from.
+
+    Their order does not matter, nor when and where a price was read.
+    """
+    lines = sorted(f"{type(fact).__name__} {json.dumps(_told(fact), sort_keys=True)}" for fact in facts)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _told(fact: Model | Machine | Offer) -> dict[str, object]:
+    data = asdict(fact)
+    return {k: v for k, v in data.items() if not (isinstance(fact, Offer) and k in ("date", "source"))}

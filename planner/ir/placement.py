@@ -14,12 +14,16 @@ Evidence = Literal["trace", "statistics", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Zone:
-    """A place that may hold replicas, and its hourly price of one machine there."""
+    """A place that may hold replicas, and its hourly price of one machine there.
+
+    No `zone`: the whole region.
+    """
 
     cloud: Cloud
     region: str
     usd_per_hour: float
     on_demand_usd_per_hour: float
+    zone: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,6 +108,7 @@ class Spec:
     machine: MachineRef | None
     market: MarketSpec
     catalog: str = ""
+    image: str = ""
     profile_file: str = ""
     spans: Mapping[str, Span] = field(default_factory=dict, compare=False)
 

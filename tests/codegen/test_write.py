@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moeplan.codegen.write import LOCK, check, with_lock, write
+from moeplan.codegen.write import LOCK, check, older_catalog, with_lock, write
 
 FILES = {"plan.json": "{}\n", "runtime/a/schedule.py": "x = 1\n"}
 
@@ -102,3 +102,35 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         write(locked({**FILES, "plan.json": '{"new": 1}\n'}), tmp_path)
     assert (tmp_path / "plan.json").read_text() == "{}\n"
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def priced(day: str, prices: str = "1", files: dict[str, str] = FILES) -> dict[str, str]:
+    """FILES of a plan that rests on the prices of a day."""
+    return with_lock(files, {"spec": "0" * 64}, {"status": "optimal"}, {"prices": prices, "newest": day})
+
+
+def test_an_older_catalog_is_told_and_is_no_drift(tmp_path: Path) -> None:
+    """New prices that leave the plan as it is: not drift, not silent."""
+    write(priced("2026-08-03"), tmp_path)
+    assert older_catalog(priced("2026-08-03"), tmp_path) == ""
+    assert check(priced("2026-11-29", "2"), tmp_path) == []
+    told = older_catalog(priced("2026-11-29", "2"), tmp_path)
+    assert told == "compiled against an older catalog: prices up to 2026-08-03, now up to 2026-11-29"
+    assert "another catalog" in older_catalog(priced("2026-08-03", "2"), tmp_path)
+    assert write(priced("2026-11-29", "2"), tmp_path) == [LOCK]
+    assert older_catalog(priced("2026-11-29", "2"), tmp_path) == ""
+
+
+def test_prices_that_change_the_plan_are_drift(tmp_path: Path) -> None:
+    write(priced("2026-08-03"), tmp_path)
+    new = priced("2026-11-29", "2", {**FILES, "plan.json": '{"new": 1}\n'})
+    assert {drift.path: drift.kind for drift in check(new, tmp_path)} == {"plan.json": "stale", LOCK: "stale"}
+
+
+def test_a_lock_edited_elsewhere_is_drift(tmp_path: Path) -> None:
+    """Only the catalog may differ; a lock without one is from before, and stale."""
+    write(priced("2026-08-03"), tmp_path)
+    lock = json.loads((tmp_path / LOCK).read_text())
+    for changed in ({**lock, "generator": "0"}, {k: v for k, v in lock.items() if k != "catalog"}):
+        (tmp_path / LOCK).write_text(json.dumps(changed))
+        assert [drift.path for drift in check(priced("2026-08-03"), tmp_path)] == [LOCK]
