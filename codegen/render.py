@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import jinja2
@@ -14,6 +15,11 @@ import yaml
 def render(template: str, **values: Any) -> str:
     """Render templates/`template`. Raises jinja2.UndefinedError on a name that has no value."""
     return _environment().get_template(template).render(**values)
+
+
+def verbatim(path: str) -> str:
+    """templates/`path` as it is."""
+    return files("moeplan.templates").joinpath(path).read_text(encoding="utf-8")
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moeplan.codegen.emit import chart, plan_json, report, runtime, skypilot
+from moeplan.codegen.emit import chart, plan_json, report, runtime, skypilot, terraform
 from moeplan.planner.ir.plan import Plan
 
 EMITTERS: tuple[Callable[[Plan], dict[str, str]], ...] = (
@@ -13,6 +13,7 @@ EMITTERS: tuple[Callable[[Plan], dict[str, str]], ...] = (
     runtime.emit,
     chart.emit,
     skypilot.emit,
+    terraform.emit,
 )
 
 
