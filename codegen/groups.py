@@ -1,4 +1,4 @@
-"""Plan -> groups of equal replicas, each in one place: what orchestrators without a planner of their own start."""
+"""Plan -> groups of equal replicas, each in one place: what plain orchestrators start."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def replica_groups(plan: Plan) -> tuple[ReplicaGroup, ...]:
     """
     return tuple(
         ReplicaGroup(
-            name=short_name(f"{site.column}-{zone.region}", 63),
+            name=short_name(f"{site.column}-{zone.region}", 52),
             policy=choice.column.policy,
             cloud=zone.cloud,
             region=zone.region,
@@ -60,7 +60,7 @@ def replica_groups(plan: Plan) -> tuple[ReplicaGroup, ...]:
 
 
 def _spread(site: Site) -> Iterator[tuple[Zone, int, int]]:
-    """Each zone that gets replicas, with its spot and on-demand ones: dealt out evenly, cheapest zone first."""
+    """Each zone that gets replicas, with its spot and on-demand ones: dealt out evenly, cheapest first."""
     on_demand = site.replicas if site.market == "on-demand" else site.on_demand_base
     spot = site.replicas - on_demand + site.spot_overprovision
     zones = len(site.zones)

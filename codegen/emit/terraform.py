@@ -42,7 +42,7 @@ _ROOT = {
 
 
 def emit(plan: Plan) -> dict[str, str]:
-    """Return one folder per cloud and region with online replicas; nothing for Azure or machines of one's own.
+    """Return one folder per cloud and region with online replicas; none for Azure or owned machines.
 
     A provider works in one region, and a folder has one state: a region that is down blocks no other.
     """
