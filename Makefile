@@ -6,7 +6,7 @@ DEMO   := build/demo
 # Debian packages venv apart from Python; in a fresh container there is a root to install it.
 GET_VENV := { test "$$(id -u)" = 0 && apt-get update -q && apt-get install -q -y python3-venv; }
 
-.PHONY: demo test test-all lint types check examples clean
+.PHONY: demo test test-all test-external validators lint types check examples clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -29,7 +29,23 @@ test: $(VENV)/.done
 	$(BIN)/pytest
 
 test-all: $(VENV)/.done
-	$(BIN)/pytest -m ''
+	$(BIN)/pytest -m 'not external'
+
+# The real consumers of generated files, in an environment of their own, from package registries only.
+VALIDATORS := build/validators
+$(VALIDATORS)/.done: tests/external/requirements.txt tests/external/wheels.txt
+	$(PYTHON) -m venv $(VALIDATORS)
+	$(VALIDATORS)/bin/pip install -q --disable-pip-version-check --only-binary :all: -r tests/external/requirements.txt
+	$(VALIDATORS)/bin/pip download -q --disable-pip-version-check --no-deps --only-binary :all: \
+	  -d $(VALIDATORS)/wheels -r tests/external/wheels.txt
+	cd $(VALIDATORS) && apt-get download -q cloud-init && dpkg -x cloud-init_*.deb cloud-init || \
+	  echo 'no cloud-init: its schema comes from a Debian package' >&2
+	touch $@
+
+validators: $(VALIDATORS)/.done
+
+test-external: $(VENV)/.done $(VALIDATORS)/.done
+	$(BIN)/pytest -m external tests/external
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
