@@ -1,8 +1,8 @@
 """The schema of a Terraform provider, read out of the CDK bindings that PyPI has of it.
 
-A `cdktn-provider-*` wheel holds a tar archive with one index.js per resource. For every attribute that file says
-whether it is computed, optional or required, the getter tells its type, and a table for writing HCL tells which
-nested values are blocks. What comes out has the form of `terraform providers schema -json`.
+A `cdktn-provider-*` wheel holds a tar archive with one index.js per resource. For every attribute that file
+says whether it is computed, optional or required, the getter tells its type, and a table for HCL tells
+which nested values are blocks. What comes out has the form of `terraform providers schema -json`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ CLASS = re.compile(r"^class (\w+) extends cdktn\.(\w+) \{$(.*?)^\}$", re.MULTILI
 ATTRIBUTE = re.compile(
     r"^    // (\w+) - computed: (true|false), optional: (true|false), required: (true|false)$", re.MULTILINE
 )
-HCL_BLOCK = re.compile(r"listMapperHcl\(\w+, true\)\(.*\n\s+isBlock: true,.*\n.*\n\s+storageClassType: \"(\w+)\"")
+HCL_BLOCK = re.compile(
+    r"listMapperHcl\(\w+, true\)\(.*\n\s+isBlock: true,.*\n.*\n\s+storageClassType: \"(\w+)\""
+)
 NESTED = re.compile(r'= new (\w+)\(this, "\w+"(?:, (true|false))?\)')
 MAP = re.compile(r'= new cdktn\.(\w+?)(?:Map|List)\(this, "\w+"')
 GETTER = re.compile(r"this\.get(\w+)Attribute\(")
 RESOURCE_TYPE = re.compile(r'static tfResourceType = "(\w+)"')
-PROVIDER_ATTRIBUTE = re.compile(r"^            (\w+): \{\n.*\n\s+isBlock: false,.*\n.*\n\s+storageClassType: \"(\w+)\"", re.M)
+PROVIDER_ATTRIBUTE = re.compile(
+    r"^            (\w+): \{\n.*\n\s+isBlock: false,.*\n.*\n\s+storageClassType: \"(\w+)\"", re.M
+)
 TYPES: dict[str, Any] = {
     "String": "string",
     "Number": "number",
@@ -53,7 +57,9 @@ def provider_schema(wheel: Path, provider: str, names: set[str]) -> dict[str, An
     own: dict[str, Any] = {}
     for name, text in _sources(wheel, {*names, "provider"}):
         if name == "provider":
-            found = {key: {"type": TYPES[kind], "optional": True} for key, kind in PROVIDER_ATTRIBUTE.findall(text)}
+            found = {
+                key: {"type": TYPES[kind], "optional": True} for key, kind in PROVIDER_ATTRIBUTE.findall(text)
+            }
             own = {"attributes": found}
             continue
         kind, block = _resource(text)
@@ -97,7 +103,11 @@ def _block(name: str, classes: dict[str, tuple[str, str]], hcl_blocks: set[str])
     blocks: dict[str, Any] = {}
     pieces = ATTRIBUTE.split(classes[name][1])[1:]
     for key, computed, optional, required, code in zip(*[iter(pieces)] * 5, strict=True):
-        flags = {"computed": computed == "true", "optional": optional == "true", "required": required == "true"}
+        flags = {
+            "computed": computed == "true",
+            "optional": optional == "true",
+            "required": required == "true",
+        }
         nested = NESTED.search(code)
         if nested is None or nested[1] not in classes:
             attributes[key] = {"type": _type(code), **flags}
@@ -134,4 +144,6 @@ def _object(block: dict[str, Any]) -> list[Any]:
 
 def write_schema(wheel: Path, provider: str, names: set[str], path: Path) -> None:
     """Write the schema as sorted JSON."""
-    path.write_text(json.dumps(provider_schema(wheel, provider, names), indent=1, sort_keys=True), encoding="utf-8")
+    path.write_text(
+        json.dumps(provider_schema(wheel, provider, names), indent=1, sort_keys=True), encoding="utf-8"
+    )

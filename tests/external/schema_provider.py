@@ -1,7 +1,7 @@
 """A Terraform provider that knows its schema and nothing else: `python schema_provider.py SCHEMA.json`.
 
-Terraform starts it over the plugin protocol. It serves init, validate and tests with a mocked provider; it cannot
-plan or apply. Needs the packages `tf` and `grpcio`.
+Terraform starts it over the plugin protocol. It serves init, validate and tests with a mocked provider; it
+cannot plan or apply. Needs the packages `tf` and `grpcio`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Servicer(services.ProviderServicer):  # type: ignore[misc]
         return messages.GetProviderSchema.Response(
             provider=schema_message(self.schemas["provider"]),
             resource_schemas={k: schema_message(s) for k, s in self.schemas["resource_schemas"].items()},
-            data_source_schemas={k: schema_message(s) for k, s in self.schemas["data_source_schemas"].items()},
+            data_source_schemas={
+                k: schema_message(s) for k, s in self.schemas["data_source_schemas"].items()
+            },
         )
 
     def GetResourceIdentitySchemas(self, request: Any, context: Any) -> Any:  # noqa: N802

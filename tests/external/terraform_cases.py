@@ -1,4 +1,4 @@
-"""The plans whose Terraform is judged: every checked-in example that rents machines, and one more of each kind."""
+"""The plans whose Terraform is judged: examples that rent machines, and one more of each kind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ class Case:
                 file.write_text(text, encoding="utf-8")
 
     def plan(self) -> dict[str, Any]:
-        text = (self.folder / "plan.json").read_text(encoding="utf-8") if self.folder else self._files()["plan.json"]
+        text = (
+            (self.folder / "plan.json").read_text(encoding="utf-8")
+            if self.folder
+            else self._files()["plan.json"]
+        )
         plan: dict[str, Any] = json.loads(text)
         return plan
 

@@ -1,7 +1,7 @@
 """Where the tools that judge generated files are, and how Terraform is run without a network or an account.
 
-`make validators` fetches them into build/validators. A test whose tool is missing is skipped, saying which; where CI is
-set to true it fails instead.
+`make validators` fetches them into build/validators. A test whose tool is missing is skipped, saying which;
+where CI is set to true it fails instead.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Terraform:
     folder: Path
     config: Path
 
-    def __call__(self, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
         settings = {
             "TF_CLI_CONFIG_FILE": str(self.config),
             "CHECKPOINT_DISABLE": "1",
@@ -94,7 +94,10 @@ class Terraform:
             "TF_CLI_ARGS": "-no-color",
         }
         return run(
-            program("terraform"), f"-chdir={self.folder}", *words, env={**os.environ, **settings, **(env or {})}
+            program("terraform"),
+            f"-chdir={self.folder}",
+            *words,
+            env={**os.environ, **settings},
         )
 
     def ok(self, *words: str) -> str:

@@ -10,7 +10,7 @@ mock_provider "aws" {
 
   mock_resource "aws_iam_instance_profile" {
     defaults = {
-      arn = "arn:aws:iam::123456789012:instance-profile/mock"
+      arn = "arn:aws:iam::aws:instance-profile/mock"
     }
   }
 
@@ -74,13 +74,18 @@ run "closed" {
   }
 
   assert {
-    condition = alltrue([
-      for template in aws_launch_template.group :
-      template.metadata_options[0].http_tokens == "required" &&
-      template.network_interfaces[0].associate_public_ip_address == "false" &&
-      template.block_device_mappings[0].ebs[0].encrypted == "true"
-    ])
-    error_message = "IMDSv2, private addresses and encrypted disks are required"
+    condition     = alltrue([for template in aws_launch_template.group : template.metadata_options[0].http_tokens == "required"])
+    error_message = "IMDSv2 is required"
+  }
+
+  assert {
+    condition     = alltrue([for template in aws_launch_template.group : template.network_interfaces[0].associate_public_ip_address == "false"])
+    error_message = "addresses are private"
+  }
+
+  assert {
+    condition     = alltrue([for template in aws_launch_template.group : template.block_device_mappings[0].ebs[0].encrypted == "true"])
+    error_message = "disks are encrypted"
   }
 }
 

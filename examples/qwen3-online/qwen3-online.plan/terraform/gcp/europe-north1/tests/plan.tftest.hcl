@@ -52,13 +52,18 @@ run "closed" {
   }
 
   assert {
-    condition = alltrue([
-      for template in google_compute_region_instance_template.group :
-      length(template.network_interface[0].access_config) == 0 &&
-      template.shielded_instance_config[0].enable_secure_boot &&
-      template.metadata["block-project-ssh-keys"] == "true"
-    ])
-    error_message = "private addresses, Secure Boot and no SSH keys are required"
+    condition     = alltrue([for template in google_compute_region_instance_template.group : length(template.network_interface[0].access_config) == 0])
+    error_message = "addresses are private"
+  }
+
+  assert {
+    condition     = alltrue([for template in google_compute_region_instance_template.group : template.shielded_instance_config[0].enable_secure_boot])
+    error_message = "Secure Boot is required"
+  }
+
+  assert {
+    condition     = alltrue([for template in google_compute_region_instance_template.group : template.metadata["block-project-ssh-keys"] == "true"])
+    error_message = "SSH keys of the project are refused"
   }
 }
 
