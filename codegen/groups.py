@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moeplan.codegen.vllm import vllm_arguments
+from moeplan.planner.ir.machine import Machine
 from moeplan.planner.ir.placement import Site, Zone
 from moeplan.planner.ir.plan import Plan
 from moeplan.planner.ir.policy import Policy
@@ -16,6 +17,8 @@ from moeplan.planner.ir.spec import Cloud
 
 PORT = 8000
 ENGINE_IMAGE = "vllm/vllm-openai:v0.33.0"
+# Machine types of Google's N1 family take their GPUs as accelerators; all others have them built in.
+_ACCELERATORS = {"T4": "nvidia-tesla-t4", "V100": "nvidia-tesla-v100", "P100": "nvidia-tesla-p100"}
 _GRACE = 1.5  # cold starts vary; a check that gives up early kills healthy replicas
 
 
@@ -83,6 +86,16 @@ def grace_s(site: Site) -> int:
 def disk_gb(plan: Plan) -> int:
     """Room for the weights, a fifth more, and an image of a system and an engine."""
     return math.ceil(plan.workload.model.weight_bytes() * 1.2 / 1e9) + 100
+
+
+def google_machine_type(machine: Machine) -> str:
+    """Without the accelerators: `n1-standard-8` of `n1-standard-8+2xT4`."""
+    return machine.name.partition("+")[0]
+
+
+def google_accelerator(machine: Machine) -> str:
+    """What is attached to the machine type; empty where GPUs are built in."""
+    return _ACCELERATORS[machine.gpu] if "+" in machine.name else ""
 
 
 def short_name(name: str, longest: int) -> str:

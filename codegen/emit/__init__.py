@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moeplan.codegen.emit import chart, plan_json, report, runtime, skypilot, terraform
+from moeplan.codegen.emit import chart, compose, kubernetes, plan_json, report, runtime, skypilot, terraform
 from moeplan.planner.ir.plan import Plan
 
 EMITTERS: tuple[Callable[[Plan], dict[str, str]], ...] = (
@@ -14,6 +14,8 @@ EMITTERS: tuple[Callable[[Plan], dict[str, str]], ...] = (
     chart.emit,
     skypilot.emit,
     terraform.emit,
+    compose.emit,
+    kubernetes.emit,
 )
 
 

@@ -13,6 +13,8 @@ from moeplan.codegen.groups import (
     ENGINE_IMAGE,
     ReplicaGroup,
     disk_gb,
+    google_accelerator,
+    google_machine_type,
     letter_first,
     replica_groups,
     serve_arguments,
@@ -22,8 +24,6 @@ from moeplan.codegen.render import verbatim
 from moeplan.planner.ir.plan import Plan
 
 _LONGEST_NAME = 31  # names of launch templates and roles add the group's name and a suffix
-# Machine types of the N1 family take their GPUs as accelerators; all others have them built in.
-_ACCELERATORS = {"T4": "nvidia-tesla-t4", "V100": "nvidia-tesla-v100", "P100": "nvidia-tesla-p100"}
 
 _MODULE = {
     "versions.tf": "{cloud}/versions.tf",
@@ -94,12 +94,12 @@ def _aws(group: ReplicaGroup) -> dict[str, dict[str, Any]]:
 def _gcp(group: ReplicaGroup) -> dict[str, dict[str, Any]]:
     """One instance group per market, since its template is for one."""
     machine = group.policy.machine
-    machine_type, _, attached = machine.name.partition("+")
+    accelerator = google_accelerator(machine)
     shape = {
         "zone": group.zone,
-        "machine_type": machine_type,
-        "accelerator_type": _ACCELERATORS[machine.gpu] if attached else "",
-        "accelerator_count": machine.gpus if attached else 0,
+        "machine_type": google_machine_type(machine),
+        "accelerator_type": accelerator,
+        "accelerator_count": machine.gpus if accelerator else 0,
     }
     counts = {"spot": group.spot, "on-demand": group.on_demand}
     both = all(counts.values())

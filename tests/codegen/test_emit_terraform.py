@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import ONLINE, batch_spec
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moeplan.codegen.emit import terraform
@@ -170,6 +170,7 @@ def test_only_numbers_depend_on_the_plan(compile_text: Compile) -> None:
 strange = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
+@settings(deadline=None, max_examples=40)
 @given(strange)
 @example('"quoted" \\ ${file("/etc/passwd")} %{ if true } {{ x }}')
 @example("no")

@@ -117,7 +117,9 @@ class Terraform:
             elif event["type"] == "test_state":
                 found.setdefault(name, {})["state"] = event["test_state"]
             elif event["type"] == "diagnostic":
-                found.setdefault(name, {}).setdefault("problems", []).append(event["@message"])
+                found.setdefault(name, {}).setdefault("problems", []).append(
+                    event["diagnostic"]["summary"] + ": " + event["diagnostic"]["detail"]
+                )
         return found
 
 
