@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeplan.codegen.groups import ENGINE_IMAGE, PORT, grace_s, serve_arguments
@@ -10,6 +11,7 @@ from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan
 from moeplan.planner.ir.policy import Policy
 
+_INPUT, _OUTPUT = "/requests/input.jsonl", "/requests/output.jsonl"
 _MODEL = ("MODEL", "what vLLM loads, a Hugging Face name")
 _IMAGE = ("MOEPLAN_IMAGE", "an image with `moeplan[runtime]` installed")
 _CHECKPOINT = ("CHECKPOINT", "the folder of the checkpoint")
@@ -63,35 +65,29 @@ def _service(plan: Plan, policy: Policy, site: Site) -> Service:
     if policy.engine == "runtime_min":
         return _runtime(policy, site)
     cache = Volume(type="volume", source="cache", target="/root/.cache")
-    words = [expanded_scalar(word) for word in serve_arguments(plan, policy)]
-    if site.serves == "online":
-        command, volumes, settings = ('"serve"', _setting(_MODEL), *words), (cache,), (_MODEL,)
-    else:
-        files = ("-i", "/requests/input.jsonl", "-o", "/requests/output.jsonl")
-        command = ('"run-batch"', '"--model"', _setting(_MODEL), *map(expanded_scalar, files), *words)
-        volumes, settings = (cache, _bound(_REQUESTS, "/requests")), (_MODEL, _REQUESTS)
+    online = site.serves == "online"
+    words = ["serve"] if online else ["run-batch", "-i", _INPUT, "-o", _OUTPUT, "--model"]
     return Service(
         column=site.column,
         image=expanded_scalar(ENGINE_IMAGE),
         entrypoint="vllm",
-        command=command,
-        volumes=volumes,
-        port=PORT if site.serves == "online" else 0,
+        command=(*_words(words), _setting(_MODEL), *_words(serve_arguments(plan, policy))),
+        volumes=(cache,) if online else (cache, _bound(_REQUESTS, "/requests")),
+        port=PORT if online else 0,
         grace_s=grace_s(site),
         gpus=policy.gpus * policy.data_parallel,
         rehearsed_only=policy.rehearsed_only,
-        settings=settings,
+        settings=(_MODEL,) if online else (_MODEL, _REQUESTS),
     )
 
 
 def _runtime(policy: Policy, site: Site) -> Service:
-    words = ("runtime_min", "run", f"/plan/runtime/{site.column}", "--checkpoint", "/checkpoint")
-    files = ("--input", "/requests/input.jsonl", "--output", "/requests/output.jsonl")
+    words = ["runtime_min", "run", f"/plan/runtime/{site.column}", "--checkpoint", "/checkpoint"]
     return Service(
         column=site.column,
         image=_setting(_IMAGE),
         entrypoint="",
-        command=tuple(map(expanded_scalar, words + files)),
+        command=_words([*words, "--input", _INPUT, "--output", _OUTPUT]),
         volumes=(
             Volume(type="bind", source=".", target="/plan", read_only=True),
             _bound(_CHECKPOINT, "/checkpoint", read_only=True),
@@ -104,6 +100,10 @@ def _runtime(policy: Policy, site: Site) -> Service:
         rehearsed_only=policy.rehearsed_only,
         settings=(_IMAGE, _CHECKPOINT, _REQUESTS),
     )
+
+
+def _words(words: Sequence[str]) -> tuple[str, ...]:
+    return tuple(expanded_scalar(word) for word in words)
 
 
 def _bound(setting: tuple[str, str], target: str, read_only: bool = False) -> Volume:
