@@ -64,7 +64,7 @@ def emit(plan: Plan) -> dict[str, str]:
 def _service(plan: Plan, policy: Policy, site: Site) -> Service:
     if policy.engine == "runtime_min":
         return _runtime(policy, site)
-    cache = Volume(type="volume", source="cache", target="/root/.cache")
+    cache = Volume(type="volume", source="cache", target="/cache")
     online = site.serves == "online"
     words = ["serve"] if online else ["run-batch", "-i", _INPUT, "-o", _OUTPUT, "--model"]
     return Service(
@@ -92,7 +92,7 @@ def _runtime(policy: Policy, site: Site) -> Service:
             Volume(type="bind", source=".", target="/plan", read_only=True),
             _bound(_CHECKPOINT, "/checkpoint", read_only=True),
             _bound(_REQUESTS, "/requests"),
-            Volume(type="volume", source="cache", target="/root/.cache"),
+            Volume(type="volume", source="cache", target="/cache"),
         ),
         port=0,
         grace_s=0,
