@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,19 @@ from moeplan.planner.pipeline import compile_plan
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A plan, checked in (`folder`) or compiled from `spec`."""
+    """A plan, checked in (`folder`) or compiled from `spec`, then `base` of its replicas made on-demand."""
 
     name: str
     cloud: str
     folder: Path | None = None
     spec: str = ""
-    site: dict[str, Any] = field(default_factory=dict)
+    base: int = 0
 
     def __str__(self) -> str:
         return self.name
 
     def _files(self) -> dict[str, str]:
-        plan = compile_plan(self.spec, str(ROOT / "examples" / "qwen3-online" / "spec.yaml"))
-        return {**terraform.emit(plan), **plan_json(plan)}
+        return _emitted(self.spec, self.base)
 
     def write(self, target: Path) -> None:
         """Write terraform/ as `target`."""
@@ -74,6 +74,15 @@ class Case:
         return {replicas[site["column"]]["policy"]["machine"]["name"] for site in self._served()}
 
 
+@cache
+def _emitted(spec: str, base: int) -> dict[str, str]:
+    plan = compile_plan(spec, str(ROOT / "examples" / "qwen3-online" / "spec.yaml"))
+    if base:  # placement chooses none without evidence
+        sites = tuple(replace(site, on_demand_base=base) for site in plan.placement.sites)
+        plan = replace(plan, placement=replace(plan.placement, sites=sites))
+    return {**terraform.emit(plan), **plan_json(plan)}
+
+
 def _examples() -> list[Case]:
     found = []
     for folder in sorted((ROOT / "examples").glob("*/*.plan")):
@@ -89,6 +98,12 @@ def _spec(market: str, rate: str = "8/s") -> str:
 
 CASES = [
     *_examples(),
+    Case(
+        "aws-mixed",
+        "aws",
+        spec=_spec("clouds: [aws], purchase: spot, regions: [aws/us-east-1]", "40/s"),
+        base=1,
+    ),
     Case("aws-on-demand", "aws", spec=_spec("clouds: [aws], purchase: on-demand")),
     Case("gcp-on-demand", "gcp", spec=_spec("clouds: [gcp], purchase: on-demand", "40/s")),
 ]
