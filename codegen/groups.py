@@ -16,9 +16,8 @@ from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.spec import Cloud
 
 PORT = 8000
+# Named, never pulled here.
 ENGINE_IMAGE = "vllm/vllm-openai:v0.33.0"
-# Machine types of Google's N1 family take their GPUs as accelerators; all others have them built in.
-_ACCELERATORS = {"T4": "nvidia-tesla-t4", "V100": "nvidia-tesla-v100", "P100": "nvidia-tesla-p100"}
 _GRACE = 1.5  # cold starts vary; a check that gives up early kills healthy replicas
 
 
@@ -94,8 +93,8 @@ def google_machine_type(machine: Machine) -> str:
 
 
 def google_accelerator(machine: Machine) -> str:
-    """What is attached to the machine type; empty where GPUs are built in."""
-    return _ACCELERATORS[machine.gpu] if "+" in machine.name else ""
+    """What is attached to the machine type: Tesla cards to the N1 family; empty where GPUs are built in."""
+    return f"nvidia-tesla-{machine.gpu.lower()}" if "+" in machine.name else ""
 
 
 def short_name(name: str, longest: int) -> str:
