@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import ONLINE
 from terraform_cases import CASES
 from validators import ROOT, run, validator
 
@@ -78,7 +79,7 @@ def manifests() -> dict[str, str]:
     """The examples', and those of plans with on-demand machines and on Azure."""
     found = {file.name: file.read_text(encoding="utf-8") for file in MANIFESTS}
     specs = [case.spec for case in CASES if case.spec]
-    specs.append(specs[0].replace("[aws]", "[azure]").replace("purchase: on-demand", "gpus: [A100-80GB]"))
+    specs.append(ONLINE + "market: {clouds: [azure], gpus: [A100-80GB]}\n")
     for spec in specs:
         found |= kubernetes.emit(compile_plan(spec, str(ROOT / "examples" / "qwen3-online" / "spec.yaml")))
     return found
