@@ -6,7 +6,7 @@ DEMO   := build/demo
 # Debian packages venv apart from Python; in a fresh container there is a root to install it.
 GET_VENV := { test "$$(id -u)" = 0 && apt-get update -q && apt-get install -q -y python3-venv; }
 
-.PHONY: demo test test-all test-external validators lint types check examples clean
+.PHONY: demo test test-all test-external test-deployment validators lint types check examples clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -44,8 +44,11 @@ $(VALIDATORS)/.done: tests/external/requirements.txt tests/external/wheels.txt
 
 validators: $(VALIDATORS)/.done
 
-test-external: $(VENV)/.done $(VALIDATORS)/.done
-	$(BIN)/pytest -m external tests/external
+test-deployment: $(VENV)/.done $(VALIDATORS)/.done
+	$(BIN)/pytest -m external tests/external/test_terraform.py tests/external/test_terraform_apply.py \
+	  tests/external/test_containers.py
+
+test-external: test-deployment
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
