@@ -6,7 +6,7 @@ DEMO   := build/demo
 # Debian packages venv apart from Python; in a fresh container there is a root to install it.
 GET_VENV := { test "$$(id -u)" = 0 && apt-get update -q && apt-get install -q -y python3-venv; }
 
-.PHONY: demo test test-all test-external test-skypilot test-engines lint types check examples clean
+.PHONY: demo test test-all test-external test-deployment test-skypilot test-engines validators lint types check examples clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -30,6 +30,23 @@ test: $(VENV)/.done
 
 test-all: $(VENV)/.done
 	$(BIN)/pytest -m 'not external'
+
+# The real consumers of generated files, in an environment of their own, from package registries only.
+VALIDATORS := build/validators
+$(VALIDATORS)/.done: tests/external/requirements.txt tests/external/wheels.txt
+	$(PYTHON) -m venv $(VALIDATORS)
+	$(VALIDATORS)/bin/pip install -q --disable-pip-version-check --only-binary :all: -r tests/external/requirements.txt
+	$(VALIDATORS)/bin/pip download -q --disable-pip-version-check --no-deps --only-binary :all: \
+	  -d $(VALIDATORS)/wheels -r tests/external/wheels.txt
+	cd $(VALIDATORS) && apt-get download -q cloud-init && dpkg -x cloud-init_*.deb cloud-init || \
+	  echo 'no cloud-init: its schema comes from a Debian package' >&2
+	touch $@
+
+validators: $(VALIDATORS)/.done
+
+test-deployment: $(VENV)/.done $(VALIDATORS)/.done
+	$(BIN)/pytest -m external tests/external/test_terraform.py tests/external/test_terraform_apply.py \
+	  tests/external/test_containers.py
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
@@ -69,7 +86,7 @@ test-engines: $(VENV)/.done $(ENGINES)/.done
 	$(BIN)/pytest -m external tests/external/test_flags.py
 
 # What reads generated files for real; with CI=true a missing program is a failure.
-test-external: $(VENV)/.done $(SKYPILOT)/.done $(ENGINES)/.done
+test-external: $(VENV)/.done $(SKYPILOT)/.done $(ENGINES)/.done $(VALIDATORS)/.done
 	$(BIN)/pytest -m external tests/external
 
 clean:

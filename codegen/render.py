@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import jinja2
@@ -14,6 +15,11 @@ import yaml
 def render(template: str, **values: Any) -> str:
     """Render templates/`template`. Raises jinja2.UndefinedError on a name that has no value."""
     return _environment().get_template(template).render(**values)
+
+
+def verbatim(path: str) -> str:
+    """templates/`path` as it is."""
+    return files("moeplan.templates").joinpath(path).read_text(encoding="utf-8")
 
 
 @cache
@@ -28,6 +34,7 @@ def _environment() -> jinja2.Environment:
     environment.filters["python"] = repr
     environment.filters["upper_names"] = _upper_names
     environment.filters["yaml"] = yaml_scalar
+    environment.filters["expanded"] = expanded_scalar
     return environment
 
 
@@ -44,3 +51,11 @@ def yaml_scalar(value: object) -> str:
         raise TypeError(f"{value} is not a scalar")  # a name without a value raises here as elsewhere
     style = '"' if isinstance(value, str) else None
     return yaml.safe_dump(value, default_style=style, width=math.inf).splitlines()[0]
+
+
+def expanded_scalar(value: str) -> str:
+    """A YAML scalar that docker compose, or Kubernetes in a command, reads as `value`.
+
+    Both put variables where they find a dollar, and take two for one.
+    """
+    return yaml_scalar(value.replace("$", "$$"))

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("planner", "codegen", "templates", "runtime_min")
-DATA = {".j2", ".yaml", ".csv", ".typed"}
+DATA = {".j2", ".yaml", ".csv", ".typed", ".tf", ".hcl", ".tftpl", ".md"}
 
 
 @pytest.fixture(scope="module")

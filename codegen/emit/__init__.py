@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moeplan.codegen.emit import chart, llama_cpp, plan_json, report, runtime, skypilot
+from moeplan.codegen.emit import (
+    chart,
+    compose,
+    kubernetes,
+    llama_cpp,
+    plan_json,
+    report,
+    runtime,
+    skypilot,
+    terraform,
+)
 from moeplan.planner.ir.plan import Plan
 
 EMITTERS: tuple[Callable[[Plan], dict[str, str]], ...] = (
@@ -14,6 +24,9 @@ EMITTERS: tuple[Callable[[Plan], dict[str, str]], ...] = (
     chart.emit,
     skypilot.emit,
     llama_cpp.emit,
+    terraform.emit,
+    compose.emit,
+    kubernetes.emit,
 )
 
 

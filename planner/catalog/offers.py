@@ -27,6 +27,7 @@ COLUMNS = (
 )
 CLOUDS: dict[str, Cloud] = {cloud: cloud for cloud in get_args(Cloud)}
 _HIGHEST_USD_PER_HOUR = 100_000.0
+_REGION = re.compile("[a-z0-9][a-z0-9-]*")  # it names folders
 _DATE = re.compile(r"\d{4}(-\d\d){0,2}")
 
 
@@ -125,10 +126,13 @@ class _Row:
         if not known:
             hint = "add it to machines.yaml, or leave the row out"
             self.wrong("instance", f"unknown machine type '{cells['instance'][:60]}'", hint)
+        placed = not cells["region"] or bool(_REGION.fullmatch(cells["region"]))
+        if not placed:
+            self.wrong("region", f"'{cells['region'][:60]}' is not a region", "write us-east-1")
         dated = bool(_DATE.fullmatch(cells["date"]))
         if not dated:
             self.wrong("date", f"'{cells['date'][:40]}' is not a date", "write 2026-08-03")
-        return known and dated and not empty
+        return known and placed and dated and not empty
 
     def _price(self, key: str, cells: Mapping[str, str]) -> float | None:
         price = parse_price(cells[key])

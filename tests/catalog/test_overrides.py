@@ -311,6 +311,7 @@ def test_prices_are_replaced_and_added(tmp_path: Path) -> None:
         ("g4dn.xlarge", "g4dn.tiny", "offers.csv:2:15: unknown machine type 'g4dn.tiny'"),
         ("2026-08-03", "yesterday", "'yesterday' is not a date"),
         (",our-bill", ",", "'source' is empty"),
+        ("us-east-1", "../../mine", "offers.csv:2:5: '../../mine' is not a region"),
         (",our-bill", "", "6 columns, expected 7"),
         ("cloud,", "clouds,", "wrong columns"),
         ("aws,mars-1,our-box", "aws,us-east-1,g4dn.xlarge", "a second price of g4dn.xlarge"),
