@@ -143,6 +143,27 @@ def check(
 
 
 @app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="a plan folder, or its plan.json")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help="another")],
+    json: Annotated[bool, typer.Option("--json", help="print data instead of Markdown")] = False,
+) -> None:
+    """Compare two plans by meaning: cost, fleet, policies, placement, predictions.
+
+    Markdown made for a comment on a pull request.
+    """
+    from moeplan.codegen import plan_diff
+    from moeplan.codegen.data import to_json
+
+    try:
+        difference = plan_diff.compare(plan_diff.read_plan(before), plan_diff.read_plan(after))
+    except plan_diff.PlanFileError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+    print(to_json(plan_diff.as_data(difference)) if json else plan_diff.markdown(difference), end="")
+
+
+@app.command()
 def run(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="the plan folder")],
     input: Annotated[Path, typer.Option("--input", help="requests, OpenAI batch file (JSONL)")],

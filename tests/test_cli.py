@@ -246,3 +246,22 @@ def test_what_cannot_be_executed_is_not_rented(spec: Path) -> None:
     report = (spec.parent / "job.plan" / "report.md").read_text()
     assert "-offload" in report
     assert "predicted only" in report
+
+
+def test_diff_of_two_plans(spec: Path) -> None:
+    """Markdown for people, JSON for machines, the same numbers in both."""
+    moeplan("compile", spec, "-o", spec.parent / "before")
+    spec.write_text(spec.read_text().replace("requests: 2000", "requests: 3000"))
+    moeplan("compile", spec, "-o", spec.parent / "after")
+    done = moeplan("diff", spec.parent / "before", spec.parent / "after" / "plan.json")
+    assert done.returncode == 0, done.stderr
+    assert "| **work** | batch requests | 2,000 | 3,000 | +50 % |" in done.stdout
+    told = json.loads(moeplan("diff", spec.parent / "before", spec.parent / "after", "--json").stdout)
+    requests = next(change for change in told["changes"] if change["what"] == "batch requests")
+    assert (requests["before"], requests["after"], requests["ratio"]) == (2000, 3000, 1.5)
+
+
+def test_diff_of_what_is_no_plan(spec: Path) -> None:
+    done = moeplan("diff", spec.parent, spec)
+    assert done.returncode == 2
+    assert "hint: give a plan folder, or a plan.json" in done.stderr
