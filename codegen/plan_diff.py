@@ -16,6 +16,7 @@ from moeplan.codegen.emit.plan_json import PLAN_FORMAT
 from moeplan.planner.units import format_bytes, format_duration, format_figure
 
 _PLAN = "plan.json"
+_MANY_TIMES = 3.0  # from here on a factor reads better than a percentage
 Plan = Mapping[str, Any]  # the data of a plan.json
 
 
@@ -296,7 +297,8 @@ def headline(difference: Difference) -> str:
     """What the change comes down to: its cost, else how many things change."""
     for change in difference.changes:
         if change.part == "cost" and change.before and change.after:
-            return f"{change.what} {change.before.text} → {change.after.text} ({_percent(change)})"
+            how_much = f" ({percent(change)})" if percent(change) else ""
+            return f"{change.what} {change.before.text} → {change.after.text}{how_much}"
     count = len(difference.changes)
     return f"{count} change{'s' * (count > 1)}, cost as before"
 
@@ -304,19 +306,24 @@ def headline(difference: Difference) -> str:
 def _rows(changes: Sequence[Change]) -> Iterator[str]:
     part = ""
     for change in changes:
-        cells = [
-            f"**{change.part}**" if change.part != part else "",
-            change.what,
-            change.before.text if change.before else "–",
-            change.after.text if change.after else "–",
-            _percent(change),
-        ]
+        heading = f"**{change.part}**" if change.part != part else ""
+        cells = [heading, change.what, *both(change), percent(change)]
         part = change.part
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _percent(change: Change) -> str:
-    return f"{(change.ratio - 1) * 100:+.3g} %" if change.ratio is not None else ""
+def both(change: Change) -> tuple[str, str]:
+    """The text before and after, a dash where a plan has no such fact."""
+    return change.before.text if change.before else "–", change.after.text if change.after else "–"
+
+
+def percent(change: Change) -> str:
+    """`+25 %` or `10.5 times`; nothing where a value is text or 0."""
+    if change.ratio is None:
+        return ""
+    if change.ratio >= _MANY_TIMES:
+        return f"{format_figure(change.ratio)} times"
+    return f"{(change.ratio - 1) * 100:+.3g} %"
 
 
 def _where(difference: Difference) -> str:

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from moeplan.planner.explain.study import Study
     from moeplan.planner.ir.machine import Machine
     from moeplan.planner.ir.plan import Plan
     from moeplan.planner.pipeline import Trace
     from moeplan.runtime_min.report import Report
+
+    Comparison = tuple[str, tuple[str, ...], Plan | Exception, Plan | Exception]
 
 app = typer.Typer(
     name="moeplan",
@@ -140,6 +143,66 @@ def check(
         print(f"  hint: moeplan compile {spec}", file=sys.stderr)
         raise typer.Exit(1)
     print(f"{folder}: {len(files)} files are current")
+
+
+@app.command()
+def explain(
+    spec: SpecPath,
+    why_not: Annotated[
+        list[str] | None,
+        typer.Option("--why-not", metavar="GPU|MACHINE", help="the plan with this one forced"),
+    ] = None,
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--what-if",
+            metavar="KEY=VALUE",
+            help="the plan with this spec key, or fact of the catalog, changed",
+        ),
+    ] = None,
+    machine: MachineFile = None,
+    json: Annotated[bool, typer.Option("--json", help="print data instead of text")] = False,
+) -> None:
+    """Say why the plan is as it is, with figures from solving it again.
+
+    Alone: other GPUs, markets and batches, what binds, and the smallest changes that would change the plan.
+    A --what-if value may be +20% or -5%, or nothing to remove the key; several are made together. Facts are
+    price, spot_price, gpu_bandwidth, link_bandwidth, host_bandwidth, disk_bandwidth, gpu_memory and
+    host_memory, of one GPU or machine as in price.H100=+10%. Exit codes: 0 answered, 2 bad input, 3 no plan
+    to explain.
+    """
+    from moeplan.codegen import explanation
+    from moeplan.codegen.data import to_json
+    from moeplan.planner import terminal
+    from moeplan.planner.explain.case import Source
+    from moeplan.planner.explain.explain import explain as explained
+    from moeplan.planner.explain.study import Study
+
+    with terminal.Status() as status:
+        study = Study(Source(spec.read_bytes(), str(spec), machine), tuple(what_if or ()), status.show)
+        if not what_if and not why_not:
+            found = explained(study)
+            text = to_json(found) if json else explanation.explanation_text(found)
+        else:
+            pairs = _compared(study, why_not or [])
+            if json:
+                text = to_json([explanation.comparison_data(*pair) for pair in pairs])
+            else:
+                text = "\n".join(explanation.comparison(*pair) for pair in pairs)
+    print(text, end="")
+
+
+def _compared(study: Study, why_not: list[str]) -> Iterator[Comparison]:
+    """(what, settings, answer before, after) of every machine that is asked for, or of the settings."""
+    from moeplan.planner.explain.study import Study
+    from moeplan.planner.explain.why_not import forced
+
+    if not why_not:
+        plain = Study(study.source, (), study.progress)
+        yield "what if", study.settings, plain.answer, study.answer
+    for name in why_not:
+        other = forced(study, name)
+        yield f"why not {name}", other.settings, study.answer, other.answer
 
 
 @app.command()

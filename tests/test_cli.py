@@ -265,3 +265,40 @@ def test_diff_of_what_is_no_plan(spec: Path) -> None:
     done = moeplan("diff", spec.parent, spec)
     assert done.returncode == 2
     assert "hint: give a plan folder, or a plan.json" in done.stderr
+
+
+def test_explain_what_if_and_why_not(spec: Path) -> None:
+    """Text names the setting that was made; JSON holds both plans' figures; a bad setting names the option."""
+    spec.write_text(ONLINE + "market: {gpus: [H100], clouds: [gcp], purchase: spot}\n")
+    done = moeplan("explain", spec, "--what-if", "workload.online.rate=80/s")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith("what if: workload.online.rate=80/s\nUSD per hour ")
+    told = json.loads(moeplan("explain", spec, "--why-not", "A100", "--why-not", "B300", "--json").stdout)
+    assert [answer["settings"] for answer in told] == [["market.gpus=[A100]"], ["market.gpus=[B300]"]]
+    assert any(change["what"] == "USD per hour" for change in told[0]["changes"])
+    bad = moeplan("explain", spec, "--what-if", "workload.online.rate=80")
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("--what-if 'workload.online.rate=80':1:22: ")
+
+
+def test_explain_alone(spec: Path) -> None:
+    spec.write_text(ONLINE + "market: {machines: [a3-highgpu-1g, a2-ultragpu-1g], purchase: spot}\n")
+    done = moeplan("explain", spec)
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "bottleneck of online-",
+        "why this GPU",
+        "in flight on each copy",
+        "what binds",
+        "sensitivity",
+    ):
+        assert part in done.stdout
+    assert "a2-ultragpu-1g spot" in done.stdout
+
+
+def test_explain_without_a_plan(spec: Path) -> None:
+    spec.write_text(batch_spec(machine="g4dn.xlarge", model="deepseek-v3"))
+    done = moeplan("explain", spec)
+    assert done.returncode == 3
+    assert "of gpu memory" in done.stderr
