@@ -23,7 +23,12 @@ _OPS_SHOWN = 3  # of the longest chain
 
 def emit(plan: Plan) -> dict[str, str]:
     """Return report.md."""
-    values: dict[str, Any] = {
+    return {"report.md": render("report/report.md.j2", **values(plan))}
+
+
+def values(plan: Plan) -> dict[str, Any]:
+    """What the reports say, as text."""
+    return {
         "plan": plan,
         "model": plan.workload.model,
         "classes": [_class_line(requests) for requests in plan.workload.classes],
@@ -43,7 +48,6 @@ def emit(plan: Plan) -> dict[str, str]:
         "active": _parameters(plan.workload.model.active_parameters()),
         "weights": format_bytes(plan.workload.model.weight_bytes()),
     }
-    return {"report.md": render("report/report.md.j2", **values)}
 
 
 def _parameters(count: int) -> str:

@@ -74,8 +74,17 @@ class ReplicaAnalysis:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where facts come from: `what` was taken from them, and the citation with its date."""
+
+    what: str
+    citation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Analysis:
-    """Of a whole plan; no frontiers where nothing is rented."""
+    """Of a whole plan; no frontiers where nothing is rented or where the search for a fleet takes long."""
 
     replicas: tuple[ReplicaAnalysis, ...]
     frontiers: tuple[Frontier, ...]
+    sources: tuple[Source, ...]
