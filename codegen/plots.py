@@ -43,7 +43,8 @@ _STAR: dict[str, Any] = {
     "markersize": 13,
     "linestyle": "none",
 }
-_WIDTH, _HEIGHT = 5.2, 3.5  # inches of 72 pixels: as wide as a telephone
+_CLOSE = 0.2  # decades
+_WIDTH, _HEIGHT = 4.5, 3.1  # inches of 72 pixels: as wide as a telephone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +73,12 @@ def roofline_chart(roofline: Roofline, operators: Sequence[OperatorPoint], name:
         axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOP per byte", ylabel="GFLOP/s")
         axes.set_ylim(bottom=min(o.flops_per_s for o in operators) / 1e9 / 30)
         _short_ticks(axes)
-        axes.legend(loc="lower right", fontsize=7, frameon=False)
-        for number, operator in enumerate(operators, 1):
-            _draw_operator(axes, operator, str(number))
+        axes.legend(loc="upper left", fontsize=7, frameon=False)
+        for operator in operators:
+            _draw_operator(axes, operator)
+        for number, x, y in _numbers(operators):
+            style: dict[str, Any] = {"fontsize": 8, "weight": "bold", "ha": "right"}
+            axes.annotate(number, (x, y), (-4, 5), textcoords="offset points", **style)
 
     bounds = "; ".join(
         f"{_words(o.name)} at {format_figure(o.flops_per_s / 1e9)} GFLOP/s, bound by {o.bound}"
@@ -112,29 +116,40 @@ def _giga(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[floa
 def _draw_turn(axes: Axes, intensity: float, name: str, low: float, high: float) -> None:
     if low < intensity < high:
         axes.axvline(intensity, color=_FADED, linewidth=0.9, linestyle=":")
-        axes.annotate(
-            name,
-            (intensity, 1.0),
-            (2, -9),
-            textcoords="offset points",
-            xycoords=("data", "axes fraction"),
-            fontsize=7.5,
-        )
+        foot: Any = ("data", "axes fraction")
+        axes.annotate(name, (intensity, 0.0), (2, 3), xycoords=foot, textcoords="offset points", fontsize=7.5)
 
 
-def _draw_operator(axes: Axes, point: OperatorPoint, number: str) -> None:
+def _draw_operator(axes: Axes, point: OperatorPoint) -> None:
     colour, rate = _LEVEL_COLOURS[point.level], point.flops_per_s / 1e9
     style: dict[str, Any] = {"marker": "o", "linestyle": "none", "markersize": 6.5}
     edge: dict[str, Any] = {"markeredgecolor": _INK, "markeredgewidth": 0.7}
     axes.plot([point.flops_per_byte], [rate], color=colour, **style, **edge)
-    _number(axes, number, point.flops_per_byte, rate)
     if math.isfinite(point.fetched_flops_per_byte):
         axes.plot([point.fetched_flops_per_byte], [rate], color="none", markeredgecolor=colour, **style)
-        _number(axes, number, point.fetched_flops_per_byte, rate)
 
 
-def _number(axes: Axes, number: str, x: float, y: float) -> None:
-    axes.annotate(number, (x, y), (-4, 5), textcoords="offset points", fontsize=8, weight="bold", ha="right")
+def _numbers(operators: Sequence[OperatorPoint]) -> list[tuple[str, float, float]]:
+    """A label and a place for every mark; marks that lie close together share one."""
+    marks = [
+        (number, x, operator.flops_per_s / 1e9)
+        for number, operator in enumerate(operators, 1)
+        for x in (operator.flops_per_byte, operator.fetched_flops_per_byte)
+        if math.isfinite(x)
+    ]
+    groups: list[list[tuple[int, float, float]]] = []
+    for mark in marks:
+        near = next((group for group in groups if _near(mark, group[0])), None)
+        if near is None:
+            groups.append([mark])
+        else:
+            near.append(mark)
+    return [(", ".join(str(n) for n, _, _ in group), group[0][1], group[0][2]) for group in groups]
+
+
+def _near(a: tuple[int, float, float], b: tuple[int, float, float]) -> bool:
+    """Within a fifth of a decade in either direction."""
+    return all(abs(math.log10(v / w)) < _CLOSE for v, w in ((a[1], b[1]), (a[2], b[2])))
 
 
 def _words(name: str) -> str:
@@ -199,7 +214,8 @@ def frontier_chart(frontier: Frontier) -> Chart:
         axes.set(xscale="log", xlabel=f"{frontier.name} [{unit}]", ylabel="USD per hour")
         _plain_ticks(axes, [p.value * scale for p in solved])
         axes.set_ylim(bottom=0)
-        axes.legend(loc="best", fontsize=7, frameon=False)
+        corner: Any = "upper left" if costs[-1] > costs[0] else "upper right"
+        axes.legend(loc=corner, fontsize=7, frameon=False)
 
     told = "; ".join(f"{value_text(frontier, p.value)}: {p.usd_per_hour:.2f}" for p in solved)
     alt = f"Least USD per hour against {frontier.name}. {told}."
@@ -229,7 +245,6 @@ def _short(value: float) -> str:
 def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
     """The values themselves, not powers of ten."""
     axes.set_xticks(values, [f"{value:.3g}" for value in values])
-    axes.minorticks_off()
 
 
 def measured_chart(pairs: Sequence[tuple[str, float]]) -> Chart:
@@ -247,23 +262,27 @@ def measured_chart(pairs: Sequence[tuple[str, float]]) -> Chart:
         axes.set_ylim(len(pairs) - 0.5, -0.5)
 
     told = "; ".join(f"{name} {ratio:.3g}" for name, ratio in pairs)
-    return Chart(svg=_svg(draw, "measured"), alt=f"Measured over predicted: {told}.")
+    return Chart(svg=_svg(draw, "measured", left=0.42), alt=f"Measured over predicted: {told}.")
 
 
 # matplotlib
 
 
-def _svg(draw: Callable[[Axes], None], name: str) -> str:
-    """One pair of axes as SVG that a page can hold: no header, no metadata, its own names, our colours."""
+def _svg(draw: Callable[[Axes], None], name: str, left: float = 0.13) -> str:
+    """One pair of axes as SVG that a page can hold: no header, no metadata, its own names, our colours.
+
+    The axes begin `left` of the width from the edge.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_style(name)):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, _HEIGHT))
         FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+        axes = figure.add_axes((left, 0.13, 0.97 - left, 0.84))
         draw(axes)
+        axes.minorticks_off()
         axes.grid(visible=True, color=_GRID, linewidth=0.6)
         axes.set_axisbelow(True)
         text = io.StringIO()
@@ -296,11 +315,20 @@ def _style(name: str) -> Any:
     }
 
 
+_NOT_OURS = re.compile(r"(<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->)\s*", flags=re.DOTALL)
+_LONG_NUMBER = re.compile(r"-?[0-9]+\.[0-9]{3,}")
+
+
+def _rounded(number: re.Match[str]) -> str:
+    """A hundredth of a pixel: what processors may compute differently is far below."""
+    return f"{float(number.group()):.2f}".rstrip("0").rstrip(".")
+
+
 def _inlined(svg: str, name: str) -> str:
     """The drawing as part of a page."""
     svg = svg[svg.index("<svg ") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<style[^>]*>.*?</style>\s*", "", svg, flags=re.DOTALL)
+    svg = _NOT_OURS.sub("", svg)
+    svg = re.sub(r"<[^>]+>", lambda tag: _LONG_NUMBER.sub(_rounded, tag.group()), svg)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href=", "href=")
     own = re.sub("[^a-z0-9]+", "-", name.lower())
     svg = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +36,11 @@ OutFolder = Annotated[
 ]
 MachineFile = Annotated[
     Path | None, typer.Option("--machine", help="compile for this machine file instead of the spec's machine")
+]
+
+
+NoHtml = Annotated[
+    bool, typer.Option("--no-html", help="leave report.html out: about a second, and matplotlib, less")
 ]
 
 
@@ -86,6 +92,7 @@ def compile_command(
         Path | None, typer.Option("--dump-ir", help="write every level to this folder")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace files edited by hand")] = False,
+    no_html: NoHtml = False,
 ) -> None:
     """Compile SPEC into its plan folder.
 
@@ -96,7 +103,7 @@ def compile_command(
     from moeplan.planner.pipeline import Trace
 
     trace = Trace()
-    plan, files = _compile(spec, machine, trace)
+    plan, files = _compile(spec, machine, trace, not no_html)
     folder = output or _default_folder(spec, plan)
     try:
         changed = write(files, folder, force)
@@ -125,14 +132,16 @@ def check(
     output: OutFolder = None,
     machine: MachineFile = None,
     diff: Annotated[bool, typer.Option("--diff", help="show the differences")] = False,
+    no_html: NoHtml = False,
 ) -> None:
     """Compare the plan folder with SPEC, for CI.
 
     Writes nothing; one line per file that is missing, stale, edited by hand or obsolete, and exit code 1.
     """
     from moeplan.codegen.write import check as compare
+    from moeplan.planner.pipeline import Trace
 
-    plan, files = _compile(spec, machine, None)
+    plan, files = _compile(spec, machine, Trace(), not no_html)
     folder = output or _default_folder(spec, plan)
     drifts = compare(files, folder)
     for drift in drifts:
@@ -416,7 +425,7 @@ def catalog(
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _compile(spec: Path, machine: Path | None, trace: Trace | None) -> tuple[Plan, dict[str, str]]:
+def _compile(spec: Path, machine: Path | None, trace: Trace, html: bool) -> tuple[Plan, dict[str, str]]:
     """The plan of a spec file and every file of its plan folder."""
     from moeplan.codegen.emit import emit_all
     from moeplan.codegen.write import with_lock
@@ -430,7 +439,21 @@ def _compile(spec: Path, machine: Path | None, trace: Trace | None) -> tuple[Pla
         "status": plan.fleet.solver_status,
         "gap": 0.0 if plan.fleet.solver_status == "optimal" else None,
     }
-    return plan, with_lock(emit_all(plan), digests, solver)
+    files = emit_all(plan)
+    if html:
+        files |= _html_report(plan, trace)
+    return plan, with_lock(files, digests, solver)
+
+
+def _html_report(plan: Plan, trace: Trace) -> dict[str, str]:
+    from moeplan.codegen.emit import report_html
+    from moeplan.planner.explain.analyse import analyse
+
+    analysis = trace.run("analysis", lambda: analyse(plan, trace.levels["inputs"]))
+    started = time.perf_counter()
+    page = report_html.emit(plan, analysis)
+    trace.seconds[report_html.PATH] = time.perf_counter() - started
+    return page
 
 
 def _checkpoint_option(spec: Path, folder: Path, plan: Plan) -> str:

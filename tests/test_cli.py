@@ -142,10 +142,11 @@ def test_dump_ir_and_time_passes(spec: Path) -> None:
         "fleet",
         "schedules",
         "placement",
+        "analysis",
     ]
     assert names == [f"{number}-{level}.json" for number, level in enumerate(levels)]
     assert all(json.loads(path.read_text()) is not None for path in (spec.parent / "ir").iterdir())
-    assert [line.split()[-1] for line in done.stderr.splitlines()] == levels
+    assert [line.split()[-1] for line in done.stderr.splitlines()] == [*levels, "report.html"]
 
 
 def test_machine_option_replaces_the_machine(spec: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from moeplan.codegen.emit.chart import chart as pipeline_svg
 from moeplan.codegen.emit.report import interval, latency, values
@@ -25,6 +26,7 @@ from moeplan.codegen.render import render
 from moeplan.planner.ir.analysis import Analysis, OperatorPoint, ReplicaAnalysis
 from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.plan import Plan, Replica
+from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.units import format_bytes, format_duration, format_figure
 
 PATH = "report.html"
@@ -142,13 +144,13 @@ def _frontiers(plan: Plan, analysis: Analysis) -> Iterator[Section]:
 
 
 def _replicas(plan: Plan, analysis: Analysis) -> Iterator[Section]:
+    """Each replica's sections, under its name where there are several."""
     for replica, found in zip(plan.replicas, analysis.replicas, strict=True):
-        yield _performance(plan, replica)
-        yield _roofline(replica, found)
-        yield _batches(replica, found)
-        if replica.pipeline:
-            yield _pipeline(replica)
-        yield _memory(replica)
+        sections = [_performance(plan, replica), _roofline(replica, found), _batches(replica, found)]
+        sections += [_pipeline(replica)] if replica.pipeline else []
+        sections.append(_memory(replica))
+        of = f" of {replica.name}" if len(plan.replicas) > 1 else ""
+        yield from (replace(section, title=f"{section.title}{of}") for section in sections)
 
 
 def _performance(plan: Plan, replica: Replica) -> Section:
@@ -158,7 +160,7 @@ def _performance(plan: Plan, replica: Replica) -> Section:
     text = [f"{told['how']}.", f"Bottleneck: {told['bottleneck']}."]
     text += [f"{told['bound']}."] if told["bound"] else []
     return Section(
-        title=f"{replica.name}: what it reaches",
+        title="Speed and bottleneck",
         text=text,
         tables=[
             Table(caption="speed", header=header, rows=told["phases"]),
@@ -182,15 +184,26 @@ def _roofline(replica: Replica, found: ReplicaAnalysis) -> Section:
         f"Experts whose weights lie in {p.level}: below P1, {p.p1_flops_per_byte:.3g} FLOP/byte, compute "
         f"them there; below P2, {p.p2_flops_per_byte:.3g} FLOP/byte ({p.tokens_at_p2:,.0f} tokens per pass), "
         "the link is the bound."
-        for p in replica.roofline.turning_points
-        if replica.policy.engine == "runtime_min" and p.p1_flops_per_byte > 0
+        for p in _shown(replica).turning_points
+        if p.p1_flops_per_byte > 0
     ]
     return Section(
-        title=f"{replica.name}: hierarchical roofline",
+        title="Hierarchical roofline",
         text=text,
-        charts=[roofline_chart(replica.roofline, found.operators, replica.name)],
+        charts=[roofline_chart(_shown(replica), found.operators, replica.name)],
         tables=[Table(caption="", header=header, rows=rows)],
     )
+
+
+def _shown(replica: Replica) -> Roofline:
+    """The roofs that the policy's data lie under; turning points where something is fetched."""
+    policy, roofline = replica.policy, replica.roofline
+    deepest = "disk" if policy.experts_disk_share else policy.weights_on
+    levels = [roof.level for roof in roofline.roofs]
+    roofs = roofline.roofs[: levels.index(deepest) + 1]
+    points = roofline.turning_points if policy.engine == "runtime_min" else ()
+    names = {roof.level for roof in roofs}
+    return replace(roofline, roofs=roofs, turning_points=tuple(p for p in points if p.level in names))
 
 
 def _finite(point: OperatorPoint) -> str:
@@ -211,7 +224,7 @@ def _batches(replica: Replica, found: ReplicaAnalysis) -> Section:
     if policy.corrections:
         text.append("As predicted, without the corrections that measurements made.")
     return Section(
-        title=f"{replica.name}: throughput against batch",
+        title="Throughput against batch",
         text=text,
         charts=[batch_chart(found.batches, policy.sequences, replica.name)],
         tables=[Table(caption="", header=header, rows=rows, chosen=here)],
@@ -223,8 +236,8 @@ def _pipeline(replica: Replica) -> Section:
     assert pipeline is not None  # the caller looked
     lanes = ", ".join(lane.lane for lane in pipeline.busy if lane.seconds)
     alt = (
-        f"Gantt chart of {pipeline.schedule.name} on the lanes {lanes} around the boundary between two decode "
-        "passes."
+        f"Gantt chart of {pipeline.schedule.name} on the lanes {lanes} around the boundary between two "
+        "decode passes."
     )
     others = [(pipeline.schedule.name, format_duration(pipeline.pass_s), "1")]
     others += [
@@ -237,7 +250,7 @@ def _pipeline(replica: Replica) -> Section:
         if lane.seconds
     ]
     return Section(
-        title=f"{replica.name}: one step of the pipeline",
+        title="One step of the pipeline",
         text=[
             f"Simulated. {pipeline.tasks} tasks and {pipeline.waits} waits per decode pass, proved free of "
             "races and deadlocks. The busiest lane idles "
@@ -275,7 +288,7 @@ def _memory(replica: Replica) -> Section:
         for limit in policy.limits
     ]
     return Section(
-        title=f"{replica.name}: memory",
+        title="Memory",
         tables=[
             Table(caption="limits", header=("memory", "used", "may be used", "share"), rows=limits),
             Table(caption="what takes it", header=("memory", "item", "size"), rows=rows),
