@@ -70,11 +70,15 @@ def solve(case: Case) -> Plan | InfeasibleError:
         return error
 
 
-def decide(case: Case) -> Fleet | InfeasibleError:
+Held = tuple[Policy | Rejection, ...]  # what holds the model in GPU memory, by machine and class
+
+
+def decide(case: Case, held: Held | None = None) -> Fleet | InfeasibleError:
     """The fleet of a case as `solve` would have it, micro-batches aside, in a fraction of the time.
 
     Offloaded policies are looked for only where those that hold the model make no fleet: elsewhere no fleet
     has them (see `packing/common.executable`), and the search for them takes nearly all of a compilation.
+    `held` are the answers of `holding` for a case that differs only in its rate, on which none depends.
     """
     spec, inputs = case.spec, case.inputs
     try:
@@ -82,18 +86,25 @@ def decide(case: Case) -> Fleet | InfeasibleError:
         offers = candidate_offers(spec, inputs)
         machines = candidate_machines(spec, inputs, offers)
         rooflines = tuple(find_roofline(workload, machine) for machine in machines)
-        answers = _in_memory(workload, rooflines) if offers else []
-        if answers:
+        if offers and (found := _in_memory(workload, rooflines) if held is None else held):
             try:
-                return _fleet(case, workload, rooflines, offers, answers)
+                return _fleet(case, workload, rooflines, offers, found)
             except InfeasibleError:
-                pass
+                pass  # perhaps offloading makes one
         limit = spec.machine.memory_bytes if spec.machine else None
         both = [find_policies(workload, roofline, limit) for roofline in rooflines]
         answers = [answer for found in both for part in found for answer in part]
         return _fleet(case, workload, rooflines, offers, answers)
     except InfeasibleError as error:
         return error
+
+
+def holding(case: Case) -> Held:
+    """What holds the model in GPU memory; nothing where that does not serve every class."""
+    workload = build_workload(case.spec, case.inputs)
+    offers = candidate_offers(case.spec, case.inputs)
+    machines = candidate_machines(case.spec, case.inputs, offers)
+    return _in_memory(workload, tuple(find_roofline(workload, machine) for machine in machines))
 
 
 def _fleet(
@@ -109,10 +120,10 @@ def _fleet(
     return choose_fleet(case.spec, workload, profiled.policies, (*refused, *profiled.rejections), offers)
 
 
-def _in_memory(workload: Workload, rooflines: Sequence[Roofline]) -> list[Policy | Rejection]:
-    """What holds the model in GPU memory, where every machine has a GPU and every class is served so."""
+def _in_memory(workload: Workload, rooflines: Sequence[Roofline]) -> Held:
+    """Where every machine has a GPU and every class is served so; else nothing."""
     if not all(roofline.has("gpu") and roofline.roofs[0].flops_per_s for roofline in rooflines):
-        return []
+        return ()
     answers = [in_memory_policy(workload, r, roofline) for roofline in rooflines for r in workload.classes]
     served = {answer.serves for answer in answers if isinstance(answer, Policy)}
-    return answers if all(requests.name in served for requests in workload.classes) else []
+    return tuple(answers) if all(requests.name in served for requests in workload.classes) else ()

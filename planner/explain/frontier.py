@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moeplan.planner.diagnostics import InfeasibleError
-from moeplan.planner.explain.case import Case, decide
+from moeplan.planner.explain.case import Case, decide, holding
 from moeplan.planner.explain.outcomes import outcome_of
 from moeplan.planner.ir.analysis import Frontier, FrontierPoint
 from moeplan.planner.ir.fleet import Fleet
@@ -23,17 +23,21 @@ def frontiers(case: Case, fleet: Fleet, online: RequestClass) -> tuple[Frontier,
     """
     slo = online.slo
     assert slo is not None  # every online class has one
-    rates = [(f, f * online.rate_per_s, _with_rate(case, f * online.rate_per_s)) for f in _RATES]
-    slos = [(f, f * slo.itl_s, _with_slo(case, f)) for f in _SLOS]
+    held, rate = holding(case), online.rate_per_s
+    rates = [_point(f, f * rate, decide(_with_rate(case, f * rate), held)) for f in _RATES]
+    slos = [_point(f, f * slo.itl_s, decide(_with_slo(case, f))) for f in _SLOS]
     return (
-        Frontier(name="request rate", unit="/s", points=_points(rates, online.rate_per_s, fleet)),
-        Frontier(name="promised ITL, TTFT in proportion", unit="s", points=_points(slos, slo.itl_s, fleet)),
+        Frontier(name="request rate", unit="/s", points=_sorted([*rates, _point(1.0, rate, fleet)])),
+        Frontier(
+            name="promised ITL, TTFT in proportion",
+            unit="s",
+            points=_sorted([*slos, _point(1.0, slo.itl_s, fleet)]),
+        ),
     )
 
 
-def _points(cases: list[tuple[float, float, Case]], here: float, fleet: Fleet) -> tuple[FrontierPoint, ...]:
-    found = [_point(factor, value, decide(case)) for factor, value, case in cases]
-    return tuple(sorted([*found, _point(1.0, here, fleet)], key=lambda point: point.value))
+def _sorted(points: list[FrontierPoint]) -> tuple[FrontierPoint, ...]:
+    return tuple(sorted(points, key=lambda point: point.value))
 
 
 def _point(factor: float, value: float, answer: Fleet | InfeasibleError) -> FrontierPoint:
