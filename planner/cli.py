@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from moeplan.planner.explain.study import Study
+    from moeplan.planner.ir.analysis import Decision
     from moeplan.planner.ir.machine import Machine
     from moeplan.planner.ir.plan import Plan
     from moeplan.planner.pipeline import Trace
@@ -100,10 +101,13 @@ def compile_command(
     input or a file in the way, 3 no plan meets the spec, 70 internal error.
     """
     from moeplan.codegen.write import ConflictError, write
+    from moeplan.planner import terminal
     from moeplan.planner.pipeline import Trace
 
-    trace = Trace()
-    plan, files = _compile(spec, machine, trace, not no_html)
+    with terminal.Status() as status:
+        trace = Trace(status.show)
+        plan, files = _compile(spec, machine, trace, not no_html)
+        found = () if json else _decisions(plan, trace)
     folder = output or _default_folder(spec, plan)
     try:
         changed = write(files, folder, force)
@@ -123,7 +127,9 @@ def compile_command(
     else:
         from moeplan.codegen.summary import summary
 
-        print(summary(plan, str(folder), len(changed), _checkpoint_option(spec, folder, plan)))
+        checkpoint = _checkpoint_option(spec, folder, plan)
+        report = "report.md" if no_html else "report.html"
+        print(terminal.styled(summary(plan, str(folder), len(changed), checkpoint, found, report)))
 
 
 @app.command()
@@ -445,11 +451,22 @@ def _compile(spec: Path, machine: Path | None, trace: Trace, html: bool) -> tupl
     return plan, with_lock(files, digests, solver)
 
 
+def _decisions(plan: Plan, trace: Trace) -> tuple[Decision, ...]:
+    """What mattered most, from the report's analysis where that was made."""
+    from moeplan.planner.explain.decisions import decisions
+
+    if analysis := trace.levels.get("analysis"):
+        found: tuple[Decision, ...] = analysis.decisions
+        return found
+    return trace.run("decisions", lambda: decisions(plan, trace.levels["inputs"]))
+
+
 def _html_report(plan: Plan, trace: Trace) -> dict[str, str]:
     from moeplan.codegen.emit import report_html
     from moeplan.planner.explain.analyse import analyse
 
     analysis = trace.run("analysis", lambda: analyse(plan, trace.levels["inputs"]))
+    trace.announce(report_html.PATH)
     started = time.perf_counter()
     page = report_html.emit(plan, analysis)
     trace.seconds[report_html.PATH] = time.perf_counter() - started

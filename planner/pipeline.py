@@ -30,13 +30,18 @@ _T = TypeVar("_T")
 
 
 class Trace:
-    """What the passes made and how long each took, for --dump-ir and --time-passes."""
+    """What the passes made and how long each took, for --dump-ir and --time-passes.
 
-    def __init__(self) -> None:
+    `announce` is told the name of each pass before it runs.
+    """
+
+    def __init__(self, announce: Callable[[str], None] = lambda name: None) -> None:
+        self.announce = announce
         self.levels: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
 
     def run(self, name: str, step: Callable[[], _T]) -> _T:
+        self.announce(name)
         started = time.perf_counter()
         self.levels[name] = result = step()
         self.seconds[name] = time.perf_counter() - started

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
-import time
 from types import TracebackType
 
-_CLEAR_LINE = "\r\x1b[K"
-_PATIENCE_S = 0.5  # what is done sooner needs no announcement
+_CLEAR_LINE, _BOLD, _FAINT, _PLAIN = "\r\x1b[K", "\x1b[1m", "\x1b[2m", "\x1b[0m"
+_LABEL = re.compile(r"^  (\w[\w ]*?)(  +)(?=\S)", flags=re.MULTILINE)
 
 
 class Status:
@@ -17,11 +17,10 @@ class Status:
 
     def __init__(self) -> None:
         self.visible = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._since = time.monotonic()
 
     def show(self, what: str) -> None:
-        """Replace the line, once more than half a second has passed."""
-        if self.visible and time.monotonic() - self._since > _PATIENCE_S:
+        """Replace the line."""
+        if self.visible:
             width = shutil.get_terminal_size().columns
             sys.stderr.write(f"{_CLEAR_LINE}{f'… {what}'[: width - 1]}")
             sys.stderr.flush()
@@ -37,6 +36,13 @@ class Status:
             sys.stderr.flush()
 
 
-def styled() -> bool:
-    """Whether standard output is a terminal that takes colours; https://no-color.org."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+def styled(text: str) -> str:
+    """A summary with its first line bold and its labels faint, on a terminal that takes colours.
+
+    NO_COLOR is respected, see https://no-color.org.
+    """
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    first, newline, rest = text.partition("\n")
+    faint = _LABEL.sub(rf"  {_FAINT}\1{_PLAIN}\2", rest)
+    return f"{_BOLD}{first}{_PLAIN}{newline}{faint}"

@@ -144,7 +144,7 @@ def test_dump_ir_and_time_passes(spec: Path) -> None:
         "placement",
         "analysis",
     ]
-    assert names == [f"{number}-{level}.json" for number, level in enumerate(levels)]
+    assert names == sorted(f"{number}-{level}.json" for number, level in enumerate(levels))
     assert all(json.loads(path.read_text()) is not None for path in (spec.parent / "ir").iterdir())
     assert [line.split()[-1] for line in done.stderr.splitlines()] == [*levels, "report.html"]
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from moeplan.codegen.decisions import amount_text
 from moeplan.codegen.emit.chart import chart as pipeline_svg
 from moeplan.codegen.emit.report import interval, latency, values
 from moeplan.codegen.page import Section, Table, Tile
@@ -120,6 +121,26 @@ def _fleet(plan: Plan, analysis: Analysis) -> Iterator[Section]:
     load = f"Replicas are planned to at most {plan.fleet.target_utilisation:.0%} load."
     yield Section(
         title="Fleet and routing", text=[load, f"Solver: {plan.fleet.solver_status}."], tables=tables
+    )
+
+
+def _decisions(plan: Plan, analysis: Analysis) -> Iterator[Section]:
+    if not analysis.decisions:
+        return
+    rows = [
+        (
+            decision.chosen,
+            amount_text(decision, decision.value),
+            decision.alternative,
+            amount_text(decision, decision.other),
+            f"{format_figure(decision.times_worse)} times",
+        )
+        for decision in analysis.decisions
+    ]
+    yield Section(
+        title="The decisions that mattered most",
+        text=["Each undone by itself and solved again."],
+        tables=[Table(caption="", header=("chosen", "", "instead of", "", "worse"), rows=rows)],
     )
 
 
@@ -358,6 +379,7 @@ def _provenance(plan: Plan, analysis: Analysis) -> Iterator[Section]:
 
 SECTIONS: tuple[Callable[[Plan, Analysis], Iterator[Section]], ...] = (
     _fleet,
+    _decisions,
     _frontiers,
     _replicas,
     _alternatives,

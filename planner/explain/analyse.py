@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moeplan.planner.explain.batches import batch_points
 from moeplan.planner.explain.case import Case
+from moeplan.planner.explain.decisions import decisions
 from moeplan.planner.explain.frontier import frontiers
 from moeplan.planner.explain.operators import operator_points
 from moeplan.planner.inputs import Inputs
@@ -19,6 +20,7 @@ _HALVINGS = 7
 def analyse(plan: Plan, inputs: Inputs) -> Analysis:
     """Return what is beside `plan`, compiled from `inputs`."""
     return Analysis(
+        decisions=decisions(plan, inputs),
         replicas=tuple(_replica(plan.workload, replica) for replica in plan.replicas),
         frontiers=_frontiers(plan, inputs),
         sources=_sources(plan, inputs),

@@ -74,6 +74,22 @@ class ReplicaAnalysis:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Something that was chosen, and what its alternative would have come to: `other` instead of `value`."""
+
+    chosen: str
+    alternative: str
+    unit: Literal["USD", "USD/h", "tokens/s", "s per decode pass"]
+    value: float
+    other: float
+
+    @property
+    def times_worse(self) -> float:
+        """How many times dearer or slower the alternative is; below 1 where it is better."""
+        return self.value / self.other if self.unit == "tokens/s" else self.other / self.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Where facts come from: `what` was taken from them, and the citation with its date."""
 
@@ -85,6 +101,7 @@ class Source:
 class Analysis:
     """Of a whole plan; no frontiers where nothing is rented or where the search for a fleet takes long."""
 
+    decisions: tuple[Decision, ...]
     replicas: tuple[ReplicaAnalysis, ...]
     frontiers: tuple[Frontier, ...]
     sources: tuple[Source, ...]
