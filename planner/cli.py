@@ -26,7 +26,6 @@ app = typer.Typer(
     name="moeplan",
     help="Compile one spec.yaml into a deployment plan for a Mixture-of-Experts model, and run it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -134,16 +133,50 @@ def compile_command(
 
 @app.command()
 def check(
-    spec: SpecPath,
+    specs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[SPEC]...", help="spec files [default: every spec.yaml below with a plan beside it]"
+        ),
+    ] = None,
     output: OutFolder = None,
     machine: MachineFile = None,
     diff: Annotated[bool, typer.Option("--diff", help="show the differences")] = False,
     no_html: NoHtml = False,
 ) -> None:
-    """Compare the plan folder with SPEC, for CI.
+    """Compare plan folders with their specs, for CI.
 
     Writes nothing; one line per file that is missing, stale, edited by hand or obsolete, and exit code 1.
     """
+    from moeplan.planner.diagnostics import CompileError
+
+    found = specs or _specs_with_plans(Path())
+    if not found:
+        print("moeplan: no spec.yaml below this folder has a plan folder beside it", file=sys.stderr)
+        raise typer.Exit(2)
+    if output and len(found) > 1:
+        print("moeplan: --output is of one spec", file=sys.stderr)
+        raise typer.Exit(2)
+    worst = 0
+    for spec in found:
+        try:
+            code = 0 if _is_current(spec, output, machine, diff, no_html) else 1
+        except CompileError as error:
+            print(error, file=sys.stderr)
+            code = error.exit_code
+        worst = max(worst, code)
+    raise typer.Exit(worst)
+
+
+def _specs_with_plans(folder: Path) -> list[Path]:
+    """Every spec.yaml below `folder` with a lock beside it, outside of hidden folders."""
+    found = (
+        path for path in folder.rglob("spec.yaml") if next(path.parent.glob("*.plan/moeplan.lock"), None)
+    )
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
+
+
+def _is_current(spec: Path, output: Path | None, machine: Path | None, diff: bool, no_html: bool) -> bool:
     from moeplan.codegen.write import check as compare
     from moeplan.planner.pipeline import Trace
 
@@ -156,8 +189,9 @@ def check(
             print(drift.diff(), end="")
     if drifts:
         print(f"  hint: moeplan compile {spec}", file=sys.stderr)
-        raise typer.Exit(1)
+        return False
     print(f"{folder}: {len(files)} files are current")
+    return True
 
 
 @app.command()
