@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from moeplan.codegen.decisions import decision_text
 from moeplan.codegen.emit.report import attained, caution, interval, latency, why_unrun
+from moeplan.planner.ir.analysis import Decision
 from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.units import format_duration
 
 
-def summary(plan: Plan, folder: str, changed: int, checkpoint_option: str) -> str:
-    """What to deploy, what it costs and reaches, what binds, where the files are, what to do next."""
+def summary(
+    plan: Plan,
+    folder: str,
+    changed: int,
+    checkpoint_option: str,
+    decisions: Sequence[Decision] = (),
+    report: str = "report.md",
+) -> str:
+    """What to deploy, what it costs and reaches, what binds and mattered, where the files are, what next."""
     lines = [f"{plan.spec.name}: {plan.workload.model.name}"]
     for choice, site in zip(plan.fleet.choices, plan.placement.sites, strict=True):
         lines += _choice_lines(choice, site)
@@ -19,8 +30,9 @@ def summary(plan: Plan, folder: str, changed: int, checkpoint_option: str) -> st
     if any(site.market == "spot" for site in plan.placement.sites):
         lines.append(f"  placement   {plan.placement.statement}")
     lines += [f"  next best   {line}" for line in _alternative_lines(plan)]
+    lines += [f"  decided     {decision_text(decision)}" for decision in decisions]
     written = f"{changed} file{'s' * (changed > 1)} changed" if changed else "nothing changed"
-    lines.append(f"  files       {folder} ({written}); read {folder}/report.md")
+    lines.append(f"  files       {folder} ({written}); read {folder}/{report}")
     lines += [
         f"  next        {_next_line(plan, replica, folder, checkpoint_option)}" for replica in plan.replicas
     ]

@@ -12,7 +12,7 @@ from moeplan.planner.suggest import nearest
 def candidate_offers(spec: Spec, inputs: Inputs) -> tuple[Offer, ...]:
     """The catalog's offers within the market; none for a pinned machine, which is the user's own.
 
-    Raises CompileError for GPUs and regions that the catalog has no offer for.
+    Raises CompileError for GPUs, machines and regions that the catalog has no offer for.
     """
     market, machines = spec.market, inputs.catalog.machines
     if inputs.machine is not None:
@@ -24,6 +24,7 @@ def candidate_offers(spec: Spec, inputs: Inputs) -> tuple[Offer, ...]:
         if (not market.clouds or offer.cloud in market.clouds)
         and (not market.regions or f"{offer.cloud}/{offer.region}" in market.regions)
         and (not market.gpus or machines[offer.machine].gpu in market.gpus)
+        and (not market.machines or offer.machine in market.machines)
     )
 
 
@@ -31,7 +32,9 @@ def _require_known(spec: Spec, inputs: Inputs) -> None:
     offers = inputs.catalog.offers
     gpus = {inputs.catalog.machines[offer.machine].gpu for offer in offers}
     regions = {f"{offer.cloud}/{offer.region}" for offer in offers}
+    machines = {offer.machine for offer in offers}
     asked = [
+        *(("machine", f"market.machines.{i}", m, machines) for i, m in enumerate(spec.market.machines)),
         *(("gpu", f"market.gpus.{i}", name, gpus) for i, name in enumerate(spec.market.gpus)),
         *(("gpu", f"market.quota.{name}", name, gpus) for name in spec.market.quota),
         *(("region", f"market.regions.{i}", name, regions) for i, name in enumerate(spec.market.regions)),

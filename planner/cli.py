@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from moeplan.planner.explain.study import Study
+    from moeplan.planner.ir.analysis import Decision
     from moeplan.planner.ir.machine import Machine
     from moeplan.planner.ir.plan import Plan
     from moeplan.planner.pipeline import Trace
     from moeplan.runtime_min.report import Report
 
+    Comparison = tuple[str, tuple[str, ...], Plan | Exception, Plan | Exception]
+
 app = typer.Typer(
     name="moeplan",
     help="Compile one spec.yaml into a deployment plan for a Mixture-of-Experts model, and run it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -32,6 +36,11 @@ OutFolder = Annotated[
 ]
 MachineFile = Annotated[
     Path | None, typer.Option("--machine", help="compile for this machine file instead of the spec's machine")
+]
+
+
+NoHtml = Annotated[
+    bool, typer.Option("--no-html", help="leave report.html out: about a second, and matplotlib, less")
 ]
 
 
@@ -83,6 +92,7 @@ def compile_command(
         Path | None, typer.Option("--dump-ir", help="write every level to this folder")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace files edited by hand")] = False,
+    no_html: NoHtml = False,
 ) -> None:
     """Compile SPEC into its plan folder.
 
@@ -90,10 +100,13 @@ def compile_command(
     input or a file in the way, 3 no plan meets the spec, 70 internal error.
     """
     from moeplan.codegen.write import ConflictError, write
+    from moeplan.planner import terminal
     from moeplan.planner.pipeline import Trace
 
-    trace = Trace()
-    plan, files = _compile(spec, machine, trace)
+    with terminal.Status() as status:
+        trace = Trace(status.show)
+        plan, files = _compile(spec, machine, trace, not no_html)
+        found = () if json else _decisions(plan, trace)
     folder = output or _default_folder(spec, plan)
     try:
         changed = write(files, folder, force)
@@ -113,27 +126,67 @@ def compile_command(
     else:
         from moeplan.codegen.summary import summary
 
-        print(summary(plan, str(folder), len(changed), _checkpoint_option(spec, folder, plan)))
+        checkpoint = _checkpoint_option(spec, folder, plan)
+        report = "report.md" if no_html else "report.html"
+        print(terminal.styled(summary(plan, str(folder), len(changed), checkpoint, found, report)))
 
 
 @app.command()
 def check(
-    spec: SpecPath,
+    specs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[SPEC]...", help="spec files [default: every spec.yaml below with a plan beside it]"
+        ),
+    ] = None,
     output: OutFolder = None,
     machine: MachineFile = None,
     diff: Annotated[bool, typer.Option("--diff", help="show the differences")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="other prices in the catalog count, though the plan be the same")
     ] = False,
+    no_html: NoHtml = False,
 ) -> None:
-    """Compare the plan folder with SPEC, for CI.
+    """Compare plan folders with their specs, for CI.
 
     Writes nothing; one line per file that is missing, stale, edited by hand or obsolete, and exit code 1.
     """
+    from moeplan.planner.diagnostics import CompileError
+
+    found = specs or _specs_with_plans(Path())
+    if not found:
+        print("moeplan: no spec.yaml below this folder has a plan folder beside it", file=sys.stderr)
+        raise typer.Exit(2)
+    if output and len(found) > 1:
+        print("moeplan: --output is of one spec", file=sys.stderr)
+        raise typer.Exit(2)
+    worst = 0
+    for spec in found:
+        try:
+            code = 0 if _is_current(spec, output, machine, diff, strict, no_html) else 1
+        except CompileError as error:
+            print(error, file=sys.stderr)
+            code = error.exit_code
+        worst = max(worst, code)
+    raise typer.Exit(worst)
+
+
+def _specs_with_plans(folder: Path) -> list[Path]:
+    """Every spec.yaml below `folder` with a lock beside it, outside of hidden folders."""
+    found = (
+        path for path in folder.rglob("spec.yaml") if next(path.parent.glob("*.plan/moeplan.lock"), None)
+    )
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
+
+
+def _is_current(
+    spec: Path, output: Path | None, machine: Path | None, diff: bool, strict: bool, no_html: bool
+) -> bool:
     from moeplan.codegen.write import LOCK, older_catalog
     from moeplan.codegen.write import check as compare
+    from moeplan.planner.pipeline import Trace
 
-    plan, files = _compile(spec, machine, None)
+    plan, files = _compile(spec, machine, Trace(), not no_html)
     folder = output or _default_folder(spec, plan)
     drifts = compare(files, folder)
     for drift in drifts:
@@ -144,8 +197,90 @@ def check(
         print(f"{folder / LOCK}: {older}", file=sys.stderr)
     if drifts or (strict and older):
         print(f"  hint: moeplan compile {spec}", file=sys.stderr)
-        raise typer.Exit(1)
+        return False
     print(f"{folder}: {len(files)} files are current")
+    return True
+
+
+@app.command()
+def explain(
+    spec: SpecPath,
+    why_not: Annotated[
+        list[str] | None,
+        typer.Option("--why-not", metavar="GPU|MACHINE", help="the plan with this one forced"),
+    ] = None,
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--what-if",
+            metavar="KEY=VALUE",
+            help="the plan with this spec key, or fact of the catalog, changed",
+        ),
+    ] = None,
+    machine: MachineFile = None,
+    json: Annotated[bool, typer.Option("--json", help="print data instead of text")] = False,
+) -> None:
+    """Say why the plan is as it is, with figures from solving it again.
+
+    Alone: other GPUs, markets and batches, what binds, and the smallest changes that would change the plan.
+    A --what-if value may be +20% or -5%, or nothing to remove the key; several are made together. Facts are
+    price, spot_price, gpu_bandwidth, link_bandwidth, host_bandwidth, disk_bandwidth, gpu_memory and
+    host_memory, of one GPU or machine as in price.H100=+10%. Exit codes: 0 answered, 2 bad input, 3 no plan
+    to explain.
+    """
+    from moeplan.codegen import explanation
+    from moeplan.codegen.data import to_json
+    from moeplan.planner import terminal
+    from moeplan.planner.explain.case import Source
+    from moeplan.planner.explain.explain import explain as explained
+    from moeplan.planner.explain.study import Study
+
+    with terminal.Status() as status:
+        study = Study(Source(spec.read_bytes(), str(spec), machine), tuple(what_if or ()), status.show)
+        if not what_if and not why_not:
+            found = explained(study)
+            text = to_json(found) if json else explanation.explanation_text(found)
+        else:
+            pairs = _compared(study, why_not or [])
+            if json:
+                text = to_json([explanation.comparison_data(*pair) for pair in pairs])
+            else:
+                text = "\n".join(explanation.comparison(*pair) for pair in pairs)
+    print(text, end="")
+
+
+def _compared(study: Study, why_not: list[str]) -> Iterator[Comparison]:
+    """(what, settings, answer before, after) of every machine that is asked for, or of the settings."""
+    from moeplan.planner.explain.study import Study
+    from moeplan.planner.explain.why_not import forced
+
+    if not why_not:
+        plain = Study(study.source, (), study.progress)
+        yield "what if", study.settings, plain.answer, study.answer
+    for name in why_not:
+        other = forced(study, name)
+        yield f"why not {name}", other.settings, study.answer, other.answer
+
+
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="a plan folder, or its plan.json")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help="another")],
+    json: Annotated[bool, typer.Option("--json", help="print data instead of Markdown")] = False,
+) -> None:
+    """Compare two plans by meaning: cost, fleet, policies, placement, predictions.
+
+    Markdown made for a comment on a pull request.
+    """
+    from moeplan.codegen import plan_diff
+    from moeplan.codegen.data import to_json
+
+    try:
+        difference = plan_diff.compare(plan_diff.read_plan(before), plan_diff.read_plan(after))
+    except plan_diff.PlanFileError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+    print(to_json(plan_diff.as_data(difference)) if json else plan_diff.markdown(difference), end="")
 
 
 @app.command()
@@ -375,7 +510,7 @@ def update(
         print(f"left out {len(found.unknown)} machine types that machines.yaml does not have")
 
 
-def _compile(spec: Path, machine: Path | None, trace: Trace | None) -> tuple[Plan, dict[str, str]]:
+def _compile(spec: Path, machine: Path | None, trace: Trace, html: bool) -> tuple[Plan, dict[str, str]]:
     """The plan of a spec file and every file of its plan folder."""
     from moeplan.codegen.emit import emit_all
     from moeplan.codegen.write import with_lock
@@ -389,9 +524,32 @@ def _compile(spec: Path, machine: Path | None, trace: Trace | None) -> tuple[Pla
         "status": plan.fleet.solver_status,
         "gap": 0.0 if plan.fleet.solver_status == "optimal" else None,
     }
-    return plan, with_lock(
-        emit_all(plan), digests, solver, catalog_prices(plan.spec) if not machine else None
-    )
+    files = emit_all(plan)
+    if html:
+        files |= _html_report(plan, trace)
+    return plan, with_lock(files, digests, solver, catalog_prices(plan.spec) if not machine else None)
+
+
+def _decisions(plan: Plan, trace: Trace) -> tuple[Decision, ...]:
+    """What mattered most, from the report's analysis where that was made."""
+    from moeplan.planner.explain.decisions import decisions
+
+    if analysis := trace.levels.get("analysis"):
+        found: tuple[Decision, ...] = analysis.decisions
+        return found
+    return trace.run("decisions", lambda: decisions(plan, trace.levels["inputs"]))
+
+
+def _html_report(plan: Plan, trace: Trace) -> dict[str, str]:
+    from moeplan.codegen.emit import report_html
+    from moeplan.planner.explain.analyse import analyse
+
+    analysis = trace.run("analysis", lambda: analyse(plan, trace.levels["inputs"]))
+    trace.announce(report_html.PATH)
+    started = time.perf_counter()
+    page = report_html.emit(plan, analysis)
+    trace.seconds[report_html.PATH] = time.perf_counter() - started
+    return page
 
 
 def _checkpoint_option(spec: Path, folder: Path, plan: Plan) -> str:

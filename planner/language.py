@@ -286,6 +286,9 @@ MARKET = Block(
         ),
         "regions": Field(kind=Listing(item=REGION, once=True), doc="regions to rent in; default all"),
         "gpus": Field(kind=Listing(item=GPU_NAME, once=True), doc="GPU types to consider; default all"),
+        "machines": Field(
+            kind=Listing(item=MACHINE_NAME, once=True), doc="machine types to consider; default all"
+        ),
         "purchase": Field(
             kind=choice("any", "spot", "on-demand"), default="any", doc="spot machines, on-demand, or either"
         ),

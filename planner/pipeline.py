@@ -12,11 +12,12 @@ from moeplan.planner import verify
 from moeplan.planner.candidates import candidate_machines, candidate_offers
 from moeplan.planner.capacity import capacity_bound
 from moeplan.planner.catalog import facts_digest
-from moeplan.planner.inputs import load_inputs
+from moeplan.planner.inputs import Inputs, load_inputs
 from moeplan.planner.ir.fleet import Choice, Fleet
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.roofline import Roofline
+from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import Workload
 from moeplan.planner.passes.attainment import attain
 from moeplan.planner.passes.fleet import choose_fleet
@@ -31,13 +32,18 @@ _T = TypeVar("_T")
 
 
 class Trace:
-    """What the passes made and how long each took, for --dump-ir and --time-passes."""
+    """What the passes made and how long each took, for --dump-ir and --time-passes.
 
-    def __init__(self) -> None:
+    `announce` is told the name of each pass before it runs.
+    """
+
+    def __init__(self, announce: Callable[[str], None] = lambda name: None) -> None:
+        self.announce = announce
         self.levels: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
 
     def run(self, name: str, step: Callable[[], _T]) -> _T:
+        self.announce(name)
         started = time.perf_counter()
         self.levels[name] = result = step()
         self.seconds[name] = time.perf_counter() - started
@@ -52,10 +58,15 @@ def compile_plan(
     The same text and input files give the same Plan. Raises CompileError (bad input) or its subclass
     InfeasibleError (no plan exists), and VerificationError on a bug of ours.
     """
-    run = (trace or Trace()).run
-    spec = run("spec", lambda: parse_spec(text, path))
+    trace = trace or Trace()
+    spec = trace.run("spec", lambda: parse_spec(text, path))
     verify.verify_spec(spec)
-    inputs = run("inputs", lambda: load_inputs(spec, machine_file))
+    return compile_inputs(spec, trace.run("inputs", lambda: load_inputs(spec, machine_file)), trace)
+
+
+def compile_inputs(spec: Spec, inputs: Inputs, trace: Trace | None = None) -> Plan:
+    """Lower a spec whose files are read."""
+    run = (trace or Trace()).run
     workload = run("workload", lambda: build_workload(spec, inputs))
     verify.verify_workload(workload)
     offers = candidate_offers(spec, inputs)

@@ -24,6 +24,7 @@ from moeplan.planner.ir.spec import (
     WorkloadSpec,
 )
 from moeplan.planner.language import SPEC, Block, Kind, Listing, Scalar, Table
+from moeplan.planner.settings import edit
 from moeplan.planner.suggest import nearest, nearest_word
 from moeplan.planner.yaml_nodes import place, read_nodes
 
@@ -33,9 +34,14 @@ _FLOAT = re.compile(r"[-+]?[0-9]+\.[0-9]*([eE][-+][0-9]+)?")
 _BAD = object()  # a value that already has its diagnostic
 
 
-def parse_spec(text: str | bytes, path: str) -> Spec:
-    """Return the spec in `text`; `path` names it in messages. Raises CompileError with every problem."""
+def parse_spec(text: str | bytes, path: str, settings: Sequence[str] = ()) -> Spec:
+    """Return the spec in `text`, with `settings` (see `settings.py`) made first; `path` names it in messages.
+
+    Raises CompileError with every problem.
+    """
     root, problems = read_nodes(text, path)
+    if isinstance(root, yaml.MappingNode):
+        edit(root, settings)
     reader = _Reader(path, problems)
     data = reader.read(root, SPEC, "") if root else {}
     if reader.problems:
@@ -317,6 +323,7 @@ def _market(data: Mapping[str, Any]) -> MarketSpec:
         clouds=data.get("clouds", ()),
         regions=data.get("regions", ()),
         gpus=data.get("gpus", ()),
+        machines=data.get("machines", ()),
         purchase=data.get("purchase", "any"),
         budget_usd_per_hour=data.get("budget"),
         quota=data.get("quota", {}),

@@ -16,6 +16,7 @@ from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
 MOST_BYTES = 1 << 20
 MOST_DEPTH = 20
 MOST_VALUES = 20_000
+_UNNAMED = "<unicode string>"  # what PyYAML calls a text without a name
 
 
 def read_nodes(text: str | bytes, path: str) -> tuple[yaml.Node | None, list[Diagnostic]]:
@@ -26,7 +27,7 @@ def read_nodes(text: str | bytes, path: str) -> tuple[yaml.Node | None, list[Dia
     decoded = _decode(text, path)
     try:
         problems, walkable = _check_events(decoded, path)
-        root = yaml.compose(decoded, Loader=yaml.SafeLoader) if walkable else None
+        root = _compose(decoded, path) if walkable else None
     except yaml.reader.ReaderError as error:
         raise CompileError(_unreadable(decoded, path, error)) from None
     except yaml.MarkedYAMLError as error:
@@ -40,8 +41,24 @@ def read_nodes(text: str | bytes, path: str) -> tuple[yaml.Node | None, list[Dia
 
 
 def place(path: str, mark: Any) -> Span:
-    """The span of a PyYAML mark, which counts from 0; the whole file for None."""
-    return Span(path, mark.line + 1, mark.column + 1) if mark else Span(path)
+    """The span of a PyYAML mark, which counts from 0; the whole file `path` for None.
+
+    A mark knows the text that it is in: not every node of a tree need be of one file.
+    """
+    if not mark:
+        return Span(path)
+    return Span(path if mark.name == _UNNAMED else mark.name, mark.line + 1, mark.column + 1)
+
+
+def _compose(text: str, path: str) -> yaml.Node | None:
+    """The tree of `text`, `path` in all its marks."""
+    loader = yaml.SafeLoader(text)
+    loader.name = path
+    try:
+        root: yaml.Node | None = loader.get_single_node()
+        return root
+    finally:
+        loader.dispose()
 
 
 def _error(code: str, span: Span, message: str, hint: str = "") -> CompileError:

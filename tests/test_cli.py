@@ -156,10 +156,11 @@ def test_dump_ir_and_time_passes(spec: Path) -> None:
         "fleet",
         "schedules",
         "placement",
+        "analysis",
     ]
-    assert names == [f"{number}-{level}.json" for number, level in enumerate(levels)]
+    assert names == sorted(f"{number}-{level}.json" for number, level in enumerate(levels))
     assert all(json.loads(path.read_text()) is not None for path in (spec.parent / "ir").iterdir())
-    assert [line.split()[-1] for line in done.stderr.splitlines()] == levels
+    assert [line.split()[-1] for line in done.stderr.splitlines()] == [*levels, "report.html"]
 
 
 def test_machine_option_replaces_the_machine(spec: Path) -> None:
@@ -290,3 +291,59 @@ def test_what_cannot_be_executed_is_not_rented(spec: Path) -> None:
     report = (spec.parent / "job.plan" / "report.md").read_text()
     assert "-offload" in report
     assert "predicted only" in report
+
+
+def test_diff_of_two_plans(spec: Path) -> None:
+    """Markdown for people, JSON for machines, the same numbers in both."""
+    moeplan("compile", spec, "-o", spec.parent / "before")
+    spec.write_text(spec.read_text().replace("requests: 2000", "requests: 3000"))
+    moeplan("compile", spec, "-o", spec.parent / "after")
+    done = moeplan("diff", spec.parent / "before", spec.parent / "after" / "plan.json")
+    assert done.returncode == 0, done.stderr
+    assert "| **work** | batch requests | 2,000 | 3,000 | +50 % |" in done.stdout
+    told = json.loads(moeplan("diff", spec.parent / "before", spec.parent / "after", "--json").stdout)
+    requests = next(change for change in told["changes"] if change["what"] == "batch requests")
+    assert (requests["before"], requests["after"], requests["ratio"]) == (2000, 3000, 1.5)
+
+
+def test_diff_of_what_is_no_plan(spec: Path) -> None:
+    done = moeplan("diff", spec.parent, spec)
+    assert done.returncode == 2
+    assert "hint: give a plan folder, or a plan.json" in done.stderr
+
+
+def test_explain_what_if_and_why_not(spec: Path) -> None:
+    """Text names the setting, JSON holds the figures of both plans, a bad setting is told by its option."""
+    spec.write_text(ONLINE + "market: {gpus: [H100], clouds: [gcp], purchase: spot}\n")
+    done = moeplan("explain", spec, "--what-if", "workload.online.rate=80/s")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith("what if: workload.online.rate=80/s\nUSD per hour ")
+    told = json.loads(moeplan("explain", spec, "--why-not", "A100", "--why-not", "V100", "--json").stdout)
+    assert [answer["settings"] for answer in told] == [["market.gpus=[A100]"], ["market.gpus=[V100]"]]
+    assert any(change["what"] == "USD per hour" for change in told[0]["changes"])
+    bad = moeplan("explain", spec, "--what-if", "workload.online.rate=80")
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("--what-if 'workload.online.rate=80':1:22: ")
+
+
+def test_explain_alone(spec: Path) -> None:
+    spec.write_text(ONLINE + "market: {machines: [a3-highgpu-1g, a2-ultragpu-1g], purchase: spot}\n")
+    done = moeplan("explain", spec)
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "bottleneck of online-",
+        "why this GPU",
+        "in flight on each copy",
+        "what binds",
+        "sensitivity",
+    ):
+        assert part in done.stdout
+    assert "a2-ultragpu-1g spot" in done.stdout
+
+
+def test_explain_without_a_plan(spec: Path) -> None:
+    spec.write_text(batch_spec(machine="g4dn.xlarge", model="deepseek-v3"))
+    done = moeplan("explain", spec)
+    assert done.returncode == 3
+    assert "of gpu memory" in done.stderr

@@ -10,7 +10,7 @@ from moeplan.planner.ir.schedule import Pipeline
 def emit(plan: Plan) -> dict[str, str]:
     """Return a chart for each of our replicas."""
     return {
-        chart_path(replica.name): _chart(replica.pipeline) for replica in plan.replicas if replica.pipeline
+        chart_path(replica.name): chart(replica.pipeline) for replica in plan.replicas if replica.pipeline
     }
 
 
@@ -19,7 +19,8 @@ def chart_path(replica: str) -> str:
     return f"runtime/{replica}/schedule.svg"
 
 
-def _chart(pipeline: Pipeline) -> str:
+def chart(pipeline: Pipeline) -> str:
+    """The pipeline's window as SVG text."""
     lanes = list(dict.fromkeys(lane.lane for lane in pipeline.busy if lane.seconds))
     bars = [
         Bar(

@@ -24,7 +24,12 @@ _OPS_SHOWN = 3  # of the longest chain
 
 def emit(plan: Plan) -> dict[str, str]:
     """Return report.md."""
-    values: dict[str, Any] = {
+    return {"report.md": render("report/report.md.j2", **values(plan))}
+
+
+def values(plan: Plan) -> dict[str, Any]:
+    """What the reports say, as text."""
+    return {
         "plan": plan,
         "model": plan.workload.model,
         "classes": [_class_line(requests) for requests in plan.workload.classes],
@@ -45,7 +50,6 @@ def emit(plan: Plan) -> dict[str, str]:
         "active": _parameters(plan.workload.model.active_parameters()),
         "weights": format_bytes(plan.workload.model.weight_bytes()),
     }
-    return {"report.md": render("report/report.md.j2", **values)}
 
 
 def _parameters(count: int) -> str:
@@ -200,15 +204,9 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
             (lane.lane, format_duration(lane.seconds), f"{lane.seconds / policy.decode.seconds:.0%}")
             for lane in policy.decode.lanes
         ],
-        "memory": [(use.level, use.item, format_bytes(use.bytes)) for use in policy.memory],
         "limits": [
             (limit.level, format_bytes(policy.used_bytes(limit.level)), format_bytes(limit.bytes))
             for limit in policy.limits
-        ],
-        "points": [
-            (p.level, f"{p.p1_flops_per_byte:.3g}", f"{p.p2_flops_per_byte:.3g}", f"{p.tokens_at_p2:.0f}")
-            for p in replica.roofline.turning_points
-            if policy.engine == "runtime_min" and p.p1_flops_per_byte > 0
         ],
         "pipeline": _pipeline(replica.name, replica.pipeline, policy) if replica.pipeline else None,
         "bound": _bound_line(replica.bound, policy) if replica.bound else "",
@@ -226,7 +224,6 @@ def _pipeline(replica: str, pipeline: Pipeline, policy: Policy) -> dict[str, Any
         "chart": chart_path(replica),
         "tasks": pipeline.tasks,
         "waits": pipeline.waits,
-        "implied": pipeline.implied_waits,
         "pass": format_duration(pipeline.pass_s),
         "predicted": format_duration(policy.decode.seconds),
         "rest": "; the rest is what measured runs lose to imperfect overlap" if policy.gpus else "",

@@ -91,6 +91,7 @@ class MarketSpec:
     clouds: tuple[Cloud, ...] = ()
     regions: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ()
+    machines: tuple[str, ...] = ()
     purchase: Purchase = "any"
     budget_usd_per_hour: float | None = None
     quota: Mapping[str, int] = field(default_factory=dict)

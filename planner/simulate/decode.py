@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,7 +54,8 @@ class Timed:
 
     def window(self, most: int) -> tuple[TaskTime, ...]:
         """The tasks of the last layers of the pass before and the first layers of this one: of at least one
-        layer each, of more as long as they are no more than `most`."""
+        layer each, of more as long as they are no more than `most`. What this pass fetches for the next one's
+        first layers comes long after and is left out."""
         rows, layers = self.issued.rows, self.schedule.constants.layers
         before, first = self.issued.starts[-2:]
         shift = np.where(np.arange(len(rows)) >= first, layers, 0)
@@ -61,7 +63,7 @@ class Timed:
         distance[:before] = -layers
         near = [np.flatnonzero((distance >= -n) & (distance < n)) for n in range(1, layers + 1)]
         chosen = max((at for at in near if len(at) <= most), key=len, default=near[0])
-        return tuple(self._task_time(int(at), self._begin_s) for at in chosen)
+        return _unbroken([self._task_time(int(at), self._begin_s) for at in chosen])
 
     @property
     def _begin_s(self) -> float:
@@ -77,6 +79,18 @@ class Timed:
             start_s=float(self.timeline.start_s[at]) - zero_s,
             end_s=float(self.timeline.end_s[at]) - zero_s,
         )
+
+
+def _unbroken(tasks: list[TaskTime]) -> tuple[TaskTime, ...]:
+    """The tasks up to the first stretch, longer than any of them, in which none runs."""
+    longest_s = max(task.end_s - task.start_s for task in tasks)
+    latest_s, late_s = -math.inf, math.inf
+    for task in sorted(tasks, key=lambda task: task.start_s):
+        if task.start_s > latest_s + longest_s > 0.0:
+            late_s = task.start_s
+            break
+        latest_s = max(latest_s, task.end_s)
+    return tuple(task for task in tasks if task.start_s < late_s)
 
 
 def time_passes(schedule: Schedule, steps: tuple[Step, ...], costs: TaskCosts) -> Timed:

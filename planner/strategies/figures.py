@@ -7,9 +7,9 @@ from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import Bucket, RequestClass, Workload
 from moeplan.planner.strategies.common import AS_PREDICTED, Slower
-from moeplan.planner.strategies.in_memory import in_memory_figures
-from moeplan.planner.strategies.offload import offload_figures
-from moeplan.planner.strategies.stream import stream_figures
+from moeplan.planner.strategies.in_memory import in_memory_figures, in_memory_fits
+from moeplan.planner.strategies.offload import offload_figures, point_of
+from moeplan.planner.strategies.stream import stream_figures, stream_fits
 
 
 def figures_at(
@@ -30,3 +30,22 @@ def figures_at(
     if policy.gpus:
         return offload_figures(workload, requests, roofline, policy, bucket, batch, slower)
     return stream_figures(workload, requests, roofline, policy, batch, slower)
+
+
+def fits_at(
+    workload: Workload,
+    roofline: Roofline,
+    policy: Policy,
+    requests: RequestClass,
+    bucket: Bucket,
+    batch: int,
+) -> bool:
+    """Whether memory holds `batch` requests in flight on one copy, placed like the policy's.
+
+    As for the figures: vLLM's are of the bucket's size, the bundled runtime's of the whole class.
+    """
+    if policy.engine == "vllm":
+        return in_memory_fits(workload, requests, roofline, policy, bucket, batch)
+    if policy.gpus:
+        return bool(point_of(workload, requests, roofline, policy, batch)[1].feasible[0])
+    return stream_fits(workload, requests, roofline, policy, batch)

@@ -119,6 +119,20 @@ def in_memory_law(
     return _Copy(held, requests, roofline, policy.gpus, policy.weights_dtype).law(policy.sequences)
 
 
+def in_memory_fits(
+    workload: Workload,
+    requests: RequestClass,
+    roofline: Roofline,
+    policy: Policy,
+    bucket: Bucket,
+    batch: int,
+) -> bool:
+    """Whether the cache of one copy holds `batch` requests of the bucket's size, and vLLM takes as many."""
+    held = _held_workloads(workload, roofline)[policy.weights_dtype]
+    copy = _Copy(held, requests, roofline, policy.gpus, policy.weights_dtype)
+    return batch <= _MAX_SEQUENCES and batch * copy.held_bytes(bucket) <= copy.kv_bytes
+
+
 @dataclass(frozen=True)
 class _Times:
     """Seconds of one prompt's prefill, of a decode step, between two tokens of a request, to its first."""
@@ -169,6 +183,10 @@ class _Copy:
         copies = serving.kv_copies(self.workload.model.attention, self.tp)
         return float(copies * np.asarray(costs.kv_bytes_held(self.workload, 1.0, context)))
 
+    def held_bytes(self, bucket: Bucket) -> float:
+        """Cache bytes of one request of the bucket, on average over its life."""
+        return self._held(bucket.context_tokens)
+
     def step_parts(self, batch: costs.Quantity, context: float) -> dict[str, costs.Quantity]:
         """Seconds of one decode step by cause, over all layers."""
         return serving.step_parts(*self._shared, batch, context)
@@ -196,8 +214,8 @@ class _Copy:
 
     def rate(self, number: int, bucket: Bucket) -> BucketRate:
         """The largest batch that memory and SLO allow, and the requests per second that it gives."""
-        held = self._held(bucket.context_tokens)
-        batch = np.arange(1.0, max(1, min(_MAX_SEQUENCES, int(self.kv_bytes // held))) + 1)
+        most = int(self.kv_bytes // self.held_bytes(bucket))
+        batch = np.arange(1.0, max(1, min(_MAX_SEQUENCES, most)) + 1)
         times = self.times(bucket, batch, AS_PREDICTED)
         itl, ttft = times.itl, times.ttft
         good = np.flatnonzero(keeps_slo(self.requests, ttft, itl))

@@ -96,6 +96,13 @@ def stream_figures(
     return batch_figures(requests, sequences, prefill_s, decode_s)
 
 
+def stream_fits(
+    workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy, sequences: int
+) -> bool:
+    """Whether the memory that `policy` may use holds `sequences` of `requests`."""
+    return _point_of(workload, requests, roofline, policy, sequences).fits
+
+
 def stream_tasks(workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy) -> TaskCosts:
     """The tasks of a decode pass, by operation; together they take what the policy's lanes take."""
     return _point_of(workload, requests, roofline, policy, policy.sequences).decode_tasks
