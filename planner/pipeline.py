@@ -80,8 +80,10 @@ def compile_plan(
     for made in replicas:
         if made.pipeline:
             verify.verify_schedule(made.pipeline.schedule, made.policy)
-    placement = run("placement", lambda: place(spec, workload, fleet, offers))
-    verify.verify_placement(fleet, placement)
+    placement = run(
+        "placement", lambda: place(spec, workload, fleet, offers, inputs.spot_trace, inputs.interruptions)
+    )
+    verify.verify_placement(spec, fleet, placement)
     return Plan(
         spec=spec,
         workload=workload,

@@ -2,9 +2,9 @@
 
 CSV: lines `# key: value`, a header `step,ZONE,...` or `time,ZONE,...`, then a row per step with the number of
 machines that could be launched. Keys: `step_seconds` (needed with `step`), `start`, `instance`, `source`,
-`encoding` (available or preempted). `time` is seconds or ISO 8601. NPZ: `capacity` [steps, zones], `zones`, and
-the same keys. JSON: a file ZONE_GPU_COUNT.json per zone, as SkyPilot's spot-traces and SkyServe's artifact have
-them: {"metadata": {"gap_seconds": S}, "data": [...]}.
+`encoding` (available or preempted). `time` is seconds or ISO 8601. NPZ: `capacity` [steps, zones], `zones`,
+and the same keys. JSON: a file ZONE_GPU_COUNT.json per zone, as SkyPilot's spot-traces and SkyServe's
+artifact have them: {"metadata": {"gap_seconds": S}, "data": [...]}.
 
 A zone is a cloud's own name for it (us-east-1a, us-central1-b), or CLOUD/REGION/ZONE, or CLOUD/REGION.
 """
@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
+from moeplan.planner.ir.machine import Machine
 from moeplan.planner.ir.spec import Cloud
 from moeplan.planner.ir.spot import UNLIMITED, SpotTrace, ZoneName
 from moeplan.planner.suggest import nearest
@@ -107,6 +108,12 @@ def write_spot_trace(trace: SpotTrace) -> str:
     values = trace.capacity if trace.counted else np.minimum(trace.capacity, 1)
     writer.writerows((step, *row) for step, row in enumerate(values.tolist()))
     return out.getvalue()
+
+
+def covers(trace: SpotTrace, machine: Machine) -> bool:
+    """Whether the trace was taken with this machine or its GPU, or does not say with what."""
+    words = set(re.findall(r"[A-Za-z0-9.+-]+", trace.instance))
+    return not words or machine.name in words or machine.gpu in words
 
 
 def _told(raw: _Raw, key: str) -> str:
@@ -318,11 +325,14 @@ def _seconds(raw: _Raw) -> float | None:
 
 
 def _check_clock(raw: _Raw, steps: Sequence[float], usual: float) -> None:
-    """Every row follows the one before by one step: else the clock jumped, rows are missing, or steps differ."""
+    """Every row follows the one before by one step: else the clock jumped, rows are missing, or steps
+    differ."""
     odd = [n for n, step in enumerate(steps) if step > 0 and abs(step - usual) > _JITTER * usual]
     if len(odd) > max(2, len(steps) // 10):
         told = ", ".join(f"{step:g} s" for step in sorted({steps[n] for n in odd} | {usual})[:4])
-        raw.wrong(f"mixed steps: rows are {told} apart", "resample the trace to one step", raw.line(odd[0] + 1))
+        raw.wrong(
+            f"mixed steps: rows are {told} apart", "resample the trace to one step", raw.line(odd[0] + 1)
+        )
         odd = []
     unit = "" if raw.steps_counted else " s"
     for n, step in enumerate(steps):
@@ -347,8 +357,12 @@ def _values(raw: _Raw) -> NDArray[np.float64]:
         hint = "write 0 where nothing is known (the careful choice), or the value before"
         raw.wrong(what, hint, raw.line(int(rows[0])) or 0)
     filled = np.nan_to_num(values, nan=0.0)
-    for n, z in np.argwhere((filled < 0) | (filled != np.floor(filled)) | (filled > UNLIMITED))[:_MOST_PROBLEMS]:
-        raw.wrong(f"{filled[n, z]:g} is no number of machines ({raw.names[z]})", "whole, 0 or more", raw.line(n))
+    for n, z in np.argwhere((filled < 0) | (filled != np.floor(filled)) | (filled > UNLIMITED))[
+        :_MOST_PROBLEMS
+    ]:
+        raw.wrong(
+            f"{filled[n, z]:g} is no number of machines ({raw.names[z]})", "whole, 0 or more", raw.line(n)
+        )
     return _available(raw, filled)
 
 
@@ -370,4 +384,3 @@ def _available(raw: _Raw, values: NDArray[np.float64]) -> NDArray[np.float64]:
             hint = "add `# encoding: preempted` if 1 means preempted, `# encoding: available` if it does not"
             raw.wrong(f"the encoding looks inverted: the trace {why}", hint)
     return values
-

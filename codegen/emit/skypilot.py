@@ -46,7 +46,7 @@ def _values(plan: Plan, choice: Choice, site: Site) -> dict[str, Any]:
         "gpus": machine.gpus,
         "instance": machine.name,
         "cloud": choice.column.cloud,
-        "zones": site.zones,
+        "places": _places(site),
         "spot": site.market == "spot",
         "replicas": site.replicas,
         "overprovision": site.spot_overprovision,
@@ -58,6 +58,15 @@ def _values(plan: Plan, choice: Choice, site: Site) -> dict[str, Any]:
         "port": _PORT,
         "vllm": vllm_arguments(plan, policy),
     }
+
+
+def _places(site: Site) -> list[str]:
+    """SkyPilot's `infra` of each zone, cheapest first: zones on GCP, regions elsewhere, whose zone names
+    differ by account."""
+    names = [
+        f"{z.cloud}/{z.region}" + (f"/{z.zone}" if z.zone and z.cloud == "gcp" else "") for z in site.zones
+    ]
+    return list(dict.fromkeys(names))
 
 
 def _target_qps(plan: Plan, choice: Choice, site: Site) -> float:

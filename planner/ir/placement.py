@@ -16,8 +16,8 @@ Evidence = Literal["trace", "statistics", "none"]
 class Zone:
     """A place that may hold replicas, and its hourly price of one machine there.
 
-    `zone` is empty where only the region is known. `spot_target` and `on_demand_target` are how many machines a
-    deployment without SkyServe's policy keeps here (autoscaling groups, managed instance groups).
+    `zone` is empty where only the region is known. `spot_target` and `on_demand_target` are how many machines
+    a deployment without SkyServe's policy keeps here (autoscaling groups, managed instance groups).
     """
 
     cloud: Cloud
@@ -42,10 +42,10 @@ class Interval:
 class Outlook:
     """What a site's spot replicas are expected to do, on evidence of `span_s` in steps of `step_s`.
 
-    `availability` is the share of a week with enough ready replicas. `promised` is what the plan stands for, 0
-    where the evidence cannot carry a promise. `shortfall` is the mean share of replicas missing. Bills are of the
-    site, per hour: expected, with on-demand machines only, and the least of any policy that knows the future
-    (0: not computed). `independent_availability` is what independence of zones would have promised.
+    `availability` is the share of a week with enough ready replicas. `promised` is what the plan stands for,
+    0 where the evidence cannot carry a promise. `shortfall` is the mean share of replicas missing. Bills are
+    of the site, per hour: expected, with on-demand machines only, and the least of any policy that knows the
+    future (0: not computed). `independent_availability` is what independence of zones would have promised.
     """
 
     basis: str

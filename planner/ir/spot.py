@@ -53,7 +53,8 @@ class SpotTrace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interruption:
-    """How often spot machines of a type were interrupted in a region in a month: a share from `low` to `high`."""
+    """How often spot machines of a type were interrupted in a region in a month: a share from `low` to
+    `high`."""
 
     cloud: Cloud
     region: str

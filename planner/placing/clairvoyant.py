@@ -2,13 +2,15 @@
 
 The omniscient problem (SkyServe, EuroSys'25, section 4): launched L and ready R per zone and time, R(z, t) <=
 L(z, u) for the cold start's u in [t - d, t], L <= capacity, enough ready at every moment; minimise what is
-launched. Replicas are alike, so it is a minimum-cost flow of N units, whose optimum is whole: a unit runs along a
-zone's time, and changes to another zone by going back in time by d there, which is the cold start that it pays
-twice for. On-demand is a zone without limit. Time in which a unit serves nowhere costs `fine` per hour; for every
-fine the flow less what the allowed time is fined is a lower bound (Lagrange), and the best of some fines is taken.
+launched. Replicas are alike, so it is a minimum-cost flow of N units, whose optimum is whole: a unit runs
+along a zone's time, and changes to another zone by going back in time by d there, which is the cold start
+that it pays twice for. On-demand is a zone without limit. Time in which a unit serves nowhere costs `fine`
+per hour; for every fine the flow less what the allowed time is fined is a lower bound (Lagrange), and the
+best of some fines is taken.
 
-Time is cut into blocks no longer than the cold start, capacity in a block is the most in it, and the cold start
-is rounded down to blocks: all three only lower the bound. Successive shortest paths with potentials; Numba.
+Time is cut into blocks no longer than the cold start, capacity in a block is the most in it, and the cold
+start is rounded down to blocks: all three only lower the bound. Successive shortest paths with potentials;
+Numba.
 """
 
 from __future__ import annotations
@@ -159,7 +161,7 @@ def clairvoyant_bound(
     for fine in _FINES:
         usd_fine = fine * on_demand_usd_per_hour
         bounds.append(_flow(rooms, usd, usd_fine, cold, replicas) - usd_fine * allowed)
-    return max(bounds) / len(blocks)
+    return float(max(bounds) / len(blocks))
 
 
 def manageable_steps(step_s: float, cold_start_s: float, zones: int) -> int:
@@ -180,4 +182,5 @@ def _coarse(capacity: NDArray[np.int16], block_steps: int, parts: int) -> NDArra
     if parts > 1:
         return np.repeat(capacity, parts, axis=0)
     whole = len(capacity) // block_steps * block_steps
-    return capacity[len(capacity) - whole :].reshape(-1, block_steps, capacity.shape[1]).max(axis=1)
+    grouped = capacity[len(capacity) - whole :].reshape(-1, block_steps, capacity.shape[1])
+    return np.asarray(grouped.max(axis=1), dtype=np.int16)

@@ -1,11 +1,13 @@
-"""Capacity of zones, prices, what is wanted -> zones, spare replicas, on-demand floor: the cheapest that keeps it.
+"""Capacity of zones, prices, what is wanted -> zones, spare replicas, on-demand floor: the cheapest that
+keeps it.
 
-Candidates are nested zone lists (the k cheapest, the k cheapest after failures, the k most available; k = 1, 2,
-...) times spare replicas times on-demand floor. Each is replayed as SkyServe would run it, all zones together.
-With less than two weeks of days it is accepted if the worst day keeps availability and shortfall; with more, if
-95 % of weeks drawn from them do (day blocks). Of the accepted the cheapest wins, or rather, of those hardly dearer,
-the most available: a list that is cheapest by a little is so by chance; nested lists rather than all
-subsets for the same reason. `benchmarks/placement.py` shows what the rule does on days that were not trained on.
+Candidates are nested zone lists (the k cheapest, the k cheapest after failures, the k most available; k = 1,
+2, ...) times spare replicas times on-demand floor. Each is replayed as SkyServe would run it, all zones
+together. With less than two weeks of days it is accepted if the worst day keeps availability and shortfall;
+with more, if 95 % of weeks drawn from them do (day blocks). Of the accepted the cheapest wins, or rather, of
+those hardly dearer, the most available: a list that is cheapest by a little is so by chance; nested lists
+rather than all subsets for the same reason. `benchmarks/placement.py` shows what the rule does on days that
+were not trained on.
 """
 
 from __future__ import annotations
@@ -45,13 +47,13 @@ class Market:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """What a placement must keep. `floor` replicas must survive the loss of any one domain (0: no such wish);
-    at most `most_spot` spot replicas may be bought."""
+    at most `most` replicas may be held at a time."""
 
     replicas: int
     cold_start_s: float
     availability: float
     floor: int = 0
-    most_spot: int = 1 << 30
+    most: int = 1 << 30
 
     @property
     def shortfall(self) -> float:
@@ -75,7 +77,8 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """The best candidate; where none keeps what is wanted, the one that comes closest, and `kept` is false."""
+    """The best candidate; where none keeps what is wanted, the one that comes closest, and `kept` is
+    false."""
 
     best: Candidate
     kept: bool
@@ -125,7 +128,7 @@ def _settings(wanted: Wanted) -> Iterator[tuple[int, int]]:
     n = wanted.replicas
     bases = sorted({0, 1, n // 4, n // 2, n - 1} & set(range(n)))
     for extra in sorted({0, 1, 2, math.ceil(n / 4)}):
-        yield from ((extra, base) for base in bases if n + extra - base <= wanted.most_spot)
+        yield from ((extra, base) for base in bases if n + extra <= wanted.most)
 
 
 def survives(market: Market, wanted: Wanted, zones: Sequence[int], extra: int, base: int) -> bool:
@@ -144,7 +147,7 @@ def survives(market: Market, wanted: Wanted, zones: Sequence[int], extra: int, b
 def steady_counts(market: Market, zones: Sequence[int], spot: int) -> dict[int, int]:
     """Where SkyServe puts `spot` replicas while all zones are up: one in each, then all in the cheapest."""
     ranked = sorted(zones, key=lambda z: (market.usd_per_hour[z], z))
-    counts = {zone: 1 for zone in ranked[:spot]}
+    counts = dict.fromkeys(ranked[:spot], 1)
     if spot > len(ranked):
         counts[ranked[0]] += spot - len(ranked)
     return counts
@@ -191,7 +194,8 @@ def _candidate(market: Market, wanted: Wanted, zones: tuple[int, ...], extra: in
 
 
 def _bounds(run: Replayed, span_days: float) -> tuple[float, float]:
-    """Availability and shortfall of the worst day or, given two weeks, of the 5 % worst week of drawn days."""
+    """Availability and shortfall of the worst day or, given two weeks, of the 5 % worst week of drawn
+    days."""
     if span_days < FULL_EVIDENCE_DAYS:
         return float(run.daily_availability().min()), float(run.daily_shortfall().max())
     days = len(run.good_ticks)

@@ -2,13 +2,13 @@
 
 A zone is down while x = sqrt(across) G + sqrt(within - across) R + sqrt(1 - within) Z is below a threshold: G
 is common to all, R to a region, Z the zone's own; all are Gaussian, of unit variance, smooth in time (two
-first-order filters in a row). The threshold is the zone's down share's quantile, the time constant follows from
-the mean length of its spells (Rice's rate of crossings). Common parts of x make spells of very different length:
-short ones while it hovers about the threshold, long ones while it is far from it.
+first-order filters in a row). The threshold is the zone's down share's quantile, the time constant follows
+from the mean length of its spells (Rice's rate of crossings). Common parts of x make spells of very different
+length: short ones while it hovers about the threshold, long ones while it is far from it.
 
-Correlations are fitted to how often *pairs* of zones are down together; how often all are is then a prediction
-(`joint_down`), which `tests/placing/test_shocks.py` compares with what was measured. A loss that is not of the whole
-zone leaves a part of its machines, in the share 1 - `loses_all` of losses.
+Correlations are fitted to how often *pairs* of zones are down together; how often all are is then a
+prediction (`joint_down`), which `tests/placing/test_shocks.py` compares with what was measured. A loss that
+is not of the whole zone leaves a part of its machines, in the share 1 - `loses_all` of losses.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def joint_down(shocks: Shocks) -> float:
 
 @njit(cache=True)
 def _smooth(noise, keep, skip):
-    """Two first-order filters in a row over `noise`, without its first `skip` steps; not yet of unit variance."""
+    """Two first-order filters in a row over `noise`, without its first `skip` steps; not yet of unit
+    variance."""
     out = np.empty(len(noise) - skip)
     first = second = 0.0
     for t in range(len(noise)):

@@ -1,14 +1,17 @@
-"""Capacity of zones over time, one placement -> what SkyServe's policy makes of it: availability, cost, preemptions.
+"""Capacity of zones over time, one placement -> what SkyServe's policy makes of it: availability, cost,
+preemptions.
 
-The policy (SkyServe, EuroSys'25, Algorithm 1, as SkyPilot executes it): N + extra - base replicas are wanted on
-spot. A missing one is launched in the cheapest active zone that holds none, else in the cheapest active zone. A
-zone that preempts or refuses is put aside; a replica that gets ready there makes it active again; where
-`min_active` zones or fewer are active, all are. On-demand replicas: min(N, base + wanted - ready on spot).
+The policy (SkyServe, EuroSys'25, Algorithm 1, as SkyPilot executes it): N + extra - base replicas are wanted
+on spot. A missing one is launched in the cheapest active zone that holds none, else in the cheapest active
+zone. A zone that preempts or refuses is put aside; a replica that gets ready there makes it active again;
+where `min_active` zones or fewer are active, all are. On-demand replicas: min(N, base + wanted - ready on
+spot).
 
 Time goes in ticks of 30 s, as in the artifact of the paper. In each, the on-demand target follows the spot
-replicas that were ready in the tick before; missing spot replicas are placed; then each zone keeps no more than
-it can launch, and the youngest are lost. A replica is ready once it has been held for `cold_ticks` ticks before
-this one. Held ticks are billed, ready or not. On-demand replicas can always be had, and start as slowly.
+replicas that were ready in the tick before; missing spot replicas are placed; then each zone keeps no more
+than it can launch, and the youngest are lost. A replica is ready once it has been held for `cold_ticks` ticks
+before this one. Held ticks are billed, ready or not. On-demand replicas can always be had, and start as
+slowly.
 
 Ticks in which nothing can change are jumped over, which changes no figure.
 Importing this module imports Numba; the kernel is compiled at its first call and kept in its cache.
@@ -55,7 +58,8 @@ class Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
-    """Sums over each block of steps, in ticks; `spot_usd_per_hour` and costs are means over the block's ticks.
+    """Sums over each block of steps, in ticks; `spot_usd_per_hour` and costs are means over the block's
+    ticks.
 
     Availability counts ticks after the first cold start: those with enough ready replicas.
     """
@@ -86,7 +90,8 @@ class Replayed:
     def usd_per_hour(self, on_demand_usd_per_hour: float) -> float:
         """Mean bill of all that was held, on-demand replicas at this price."""
         return float(
-            (self.spot_usd_ticks.sum() + on_demand_usd_per_hour * self.on_demand_ticks.sum()) / self.ticks.sum()
+            (self.spot_usd_ticks.sum() + on_demand_usd_per_hour * self.on_demand_ticks.sum())
+            / self.ticks.sum()
         )
 
     def daily_availability(self) -> Floats:
@@ -123,7 +128,7 @@ def _until(step, block_steps, ticks, step_ticks):
     """The first tick of a block that belongs to the step after `step`."""
     if step + 1 >= block_steps:
         return ticks
-    return min(ticks, int(math.ceil((step + 1) * step_ticks - 1e-9)))
+    return min(ticks, math.ceil((step + 1) * step_ticks - 1e-9))
 
 
 @njit(cache=True)
@@ -164,7 +169,8 @@ def _cap(zone_of, born, held, active, most, min_active, now):
 
 @njit(cache=True)
 def _count(zone_of, born, active, usd, cold, now):
-    """USD per hour of what is held on spot, how many are ready, ticks until the next is; 1 where some miss."""
+    """USD per hour of what is held on spot, how many are ready, ticks until the next is; 1 where some
+    miss."""
     spot, ready, wait = 0.0, 0, _NEVER
     for i in range(len(zone_of)):
         if zone_of[i] < 0:
@@ -211,8 +217,8 @@ def _note(sums, change, spot, stand_ins, lost, counts, missing):
 def _replay(capacity, columns, starts, block_steps, step_ticks, ranked, usd, numbers, sums, timeline):
     """Fill `sums[block]` and, where it has rows, `timeline[tick]` = ready spot, ready on-demand, lost.
 
-    Zone z at step s of block b can hold `capacity[starts[b, z] + s, columns[z]]`. The state goes on from block
-    to block.
+    Zone z at step s of block b can hold `capacity[starts[b, z] + s, columns[z]]`. The state goes on from
+    block to block.
     """
     replicas, extra, base, cold, min_active, fallback, rule = numbers
     wanted, zones = replicas + extra - base, len(columns)
@@ -282,7 +288,9 @@ def replay(
     )
     ranked = np.argsort(usd_per_hour, kind="stable")
     drawn = np.zeros((0, 3), np.int32) if timeline is None else timeline
-    _replay(capacity, columns, starts, block_steps, step_s / TICK_S, ranked, usd_per_hour, numbers, sums, drawn)
+    _replay(
+        capacity, columns, starts, block_steps, step_s / TICK_S, ranked, usd_per_hour, numbers, sums, drawn
+    )
     whole = sums.astype(np.int64)
     return Replayed(
         good_ticks=whole[:, _GOOD],
