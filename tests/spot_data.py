@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import os
 from pathlib import Path
 
@@ -19,15 +20,22 @@ FOLDER = Path(os.environ.get("MOEPLAN_SPOT_DATA", "no such folder"))
 needs_data = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs MOEPLAN_SPOT_DATA")
 US_ON_DEMAND = 82.5254  # USD per hour of eight H100 in us-central1, which the H100 prices are relative to
 
+_GCP = (
+    "asia-northeast1",
+    "asia-south2",
+    "asia-southeast1",
+    "europe-west1",
+    "europe-west3",
+    "europe-west4",
+    "us-central1",
+    "us-east1",
+    "us-east4",
+    "us-east5",
+    "us-west1",
+)
+_AWS = ("us-east-1", "us-east-2", "us-west-2")
 REGIONS: frozenset[tuple[Cloud, str]] = frozenset(
-    (("aws", "us-east-1"), ("aws", "us-east-2"), ("aws", "us-west-2"))
-    + tuple(
-        ("gcp", region)
-        for region in (
-            "asia-northeast1 asia-south2 asia-southeast1 europe-west1 europe-west3 europe-west4 "
-            "us-central1 us-east1 us-east4 us-east5 us-west1"
-        ).split()
-    )
+    [*(("aws", region) for region in _AWS), *(("gcp", region) for region in _GCP)]
 )
 
 
@@ -49,8 +57,6 @@ def h100_prices(trace: SpotTrace) -> NDArray[np.float64]:
 
 def aws3_prices(trace: SpotTrace) -> NDArray[np.float64]:
     """Mean spot prices of the trace's zones relative to on-demand (3.06 USD per hour)."""
-    import gzip
-
     with gzip.open(FOLDER / "aws3_first_half_prices.csv.gz", "rt") as file:
         rows = list(csv.reader(line for line in file if not line.startswith("#")))
     assert rows[0][1:] == [zone.zone for zone in trace.zones]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +95,9 @@ def decide(market: Market, wanted: Wanted) -> Decision | None:
     ]
     if not candidates:
         return None
+    # What costs as much as on-demand machines is no use: they are always there.
+    most = wanted.replicas * market.on_demand_usd_per_hour
+    candidates = [c for c in candidates if c.usd_per_hour < most] or candidates
     kept = [c for c in candidates if _keeps(c, wanted)]
     if not kept:
         best = max(candidates, key=lambda c: (c.bound_availability, -c.usd_per_hour, c.zones))
@@ -204,9 +207,3 @@ def _bounds(run: Replayed, span_days: float) -> tuple[float, float]:
     available = run.good_ticks[drawn].sum(axis=1) / counted
     missing = run.missing_ticks[drawn].sum(axis=1) / counted / run.replicas
     return float(np.quantile(available, _WORST_SHARE)), float(np.quantile(missing, 1 - _WORST_SHARE))
-
-
-def reachable(market: Market, wanted: Wanted) -> Candidate | None:
-    """The most available placement there is: what can be reached at all, and what it costs."""
-    decision = decide(market, replace(wanted, availability=1.0 + 1e-9))
-    return decision.best if decision else None
