@@ -226,6 +226,44 @@ def _recorder(plan: Path, replica: str, profile: Path) -> Callable[[Report], Non
 
 
 @app.command()
+def simulate(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="the plan folder")],
+    spot: Annotated[Path | None, typer.Option("--spot", help="a spot trace to replay over the plan")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="draw ready replicas over time (SVG)")] = None,
+) -> None:
+    """Replay a spot trace over a plan: availability, bill, shortfall, preemptions."""
+    if spot is None:
+        print("moeplan: nothing to replay\n  hint: --spot TRACE", file=sys.stderr)
+        raise typer.Exit(2)
+    _simulate_spot(plan, spot, plot)
+
+
+def _simulate_spot(plan: Path, spot: Path, plot: Path | None) -> None:
+    from moeplan.codegen.timeline import Curve, timeline_svg
+    from moeplan.codegen.write import write_file
+    from moeplan.planner.simulate.spot import TICK_S
+    from moeplan.planner.spot_simulation import OnlineRun, run_lines, simulate_spot
+
+    runs = simulate_spot(plan, spot)
+    print("\n".join(line for run in runs for line in run_lines(run)))
+    if plot is None:
+        return
+    curves = [
+        Curve(
+            name=run.column,
+            wanted=run.replicas,
+            tick_s=TICK_S,
+            spot=run.timeline[:, 0].tolist(),
+            on_demand=run.timeline[:, 1].tolist(),
+        )
+        for run in runs
+        if isinstance(run, OnlineRun)
+    ]
+    write_file(plot, timeline_svg(f"{plan.name} over {spot.name}: ready replicas", curves).encode())
+    print(f"wrote {plot}")
+
+
+@app.command()
 def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="the machine file")] = Path("machine.yaml"),
     run: Annotated[

@@ -40,8 +40,17 @@ class Market:
     capacity: NDArray[np.int16] = field(repr=False)  # [steps, zones]
     step_s: float
     usd_per_hour: Floats  # [zones]
-    on_demand_usd_per_hour: float
+    on_demand_usd_per_hour: Floats  # [zones]
     domains: Ints
+
+    def on_demand(self, zones: Sequence[int]) -> float:
+        """What an on-demand machine costs that may stand in any of `zones`: the cheapest, USD per hour."""
+        return float(self.on_demand_usd_per_hour[list(zones)].min())
+
+    @property
+    def all_on_demand(self) -> float:
+        """The cheapest on-demand machine of all, USD per hour."""
+        return float(self.on_demand_usd_per_hour.min())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +105,7 @@ def decide(market: Market, wanted: Wanted) -> Decision | None:
     if not candidates:
         return None
     # What costs as much as on-demand machines is no use: they are always there.
-    most = wanted.replicas * market.on_demand_usd_per_hour
+    most = wanted.replicas * market.all_on_demand
     candidates = [c for c in candidates if c.usd_per_hour < most] or candidates
     kept = [c for c in candidates if _keeps(c, wanted)]
     if not kept:
@@ -119,7 +128,7 @@ def zone_lists(market: Market) -> tuple[tuple[int, ...], ...]:
     """The first k zones, for every k, in the order of price, of price after failures and of availability."""
     up = (market.capacity > 0).mean(axis=0)
     usd = market.usd_per_hour
-    after_failures = usd * up + market.on_demand_usd_per_hour * (1.0 - up)
+    after_failures = usd * up + market.all_on_demand * (1.0 - up)
     orders = [np.argsort(key, kind="stable") for key in (usd, after_failures, -up)]
     lists = {tuple(sorted(order[:k].tolist())) for order in orders for k in range(1, len(usd) + 1)}
     alive = {tuple(z for z in zones if up[z] > 0) for zones in lists}
@@ -190,7 +199,7 @@ def _candidate(market: Market, wanted: Wanted, zones: tuple[int, ...], extra: in
         extra=extra,
         base=base,
         availability=run.availability,
-        usd_per_hour=run.usd_per_hour(market.on_demand_usd_per_hour),
+        usd_per_hour=run.usd_per_hour(market.on_demand(zones)),
         bound_availability=kept,
         bound_shortfall=missing,
     )

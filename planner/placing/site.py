@@ -81,7 +81,7 @@ def zoned(
         capacity=np.ascontiguousarray(trace.capacity[:, columns]),
         step_s=trace.step_s,
         usd_per_hour=np.array([offer.spot_usd_per_hour for offer in own], dtype=np.float64),
-        on_demand_usd_per_hour=min(offer.on_demand_usd_per_hour for offer in own),
+        on_demand_usd_per_hour=np.array([offer.on_demand_usd_per_hour for offer in own]),
         domains=_domains(names, domain),
     )
     return Zoned(market=market, names=names, offers=own, notes=tuple(notes))
@@ -170,7 +170,7 @@ def _outlook(market: Market, wanted: Wanted, best: Candidate, trace: SpotTrace, 
         promised=min(best.bound_availability, wanted.availability) if kept and long_enough else 0.0,
         shortfall=run.shortfall,
         usd_per_hour=best.usd_per_hour,
-        all_on_demand_usd_per_hour=wanted.replicas * market.on_demand_usd_per_hour,
+        all_on_demand_usd_per_hour=wanted.replicas * market.all_on_demand,
         clairvoyant_usd_per_hour=_clairvoyant(market, wanted, best),
         preemptions_per_day=run.preemptions_per_day,
         independent_availability=independent_availability(market, wanted, best.zones, best.extra, best.base),
@@ -187,12 +187,12 @@ def _clairvoyant(market: Market, wanted: Wanted, best: Candidate) -> float:
         part.capacity,
         market.step_s,
         market.usd_per_hour,
-        market.on_demand_usd_per_hour,
+        market.all_on_demand,
         wanted.replicas,
         wanted.cold_start_s,
         run.availability,
     )
-    return best.usd_per_hour * bound / run.usd_per_hour(market.on_demand_usd_per_hour)
+    return best.usd_per_hour * bound / run.usd_per_hour(market.on_demand(best.zones))
 
 
 def widest(intervals: Sequence[Interval]) -> Interval:

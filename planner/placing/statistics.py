@@ -100,7 +100,7 @@ def _market(trace: SpotTrace, offers: Sequence[Offer], domain: str) -> Market:
         capacity=trace.capacity,
         step_s=trace.step_s,
         usd_per_hour=np.array([_spot(offer) for offer in offers], dtype=np.float64),
-        on_demand_usd_per_hour=min(offer.on_demand_usd_per_hour for offer in offers),
+        on_demand_usd_per_hour=np.array([offer.on_demand_usd_per_hour for offer in offers]),
         domains=np.array([sorted(set(keys)).index(key) for key in keys], dtype=np.int64),
     )
 
@@ -131,7 +131,7 @@ def _outlook(market: Market, wanted: Wanted, best: Candidate, interval: Interval
         promised=0.0,
         shortfall=run.shortfall,
         usd_per_hour=best.usd_per_hour,
-        all_on_demand_usd_per_hour=wanted.replicas * market.on_demand_usd_per_hour,
+        all_on_demand_usd_per_hour=wanted.replicas * market.all_on_demand,
         clairvoyant_usd_per_hour=0.0,
         preemptions_per_day=run.preemptions_per_day,
         independent_availability=0.0,

@@ -45,10 +45,11 @@ def static_targets(market: Market, wanted: Wanted, zones: Sequence[int]) -> Targ
     counts = tuple(round(x.value()) for x in spot)
     usd = sum(n * float(market.usd_per_hour[z]) for n, z in zip(counts, zones, strict=True))
     held = round(base.value())
+    on_demand_usd = market.on_demand(zones)
     return Targets(
         spot=counts,
         on_demand=held,
-        usd_per_hour=usd + held * market.on_demand_usd_per_hour,
+        usd_per_hour=usd + held * on_demand_usd,
         shortfall=max(0.0, float(pulp.value(tail))) / wanted.replicas,
     )
 
@@ -77,9 +78,10 @@ def _problem(
     over = [problem.add_variable(f"u{w}", 0) for w in range(len(vectors))]
     tail = eta + pulp.lpSum(float(q) / _TAIL * u for q, u in zip(chances, over, strict=True))
     # The tie-break prefers zones that stand earlier.
-    problem += pulp.lpSum(
-        (float(market.usd_per_hour[z]) + 1e-6 * (i + 1)) * spot[i] for i, z in enumerate(zones)
-    ) + (market.on_demand_usd_per_hour * base)
+    problem += (
+        pulp.lpSum((float(market.usd_per_hour[z]) + 1e-6 * (i + 1)) * spot[i] for i, z in enumerate(zones))
+        + market.on_demand(zones) * base
+    )
     problem += tail <= min(1.0, wanted.shortfall / _TAIL) * n
     problem += pulp.lpSum(spot) + base <= wanted.most
     for w, vector in enumerate(vectors):

@@ -30,7 +30,7 @@ def market(trace: SpotTrace, usd: NDArray[np.float64], days: slice = slice(None)
         capacity=trace.capacity[rows],
         step_s=trace.step_s,
         usd_per_hour=usd,
-        on_demand_usd_per_hour=1.0,
+        on_demand_usd_per_hour=np.ones(len(usd)),
         domains=np.arange(len(usd)),
     )
 
@@ -41,7 +41,7 @@ def steady(*up: int, usd: tuple[float, ...] = ()) -> Market:
         capacity=np.repeat(np.array([up], np.int16), 3 * 288, axis=0),
         step_s=300.0,
         usd_per_hour=np.array(usd or [0.3 + 0.1 * n for n in range(len(up))]),
-        on_demand_usd_per_hour=1.0,
+        on_demand_usd_per_hour=np.ones(len(up)),
         domains=np.arange(len(up)),
     )
 
