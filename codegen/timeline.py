@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from moeplan.codegen.render import render
 
@@ -44,10 +45,10 @@ def _row(curve: Curve, top: int) -> dict[str, object]:
     ticks = len(curve.spot)
     columns = min(_COLUMNS, ticks)
     edges = [round(n * ticks / columns) for n in range(columns + 1)]
-    spot = [sum(curve.spot[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    spot = [sum(curve.spot[a:b]) / (b - a) for a, b in pairwise(edges)]
     ready = [s + d for s, d in zip(curve.spot, curve.on_demand, strict=True)]
-    both = [sum(ready[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
-    short = [min(ready[a:b]) < curve.wanted for a, b in zip(edges, edges[1:], strict=False)]
+    both = [sum(ready[a:b]) / (b - a) for a, b in pairwise(edges)]
+    short = [min(ready[a:b]) < curve.wanted for a, b in pairwise(edges)]
     most = max(curve.wanted, *both) * 1.1
     bottom, width = top + _HEIGHT, _PLOT / columns
 

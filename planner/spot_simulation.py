@@ -95,9 +95,7 @@ def simulate_spot(plan: Path, trace_path: Path) -> tuple[OnlineRun | BatchRun, .
         message = "no spot site of this plan has a zone in the trace"
         zones = ", ".join(map(str, trace.zones))
         raise CompileError(
-            Diagnostic(
-                code="no-site", span=Span(str(plan)), message=message, hint=f"the trace has {zones}"[:300]
-            )
+            Diagnostic(code="no-site", span=Span(str(plan)), message=message, hint=f"the trace has {zones}")
         )
     return tuple(runs)
 
@@ -174,7 +172,7 @@ def _online(
         shortfall=run.shortfall,
         preemptions_per_day=run.preemptions_per_day,
         usd_per_hour=run.usd_per_hour(on_demand),
-        on_demand_usd_per_hour=replicas * on_demand,
+        on_demand_usd_per_hour=_all_on_demand(site) or replicas * on_demand,
         default_zones=len(priced),
         default_availability=default.availability,
         default_usd_per_hour=default.usd_per_hour(on_demand),
@@ -185,6 +183,11 @@ def _online(
         own_usd_per_hour_then=then.usd_per_hour(on_demand),
         timeline=timeline,
     )
+
+
+def _all_on_demand(site: Site) -> float:
+    """What the plan says that on-demand machines only would cost; 0 where it does not."""
+    return float(site["outlook"]["all_on_demand_usd_per_hour"]) if site.get("outlook") else 0.0
 
 
 def _batch(
