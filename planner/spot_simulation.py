@@ -246,12 +246,13 @@ def run_lines(run: OnlineRun | BatchRun) -> list[str]:
 
 
 def _online_lines(run: OnlineRun) -> list[str]:
-    share = run.usd_per_hour / run.on_demand_usd_per_hour
+    on_demand = run.on_demand_usd_per_hour
+    share = run.usd_per_hour / on_demand
     gap = run.own_usd_per_hour_then - run.clairvoyant_usd_per_hour
     return [
         f"{run.column}: {run.replicas} replicas over {run.zones} zones, {run.days:.1f} d replayed",
         f"  available   {run.availability:.2%} of the time, {run.shortfall:.2%} of replicas missing",
-        f"  bill        {run.usd_per_hour:.2f} USD/h, {share:.1%} of {run.on_demand_usd_per_hour:.2f} on-demand",
+        f"  bill        {run.usd_per_hour:.2f} USD/h, {share:.1%} of {on_demand:.2f} on-demand",
         f"  preemptions {run.preemptions_per_day:.2f} a day",
         f"  default     all {run.default_zones} zones, one spare: {run.default_availability:.2%} available, "
         f"{run.default_usd_per_hour:.2f} USD/h",

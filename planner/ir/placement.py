@@ -64,12 +64,11 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticTargets:
-    """Machines per zone and on-demand that a fixed deployment needs for the same promise.
+    """What the fixed targets of a site's zones come to, for a deployment without SkyServe's policy.
 
     `shortfall` is the mean share of replicas missing in the worst 5 % of scenarios.
     """
 
-    on_demand: int
     usd_per_hour: float
     shortfall: float
 

@@ -26,7 +26,7 @@ from moeplan.planner.placing.decide import (
     replayed,
 )
 from moeplan.planner.placing.outlook import availability_interval, independent_availability
-from moeplan.planner.placing.targets import static_targets
+from moeplan.planner.placing.targets import Targets, static_targets
 
 Region = tuple[Cloud, str]
 
@@ -106,15 +106,7 @@ def place_by_trace(found: Zoned, trace: SpotTrace, wanted: Wanted) -> Placed | N
     best = decision.best
     outlook = _outlook(found.market, wanted, best, trace, decision.kept)
     targets = static_targets(found.market, wanted, best.zones)
-    spot = dict(zip(best.zones, targets.spot, strict=True)) if targets else {}
-    zones = _zones(found, best, spot, targets.on_demand if targets else 0)
-    static = (
-        StaticTargets(
-            on_demand=targets.on_demand, usd_per_hour=targets.usd_per_hour, shortfall=targets.shortfall
-        )
-        if targets
-        else None
-    )
+    zones = _zones(found, best, targets)
     return Placed(
         zones=zones,
         extra=best.extra,
@@ -122,16 +114,18 @@ def place_by_trace(found: Zoned, trace: SpotTrace, wanted: Wanted) -> Placed | N
         kept=decision.kept,
         bound_availability=best.bound_availability,
         outlook=outlook,
-        static=static,
+        static=StaticTargets(usd_per_hour=targets.usd_per_hour, shortfall=targets.shortfall)
+        if targets
+        else None,
         notes=(*_left_out(found, decision), *found.notes),
     )
 
 
-def _zones(found: Zoned, best: Candidate, spot: Mapping[int, int], on_demand: int) -> tuple[Zone, ...]:
-    """The chosen zones, cheapest first; on-demand targets stand at the first of the cheapest on-demand
-    ones."""
+def _zones(found: Zoned, best: Candidate, targets: Targets | None) -> tuple[Zone, ...]:
+    """The chosen zones, cheapest first."""
     order = sorted(best.zones, key=lambda z: (found.market.usd_per_hour[z], found.names[z]))
-    cheapest = min(order, key=lambda z: found.offers[z].on_demand_usd_per_hour)
+    spot = dict(zip(best.zones, targets.spot, strict=True)) if targets else {}
+    on_demand = dict(zip(best.zones, targets.on_demand, strict=True)) if targets else {}
     return tuple(
         Zone(
             cloud=found.names[z].cloud,
@@ -140,7 +134,7 @@ def _zones(found: Zoned, best: Candidate, spot: Mapping[int, int], on_demand: in
             usd_per_hour=float(found.market.usd_per_hour[z]),
             on_demand_usd_per_hour=found.offers[z].on_demand_usd_per_hour,
             spot_target=spot.get(z, 0),
-            on_demand_target=on_demand if z == cheapest else 0,
+            on_demand_target=on_demand.get(z, 0),
         )
         for z in order
     )

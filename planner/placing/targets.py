@@ -1,8 +1,7 @@
-"""Capacity of zones -> fixed targets per zone and on-demand, for groups that do not run SkyServe's policy.
+"""Capacity of zones -> fixed targets per zone, for groups that do not run SkyServe's policy.
 
-min sum_z p_z x_z + p_od B over capacity vectors c_w with probability q_w:
-  sum_z min(x_z, c_wz) + B >= N - s_w,   CVaR_95(s) <= most,   N - sum_{z in domain} x_z survives every
-  domain.
+min sum_z p_z x_z + o_z b_z (spot and on-demand machines of zone z) over capacity vectors c_w of probability q_w:
+  sum_z min(x_z, c_wz) + b_z >= N - s_w,   CVaR_95(s) <= most,   sum of x_z + b_z outside any domain >= floor.
 CVaR as Rockafellar and Uryasev (2000) write it: eta + sum_w q_w u_w / 0.05, u_w >= s_w - eta. Shortfall whose
 mean is within the limit, all of it in the worst 5 %, has a CVaR of limit / 0.05: that is `most`.
 """
@@ -25,33 +24,35 @@ _MOST_NODES = 2_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """Machines per zone of the list, on-demand ones, their bill, and the mean share missing in the worst 5
-    %."""
+    """Spot and on-demand machines per zone of the list, their bill, and the mean share missing in the worst
+    5 % of scenarios."""
 
     spot: tuple[int, ...]
-    on_demand: int
+    on_demand: tuple[int, ...]
     usd_per_hour: float
     shortfall: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Variables:
+    spot: list[pulp.LpVariable]
+    on_demand: list[pulp.LpVariable]
+    tail: pulp.LpAffineExpression
 
 
 def static_targets(market: Market, wanted: Wanted, zones: Sequence[int]) -> Targets | None:
     """The cheapest fixed targets that keep the shortfall; None where the solver finds none in its limit."""
     most = wanted.replicas + _SPARE
     vectors, chances = _scenarios(np.minimum(market.capacity[:, list(zones)], most))
-    problem, spot, base, tail = _problem(market, wanted, zones, vectors, chances)
+    problem, variables = _problem(market, wanted, zones, vectors, chances)
     problem.solve(pulp.PULP_CBC_CMD(msg=False, threads=1, options=[f"maxNodes {_MOST_NODES}"]))
     if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         return None
-    counts = tuple(round(x.value()) for x in spot)
-    usd = sum(n * float(market.usd_per_hour[z]) for n, z in zip(counts, zones, strict=True))
-    held = round(base.value())
-    on_demand_usd = market.on_demand(zones)
-    return Targets(
-        spot=counts,
-        on_demand=held,
-        usd_per_hour=usd + held * on_demand_usd,
-        shortfall=max(0.0, float(pulp.value(tail))) / wanted.replicas,
-    )
+    spot = tuple(round(x.value()) for x in variables.spot)
+    held = tuple(round(b.value()) for b in variables.on_demand)
+    usd = market.usd_per_hour[list(zones)] @ spot + market.on_demand_usd_per_hour[list(zones)] @ held
+    missing = max(0.0, float(pulp.value(variables.tail))) / wanted.replicas
+    return Targets(spot=spot, on_demand=held, usd_per_hour=float(usd), shortfall=missing)
 
 
 def _scenarios(capacity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -69,27 +70,28 @@ def _scenarios(capacity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _problem(
     market: Market, wanted: Wanted, zones: Sequence[int], vectors: np.ndarray, chances: np.ndarray
-) -> tuple[pulp.LpProblem, list[pulp.LpVariable], pulp.LpVariable, pulp.LpAffineExpression]:
+) -> tuple[pulp.LpProblem, _Variables]:
     n, most = wanted.replicas, wanted.replicas + _SPARE
     problem = pulp.LpProblem("targets", pulp.LpMinimize)
     spot = [problem.add_variable(f"x{i}", 0, most, pulp.LpInteger) for i in range(len(zones))]
-    base = problem.add_variable("base", 0, n, pulp.LpInteger)
+    base = [problem.add_variable(f"b{i}", 0, n, pulp.LpInteger) for i in range(len(zones))]
     eta = problem.add_variable("eta", 0)
     over = [problem.add_variable(f"u{w}", 0) for w in range(len(vectors))]
     tail = eta + pulp.lpSum(float(q) / _TAIL * u for q, u in zip(chances, over, strict=True))
     # The tie-break prefers zones that stand earlier.
-    problem += (
-        pulp.lpSum((float(market.usd_per_hour[z]) + 1e-6 * (i + 1)) * spot[i] for i, z in enumerate(zones))
-        + market.on_demand(zones) * base
+    problem += pulp.lpSum(
+        (float(market.usd_per_hour[z]) + 1e-6 * (i + 1)) * spot[i]
+        + (float(market.on_demand_usd_per_hour[z]) + 1e-6 * (i + 1)) * base[i]
+        for i, z in enumerate(zones)
     )
     problem += tail <= min(1.0, wanted.shortfall / _TAIL) * n
-    problem += pulp.lpSum(spot) + base <= wanted.most
+    problem += pulp.lpSum(spot) + pulp.lpSum(base) <= wanted.most
     for w, vector in enumerate(vectors):
         held = [problem.add_variable(f"y{w}_{i}", 0, int(most_here)) for i, most_here in enumerate(vector)]
         for i, y in enumerate(held):
             problem += y <= spot[i]
-        problem += pulp.lpSum(held) + base + eta + over[w] >= n
+        problem += pulp.lpSum(held) + pulp.lpSum(base) + eta + over[w] >= n
     for domain in sorted({int(market.domains[z]) for z in zones}) if wanted.floor else ():
-        outside = [x for x, z in zip(spot, zones, strict=True) if int(market.domains[z]) != domain]
-        problem += pulp.lpSum(outside) >= wanted.floor
-    return problem, spot, base, tail
+        outside = [i for i, z in enumerate(zones) if int(market.domains[z]) != domain]
+        problem += pulp.lpSum(spot[i] + base[i] for i in outside) >= wanted.floor
+    return problem, _Variables(spot=spot, on_demand=base, tail=tail)
