@@ -202,7 +202,7 @@ def _moment(raw: _Raw, cell: str, n: int) -> float:
 
 
 def _read_npz(path: Path) -> _Raw:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         keys = {name: str(arrays[name]) for name in arrays.files if arrays[name].ndim == 0}
         values = np.asarray(arrays["capacity"], dtype=np.float64)
         names = [str(name) for name in arrays["zones"]]

@@ -75,7 +75,7 @@ def zoned(
     if not trace.counted:
         notes.append("the trace tells whether a zone has a machine, not how many: taken as any number")
     words = re.findall(r"[A-Za-z0-9.+-]+", trace.instance)
-    if words and machine.name not in words:
+    if words and machine.name not in words and trace.instance != machine.gpu:
         notes.append(f"the trace was taken with {trace.instance}, not with {machine.name}")
     market = Market(
         capacity=np.ascontiguousarray(trace.capacity[:, columns]),

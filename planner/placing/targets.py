@@ -1,6 +1,6 @@
 """Capacity of zones -> fixed targets per zone, for groups that do not run SkyServe's policy.
 
-min sum_z p_z x_z + o_z b_z (spot and on-demand machines of zone z) over capacity vectors c_w of probability q_w:
+min sum_z p_z x_z + o_z b_z (spot and on-demand machines of zone z), capacity vectors c_w of probability q_w:
   sum_z min(x_z, c_wz) + b_z >= N - s_w,   CVaR_95(s) <= most,   sum of x_z + b_z outside any domain >= floor.
 CVaR as Rockafellar and Uryasev (2000) write it: eta + sum_w q_w u_w / 0.05, u_w >= s_w - eta. Shortfall whose
 mean is within the limit, all of it in the worst 5 %, has a CVaR of limit / 0.05: that is `most`.
