@@ -149,7 +149,9 @@ def verify_placement(spec: Spec, fleet: Fleet, placement: Placement) -> None:
     promised without evidence."""
     for choice, site in zip(fleet.choices, placement.sites, strict=True):
         _require(site.column == choice.column.name, "sites follow the fleet's order")
-        _require(0 < site.replicas <= choice.replicas, f"{site.column} is placed")
+        held = site.replicas + (site.spot_overprovision if site.evidence == "none" else 0)
+        exact = site.evidence == "none"  # with evidence the placement decides how many are to spare
+        _require(held == choice.replicas if exact else held <= choice.replicas, f"{site.column} is placed")
         _require(bool(site.zones) == (site.market != "owned"), f"{site.column} has zones")
         _require(0 <= site.on_demand_base <= site.replicas, f"{site.column} has a base of its own replicas")
         _require((site.evidence == "none") == (site.outlook is None), f"{site.column} says what it knows")

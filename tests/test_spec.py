@@ -216,7 +216,11 @@ def test_huge_file_is_refused_unread() -> None:
 
 
 def test_all_problems_at_once_in_file_order() -> None:
-    text = FULL.replace("requests: 1000", "requests: 0").replace("1.5h", "soon").replace("spot", "sport")
+    text = (
+        FULL.replace("requests: 1000", "requests: 0")
+        .replace("1.5h", "soon")
+        .replace("purchase: spot", "purchase: sport")
+    )
     found = problems(text.replace("  path:", "  pth:"))
     codes = [
         line.rpartition("[")[2].rstrip("]") for line in found.splitlines() if line.startswith("spec.yaml")

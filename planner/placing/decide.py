@@ -96,25 +96,34 @@ class Decision:
 
 def decide(market: Market, wanted: Wanted) -> Decision | None:
     """The placement to deploy; None where no zone list fits the quota or survives the loss of a domain."""
-    candidates = [
-        _candidate(market, wanted, zones, extra, base)
+    return choose(candidates(market, wanted), market, wanted)
+
+
+def candidates(market: Market, wanted: Wanted) -> tuple[Candidate, ...]:
+    """All placements worth a thought, replayed; they do not depend on the availability that is wanted."""
+    return tuple(
+        replay_candidate(market, wanted, zones, extra, base)
         for zones in zone_lists(market)
         for extra, base in _settings(wanted)
         if survives(market, wanted, zones, extra, base)
-    ]
-    if not candidates:
+    )
+
+
+def choose(found: Sequence[Candidate], market: Market, wanted: Wanted) -> Decision | None:
+    """The cheapest of what keeps the availability and the shortfall; None where nothing was found."""
+    if not found:
         return None
     # What costs as much as on-demand machines is no use: they are always there.
     most = wanted.replicas * market.all_on_demand
-    candidates = [c for c in candidates if c.usd_per_hour < most] or candidates
-    kept = [c for c in candidates if _keeps(c, wanted)]
+    sensible = [c for c in found if c.usd_per_hour < most] or list(found)
+    kept = [c for c in sensible if _keeps(c, wanted)]
     if not kept:
-        best = max(candidates, key=lambda c: (c.bound_availability, -c.usd_per_hour, c.zones))
-        return Decision(best=best, kept=False, tried=len(candidates))
+        best = max(sensible, key=lambda c: (c.bound_availability, -c.usd_per_hour, c.zones))
+        return Decision(best=best, kept=False, tried=len(found))
     least = min(c.usd_per_hour for c in kept)
     near = [c for c in kept if c.usd_per_hour <= least * (1 + _NOISE)]
     best = max(near, key=lambda c: (c.bound_availability, c.availability, -c.usd_per_hour, c.zones))
-    return Decision(best=best, kept=True, tried=len(candidates))
+    return Decision(best=best, kept=True, tried=len(found))
 
 
 def _keeps(candidate: Candidate, wanted: Wanted) -> bool:
@@ -191,7 +200,10 @@ def replayed(market: Market, wanted: Wanted, zones: Sequence[int], extra: int, b
     )
 
 
-def _candidate(market: Market, wanted: Wanted, zones: tuple[int, ...], extra: int, base: int) -> Candidate:
+def replay_candidate(
+    market: Market, wanted: Wanted, zones: tuple[int, ...], extra: int, base: int
+) -> Candidate:
+    """A placement and its figures on the training days."""
     run = replayed(market, wanted, zones, extra, base)
     kept, missing = _bounds(run, len(market.capacity) * market.step_s / DAY_S)
     return Candidate(
