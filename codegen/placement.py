@@ -62,6 +62,7 @@ def _figures(site: Site, outlook: Outlook) -> list[tuple[str, str]]:
         ("promised", _percent(outlook.promised) if outlook.promised else "nothing: the evidence is too thin"),
         ("replicas missing, mean share", _percent(outlook.shortfall)),
         ("bill", f"{bill:.2f} USD/h, {bill / on_demand:.0%} of {on_demand:.2f} USD/h on-demand"),
+        ("of which on-demand stand-ins", f"{outlook.stand_ins_usd_per_hour:.2f} USD/h"),
         ("preemptions", f"{outlook.preemptions_per_day:.2g} a day"),
     ]
     if outlook.clairvoyant_usd_per_hour:

@@ -80,9 +80,8 @@ def compile_plan(
     for made in replicas:
         if made.pipeline:
             verify.verify_schedule(made.pipeline.schedule, made.policy)
-    placement = run(
-        "placement", lambda: place(spec, workload, fleet, offers, inputs.spot_trace, inputs.interruptions)
-    )
+    evidence = inputs.spot_trace, inputs.interruptions
+    placement = run("placement", lambda: place(spec, workload, fleet, offers, *evidence, policies))
     verify.verify_placement(spec, fleet, placement)
     return Plan(
         spec=spec,

@@ -44,8 +44,9 @@ class Outlook:
 
     `availability` is the share of a week with enough ready replicas. `promised` is what the plan stands for,
     0 where the evidence cannot carry a promise. `shortfall` is the mean share of replicas missing. Bills are
-    of the site, per hour: expected, with on-demand machines only, and the least of any policy that knows the
-    future (0: not computed). `independent_availability` is what independence of zones would have promised.
+    of the site, per hour: expected (of which on-demand stand-ins), with on-demand machines only, and the
+    least of any policy that knows the future (0: not computed). `independent_availability` is what
+    independence of zones would have promised.
     """
 
     basis: str
@@ -56,6 +57,7 @@ class Outlook:
     promised: float
     shortfall: float
     usd_per_hour: float
+    stand_ins_usd_per_hour: float
     all_on_demand_usd_per_hour: float
     clairvoyant_usd_per_hour: float
     preemptions_per_day: float

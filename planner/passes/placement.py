@@ -8,6 +8,7 @@ cheapest regions under price caps, one replica to spare, on-demand behind it, an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from moeplan.planner.diagnostics import Diagnostic, InfeasibleError
 from moeplan.planner.ir.fleet import Choice, Fleet
 from moeplan.planner.ir.machine import Offer
 from moeplan.planner.ir.placement import Evidence, Outlook, Placement, Site, Zone
+from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.spot import Interruption, SpotTrace
 from moeplan.planner.ir.workload import Workload
@@ -43,8 +45,9 @@ def place(
     offers: Sequence[Offer],
     trace: SpotTrace | None = None,
     interruptions: Sequence[Interruption] = (),
+    policies: Sequence[Policy] = (),
 ) -> Placement:
-    """Return where each choice of the fleet runs.
+    """Return where each choice of the fleet runs; `policies` are all that could have been chosen.
 
     Raises InfeasibleError where the trace says that no placement keeps the availability or the spread that
     the spec asks for: it tells what can be reached, and for how much.
@@ -54,6 +57,7 @@ def place(
         site = _by_rules(workload, choice, offers)
         if site.market == "spot" and site.serves == "online":
             site = _by_evidence(spec, fleet, choice, site, offers, trace, interruptions)
+            site = _hedged(site, choice, fleet, policies)
         sites.append(site)
     judged = [site.evidence for site in sites if site.on_demand_fallback]
     return Placement(
@@ -189,6 +193,34 @@ def _site(spec: Spec, rules: Site, wanted: Wanted, placed: Placed | None, eviden
         static=placed.static,
         notes=placed.notes,
     )
+
+
+def _hedged(site: Site, choice: Choice, fleet: Fleet, policies: Sequence[Policy]) -> Site:
+    """The site with a note on the cheapest backstop of another GPU type that serves the class by offloading.
+
+    It is an option with its price, no part of the plan: SkyServe cannot mix replicas, and runtime_min has never
+    run on a GPU.
+    """
+    own = choice.column.policy.machine.gpu
+    others = tuple(
+        f"{site.serves}-{re.sub('[^a-z0-9]+', '-', p.machine.name.lower()).strip('-')}-"
+        for p in policies
+        if p.machine.gpu != own and p.serves == site.serves and p.engine == "runtime_min"
+    )
+    backstops = [
+        other
+        for other in fleet.alternatives
+        if other.column.startswith(others) and other.column.endswith("-offload")
+    ]
+    if not backstops or site.outlook is None:
+        return site
+    best = min(backstops, key=lambda other: (other.cost_usd, other.column))
+    note = (
+        f"a hedge that is not deployed: {best.replicas} × {best.column} would serve everything for "
+        f"{best.cost_usd:.2f} USD/h (predicted only, runtime_min has never run on a GPU); on-demand "
+        f"stand-ins are expected to cost {site.outlook.stand_ins_usd_per_hour:.2f} USD/h"
+    )
+    return replace(site, notes=(*site.notes, note))
 
 
 def _ruled(spec: Spec, site: Site, notes: tuple[str, ...]) -> Site:

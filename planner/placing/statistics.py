@@ -131,6 +131,7 @@ def _outlook(market: Market, wanted: Wanted, best: Candidate, interval: Interval
         promised=0.0,
         shortfall=run.shortfall,
         usd_per_hour=best.usd_per_hour,
+        stand_ins_usd_per_hour=run.mean_on_demand * market.on_demand(best.zones),
         all_on_demand_usd_per_hour=wanted.replicas * market.all_on_demand,
         clairvoyant_usd_per_hour=0.0,
         preemptions_per_day=run.preemptions_per_day,

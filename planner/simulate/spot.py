@@ -94,6 +94,11 @@ class Replayed:
             / self.ticks.sum()
         )
 
+    @property
+    def mean_on_demand(self) -> float:
+        """On-demand replicas held, on average."""
+        return float(self.on_demand_ticks.sum() / self.ticks.sum())
+
     def daily_availability(self) -> Floats:
         return np.asarray(self.good_ticks / np.maximum(1, self.counted_ticks), dtype=np.float64)
 
