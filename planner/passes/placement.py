@@ -198,8 +198,8 @@ def _site(spec: Spec, rules: Site, wanted: Wanted, placed: Placed | None, eviden
 def _hedged(site: Site, choice: Choice, fleet: Fleet, policies: Sequence[Policy]) -> Site:
     """The site with a note on the cheapest backstop of another GPU type that serves the class by offloading.
 
-    It is an option with its price, no part of the plan: SkyServe cannot mix replicas, and runtime_min has never
-    run on a GPU.
+    It is an option with its price, no part of the plan: SkyServe cannot mix replicas, and runtime_min has
+    never run on a GPU.
     """
     own = choice.column.policy.machine.gpu
     others = tuple(
