@@ -49,4 +49,4 @@ examples: $(VENV)/.done
 	@for spec in examples/*/spec.yaml; do $(BIN)/moeplan compile $$spec || exit 1; done
 
 clean:
-	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache planner/programs/__pycache__ planner/simulate/__pycache__
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache planner/programs/__pycache__ planner/simulate/__pycache__ planner/placing/__pycache__

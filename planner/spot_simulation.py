@@ -160,7 +160,7 @@ def _online(
         if priced
         else run
     )
-    steps = min(trace.steps, manageable_steps(trace.step_s, cold_s, len(columns)))
+    steps = min(trace.steps, manageable_steps(trace.step_s, cold_s, len(columns), replicas))
     part = np.ascontiguousarray(trace.capacity[-steps:, columns])
     then = replay(part, trace.step_s, np.arange(len(columns)), usd, policy)
     return OnlineRun(

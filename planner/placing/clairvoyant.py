@@ -164,10 +164,11 @@ def clairvoyant_bound(
     return float(max(bounds) / len(blocks))
 
 
-def manageable_steps(step_s: float, cold_start_s: float, zones: int) -> int:
+def manageable_steps(step_s: float, cold_start_s: float, zones: int, replicas: int) -> int:
     """How many steps of a trace the bound can be found for in about a second."""
     block_steps, parts = _blocks(step_s, cold_start_s)
-    return max(2, _MOST_NODES * block_steps // ((zones + 2) * parts))
+    nodes = _MOST_NODES * 3 // max(3, replicas)  # a unit of flow takes a path of its own, at worst
+    return max(2, nodes * block_steps // ((zones + 2) * parts))
 
 
 def _blocks(step_s: float, cold_start_s: float) -> tuple[int, int]:

@@ -175,7 +175,7 @@ def _outlook(market: Market, wanted: Wanted, best: Candidate, trace: SpotTrace, 
 def _clairvoyant(market: Market, wanted: Wanted, best: Candidate) -> float:
     """The least bill of any policy with all the market's zones that is as available as ours was, over the
     last part of the trace that can be solved; scaled to the whole trace by our own bills."""
-    steps = manageable_steps(market.step_s, wanted.cold_start_s, len(market.usd_per_hour))
+    steps = manageable_steps(market.step_s, wanted.cold_start_s, len(market.usd_per_hour), wanted.replicas)
     part = replace(market, capacity=market.capacity[-steps:])
     run = replayed(part, wanted, best.zones, best.extra, best.base)
     bound = clairvoyant_bound(

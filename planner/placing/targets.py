@@ -17,9 +17,9 @@ import pulp
 from moeplan.planner.placing.decide import Market, Wanted
 
 _TAIL = 0.05
-_MOST_SCENARIOS = 150
+_MOST_SCENARIOS = 100
 _SPARE = 3  # a zone never gets more than this beyond what is needed
-_MOST_NODES = 2_000
+_MOST_NODES = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
