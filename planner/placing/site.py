@@ -148,7 +148,12 @@ def _left_out(found: Zoned, decision: Decision) -> list[str]:
         for z in range(len(found.names))
         if z not in decision.best.zones
     ]
-    return [f"left out: {', '.join(left)}"] if left else []
+    notes = [f"left out: {', '.join(left)}"] if left else []
+    if len(decision.best.zones) == 1:
+        notes.append(
+            "one zone only: a failure that its trace does not show takes all; `spread` asks for more"
+        )
+    return notes
 
 
 def _outlook(market: Market, wanted: Wanted, best: Candidate, trace: SpotTrace, kept: bool) -> Outlook:
