@@ -90,4 +90,4 @@ test-external: $(VENV)/.done $(SKYPILOT)/.done $(ENGINES)/.done $(VALIDATORS)/.d
 	$(BIN)/pytest -m external tests/external
 
 clean:
-	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache planner/programs/__pycache__ planner/simulate/__pycache__
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache planner/programs/__pycache__ planner/simulate/__pycache__ planner/placing/__pycache__

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from moeplan.codegen.decisions import decision_text
 from moeplan.codegen.emit.report import attained, caution, interval, latency, why_unrun
+from moeplan.codegen.placement import bill_lines
 from moeplan.planner.ir.analysis import Decision
 from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
@@ -29,6 +30,7 @@ def summary(
     lines += [f"  cost        {line}" for line in _cost_lines(plan)]
     if any(site.market == "spot" for site in plan.placement.sites):
         lines.append(f"  placement   {plan.placement.statement}")
+        lines += [f"  placement   {line}" for site in plan.placement.sites for line in bill_lines(site)]
     lines += [f"  next best   {line}" for line in _alternative_lines(plan)]
     lines += [f"  decided     {decision_text(decision)}" for decision in decisions]
     written = f"{changed} file{'s' * (changed > 1)} changed" if changed else "nothing changed"
@@ -41,14 +43,15 @@ def summary(
 
 def _choice_lines(choice: Choice, site: Site) -> list[str]:
     column, policy = choice.column, choice.column.policy
-    price = "" if column.market == "owned" else f", {choice.replicas * column.usd_per_hour:.2f} USD/h"
+    count = site.replicas + site.spot_overprovision
+    price = "" if column.market == "owned" else f", {count * column.usd_per_hour:.2f} USD/h"
     spare = f", {site.spot_overprovision} of them to spare" if site.spot_overprovision else ""
     engine = "offloaded under runtime_min" if policy.engine == "runtime_min" else "under vLLM"
     if policy.engine == "runtime_min" and not policy.gpus:
         engine = "from disk" if policy.weights_on == "disk" else "in memory"
     machine = f"{policy.machine.name} ({column.market}{price})"
     lines = [
-        f"  deploy      {choice.replicas} × {machine}{spare}, {engine}",
+        f"  deploy      {count} × {machine}{spare}, {engine}",
         f"  in flight   {policy.sequences} sequences, micro-batches of {policy.micro_batch}, {policy.dtype}",
         f"  reaches     {interval(policy.generated_tokens_per_s, '', ' tokens/s generated')} per replica"
         f" [{policy.generated_tokens_per_s.provenance}]",

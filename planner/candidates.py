@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moeplan.planner.diagnostics import CompileError, Diagnostic
 from moeplan.planner.inputs import Inputs
 from moeplan.planner.ir.machine import Machine, Offer
 from moeplan.planner.ir.spec import Spec
+from moeplan.planner.spot_traces import covers
 from moeplan.planner.suggest import nearest
 
 
@@ -18,7 +21,7 @@ def candidate_offers(spec: Spec, inputs: Inputs) -> tuple[Offer, ...]:
     if inputs.machine is not None:
         return ()
     _require_known(spec, inputs)
-    return tuple(
+    allowed = (
         offer
         for offer in inputs.catalog.offers
         if (not market.clouds or offer.cloud in market.clouds)
@@ -26,6 +29,17 @@ def candidate_offers(spec: Spec, inputs: Inputs) -> tuple[Offer, ...]:
         and (not market.gpus or machines[offer.machine].gpu in market.gpus)
         and (not market.machines or offer.machine in market.machines)
     )
+    return tuple(_traced(offer, inputs) for offer in allowed)
+
+
+def _traced(offer: Offer, inputs: Inputs) -> Offer:
+    """The offer, without its spot price where a trace of its machine knows nothing of its region."""
+    trace = inputs.spot_trace
+    if trace is None or not covers(trace, inputs.catalog.machines[offer.machine]):
+        return offer
+    if any((zone.cloud, zone.region) == (offer.cloud, offer.region) for zone in trace.zones):
+        return offer
+    return replace(offer, spot_usd_per_hour=None)
 
 
 def _require_known(spec: Spec, inputs: Inputs) -> None:

@@ -331,23 +331,6 @@ def run(
     raise typer.Exit(runtime_main(arguments, _recorder(plan, folders[0].name, profile) if profile else None))
 
 
-@app.command()
-def simulate(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="the plan folder")],
-    requests: Annotated[
-        Path,
-        typer.Option("--requests", help="a request trace: Azure's, Mooncake's or plain, see docs/spec.md"),
-    ],
-    rate: Annotated[
-        str, typer.Option("--rate", help="requests over time, such as 8/s [default: the trace's own]")
-    ] = "",
-) -> None:
-    """Replay a request trace against a plan's online replicas, in a queueing simulation."""
-    from moeplan.planner.replay import replay_requests
-
-    print(replay_requests(plan, requests, rate))
-
-
 def _recorder(plan: Path, replica: str, profile: Path) -> Callable[[Report], None]:
     """What adds a run's figures to `profile`; raises CompileError now if no row can be added there."""
     import json
@@ -381,6 +364,60 @@ def _recorder(plan: Path, replica: str, profile: Path) -> Callable[[Report], Non
         print(f"  profile    a row in {profile}{cold}; with `profile: {profile.name}` a spec follows it")
 
     return record
+
+
+@app.command()
+def simulate(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="the plan folder")],
+    requests: Annotated[
+        Path | None,
+        typer.Option("--requests", help="a request trace: Azure's, Mooncake's or plain, see docs/spec.md"),
+    ] = None,
+    rate: Annotated[
+        str, typer.Option("--rate", help="requests over time, such as 8/s [default: the trace's own]")
+    ] = "",
+    spot: Annotated[Path | None, typer.Option("--spot", help="a spot trace to replay over the plan")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="draw ready replicas over time (SVG)")] = None,
+) -> None:
+    """Replay traces against a plan.
+
+    --requests: latency of its online replicas, in a queueing simulation. --spot: availability, bill, shortfall
+    and preemptions of its spot replicas.
+    """
+    if requests is None and spot is None:
+        print("moeplan: nothing to replay\n  hint: --requests TRACE or --spot TRACE", file=sys.stderr)
+        raise typer.Exit(2)
+    if requests:
+        from moeplan.planner.replay import replay_requests
+
+        print(replay_requests(plan, requests, rate))
+    if spot:
+        _simulate_spot(plan, spot, plot)
+
+
+def _simulate_spot(plan: Path, spot: Path, plot: Path | None) -> None:
+    from moeplan.codegen.timeline import Curve, timeline_svg
+    from moeplan.codegen.write import write_file
+    from moeplan.planner.simulate.spot import TICK_S
+    from moeplan.planner.spot_simulation import OnlineRun, run_lines, simulate_spot
+
+    runs = simulate_spot(plan, spot)
+    print("\n".join(line for run in runs for line in run_lines(run)))
+    if plot is None:
+        return
+    curves = [
+        Curve(
+            name=run.column,
+            wanted=run.replicas,
+            tick_s=TICK_S,
+            spot=run.timeline[:, 0].tolist(),
+            on_demand=run.timeline[:, 1].tolist(),
+        )
+        for run in runs
+        if isinstance(run, OnlineRun)
+    ]
+    write_file(plot, timeline_svg(f"{plan.name} over {spot.name}: ready replicas", curves).encode())
+    print(f"wrote {plot}")
 
 
 @app.command()

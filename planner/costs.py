@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moeplan.planner.cold_start import cold_start
 from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.roofline import Roof
 from moeplan.planner.ir.workload import Operator, Workload
@@ -25,11 +26,6 @@ _HALF_BYTES = 2.0
 EIGHT_BITS, FOUR_BITS = 1.6, 0.6
 # Attention cores reach about half of the FLOP/s of matrix products (softmax between two small products).
 _ATTENTION_COMPUTE_SHARE = 0.5
-# Round figures for a cold start; SkyServe reports 183 s for Llama-2-7B under vLLM on AWS.
-_BOOT_S = 90.0
-_ENGINE_START_S = 45.0
-_IMAGE_BYTES = 10e9
-_NETWORK_BYTES_PER_S = 0.5e9
 
 
 def touched_expert_share(model: Model, tokens: Quantity) -> Quantity:
@@ -164,7 +160,7 @@ def prefill_flops(workload: Workload, sequences: Quantity, prompt: float) -> Qua
 
 def cold_start_s(workload: Workload) -> float:
     """Seconds from a launch request to the first answer: boot, image pull, weights, engine start."""
-    return _BOOT_S + (_IMAGE_BYTES + workload.model.weight_bytes()) / _NETWORK_BYTES_PER_S + _ENGINE_START_S
+    return cold_start(workload).seconds
 
 
 def held_bytes_per_parameter(stored: float, workload: Workload) -> float:

@@ -10,14 +10,17 @@ from typing import TypeVar
 
 from moeplan.planner.catalog import Catalog, facts_digest, load_catalog, load_machine
 from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
+from moeplan.planner.interruptions_file import read_interruptions
 from moeplan.planner.ir.machine import Machine
 from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.spec import Spec
+from moeplan.planner.ir.spot import Interruption, SpotTrace
 from moeplan.planner.ir.workload import ExpertPopularity
 from moeplan.planner.model_config import load_model
 from moeplan.planner.popularity_file import read_popularity
 from moeplan.planner.profile_file import ProfileRow, read_profile
 from moeplan.planner.request_files import PromptsFile, read_prompts
+from moeplan.planner.spot_traces import read_spot_trace
 from moeplan.planner.suggest import nearest
 from moeplan.planner.traces import RequestTrace, spec_trace
 from moeplan.planner.units import format_bytes
@@ -39,6 +42,8 @@ class Inputs:
     trace: RequestTrace | None
     profile: tuple[ProfileRow, ...] = ()
     popularity: tuple[ExpertPopularity, ...] = ()
+    spot_trace: SpotTrace | None = None
+    interruptions: tuple[Interruption, ...] = ()
 
 
 def load_inputs(spec: Spec, machine_file: Path | None = None) -> Inputs:
@@ -61,6 +66,8 @@ def load_inputs(spec: Spec, machine_file: Path | None = None) -> Inputs:
     prompts = _try(problems, lambda: read_prompts(spec, folder))
     trace = _try(problems, lambda: spec_trace(spec, folder))
     popularity = _try(problems, lambda: _popularity(spec, folder, model)) if model else ()
+    spot_trace = _try(problems, lambda: _spot_trace(spec, catalog, folder))
+    interruptions = _try(problems, lambda: _interruptions(spec, catalog, folder)) or ()
     if problems or model is None or profile is None or popularity is None:
         raise CompileError(*problems)
     return Inputs(
@@ -71,6 +78,8 @@ def load_inputs(spec: Spec, machine_file: Path | None = None) -> Inputs:
         trace=trace,
         profile=profile,
         popularity=popularity,
+        spot_trace=spot_trace,
+        interruptions=interruptions,
     )
 
 
@@ -130,6 +139,20 @@ def _popularity(spec: Spec, folder: Path, model: Model) -> tuple[ExpertPopularit
     return read_popularity(folder / spec.model.popularity, spec.span("model.popularity"), model)
 
 
+def _spot_trace(spec: Spec, catalog: Catalog, folder: Path) -> SpotTrace | None:
+    if not spec.market.spot_trace:
+        return None
+    regions = {(offer.cloud, offer.region) for offer in catalog.offers}
+    return read_spot_trace(folder / spec.market.spot_trace, spec.span("market.spot_trace"), regions)
+
+
+def _interruptions(spec: Spec, catalog: Catalog, folder: Path) -> tuple[Interruption, ...]:
+    if not spec.market.interruptions:
+        return ()
+    offers = {(offer.cloud, offer.region, offer.machine) for offer in catalog.offers}
+    return read_interruptions(folder / spec.market.interruptions, spec.span("market.interruptions"), offers)
+
+
 def _named(kind: str, name: str, known: Mapping[str, _T], span: Span) -> _T:
     if name in known:
         return known[name]
@@ -165,6 +188,7 @@ def input_digests(spec: Spec, text: bytes, machine_file: Path | None) -> dict[st
         "trace": online.trace_file if online else "",
         "profile": spec.profile_file,
         "popularity": spec.model.popularity,
+        "interruptions": spec.market.interruptions,
         "machine": machine.file if machine and machine_file is None else "",
     }
     paths = {key: folder / name for key, name in named.items() if name}
@@ -174,4 +198,8 @@ def input_digests(spec: Spec, text: bytes, machine_file: Path | None) -> dict[st
         config = folder / spec.model.path
         paths["model"] = config / "config.json" if config.is_dir() else config
     contents = {"spec": text, **{key: path.read_bytes() for key, path in paths.items()}}
+    if spec.market.spot_trace:
+        trace = folder / spec.market.spot_trace
+        files = sorted(trace.glob("*.json")) if trace.is_dir() else [trace]
+        contents["spot_trace"] = b"".join(file.read_bytes() for file in files)
     return {key: hashlib.sha256(content).hexdigest() for key, content in sorted(contents.items())}

@@ -102,6 +102,8 @@ PROMPTS_PATH = replace(PATH, examples=("requests.jsonl",))
 TRACE_PATH = replace(PATH, examples=("trace.csv",))
 POPULARITY_PATH = replace(PATH, examples=("popularity.csv",))
 PROFILE_PATH = replace(PATH, examples=("profile.csv",))
+SPOT_TRACE_PATH = replace(PATH, examples=("spot.csv.gz", "./pings"))
+INTERRUPTIONS_PATH = replace(PATH, examples=("interruptions.csv",))
 MACHINE_PATH = replace(PATH, examples=("machine.yaml",))
 FOLDER = replace(PATH, examples=("./catalog",))
 IMAGE = Scalar(
@@ -278,6 +280,15 @@ MACHINE = Block(
         "memory": Field(kind=MEMORY, doc="how much host memory a plan may use; default 80 % of it"),
     },
 )
+SPREAD = Block(
+    short="over",
+    fields={
+        "over": Field(kind=choice("zone", "region", "cloud"), required=True, doc="what may fail as a whole"),
+        "floor": Field(
+            kind=SHARE, default="50%", doc="share of the replicas that must be left after the loss of any one"
+        ),
+    },
+)
 MARKET = Block(
     fields={
         "clouds": Field(
@@ -297,7 +308,21 @@ MARKET = Block(
         "availability": Field(
             kind=PROMISE,
             default="99%",
-            doc="wanted share of time with enough replicas (recorded; promised only with evidence)",
+            doc="wanted share of time with enough replicas; promised only with evidence",
+        ),
+        "spot_trace": Field(
+            kind=SPOT_TRACE_PATH,
+            doc="what zones could launch over time (CSV, NPZ, or a folder of ping traces): spot replicas are "
+            "placed by replaying it",
+        ),
+        "interruptions": Field(
+            kind=INTERRUPTIONS_PATH,
+            doc="a CSV of cloud,region,instance,interruption (`<5%`, `5-10%`, `>20%` in a month), where "
+            "there is no trace",
+        ),
+        "spread": Field(
+            kind=SPREAD,
+            doc="online spot replicas survive the loss of a zone, region or cloud; short: `region`",
         ),
     }
 )

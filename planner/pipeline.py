@@ -100,8 +100,9 @@ def compile_inputs(spec: Spec, inputs: Inputs, trace: Trace | None = None) -> Pl
     for made in replicas:
         if made.pipeline:
             verify.verify_schedule(made.pipeline.schedule, made.policy)
-    placement = run("placement", lambda: place(spec, workload, fleet, offers))
-    verify.verify_placement(fleet, placement)
+    evidence = inputs.spot_trace, inputs.interruptions
+    placement = run("placement", lambda: place(spec, workload, fleet, offers, *evidence, policies))
+    verify.verify_placement(spec, fleet, placement)
     return Plan(
         spec=spec,
         workload=workload,

@@ -21,6 +21,7 @@ from moeplan.planner.ir.spec import (
     SizeSpec,
     Slo,
     Spec,
+    SpreadSpec,
     WorkloadSpec,
 )
 from moeplan.planner.language import SPEC, Block, Kind, Listing, Scalar, Table
@@ -328,4 +329,11 @@ def _market(data: Mapping[str, Any]) -> MarketSpec:
         budget_usd_per_hour=data.get("budget"),
         quota=data.get("quota", {}),
         availability=float(data.get("availability", 0.99)),
+        spot_trace=data.get("spot_trace", ""),
+        interruptions=data.get("interruptions", ""),
+        spread=_spread(data["spread"]) if "spread" in data else None,
     )
+
+
+def _spread(data: Mapping[str, Any]) -> SpreadSpec:
+    return SpreadSpec(over=data["over"], floor=float(data.get("floor", 0.5)))

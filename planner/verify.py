@@ -159,9 +159,29 @@ def verify_schedule(schedule: Schedule, policy: Policy) -> None:
         )
 
 
-def verify_placement(fleet: Fleet, placement: Placement) -> None:
-    """Each replica of the fleet has a site, and rented ones have regions."""
+def verify_placement(spec: Spec, fleet: Fleet, placement: Placement) -> None:
+    """Each choice of the fleet has a site, rented ones have zones, spares keep the quota, and nothing is
+    promised without evidence."""
     for choice, site in zip(fleet.choices, placement.sites, strict=True):
         _require(site.column == choice.column.name, "sites follow the fleet's order")
-        _require(site.replicas + site.spot_overprovision == choice.replicas, f"{site.column} is placed")
-        _require(bool(site.zones) == (site.market != "owned"), f"{site.column} has regions")
+        held = site.replicas + (site.spot_overprovision if site.evidence == "none" else 0)
+        exact = site.evidence == "none"  # with evidence the placement decides how many are to spare
+        _require(held == choice.replicas if exact else held <= choice.replicas, f"{site.column} is placed")
+        _require(bool(site.zones) == (site.market != "owned"), f"{site.column} has zones")
+        _require(0 <= site.on_demand_base <= site.replicas, f"{site.column} has a base of its own replicas")
+        _require((site.evidence == "none") == (site.outlook is None), f"{site.column} says what it knows")
+        if site.outlook is not None:
+            seen = site.outlook.availability
+            _require(0 <= seen.low <= seen.value <= seen.high <= 1, f"{site.column} has an interval")
+            _require(site.evidence == "trace" or not site.outlook.promised, "bands carry no promise")
+            _require(
+                site.outlook.clairvoyant_usd_per_hour <= site.outlook.usd_per_hour * (1 + _SLACK),
+                f"{site.column}: no policy is cheaper than the clairvoyant",
+            )
+    for gpu, most in spec.market.quota.items():
+        held = sum(
+            (site.replicas + site.spot_overprovision) * choice.column.policy.machine.gpus
+            for choice, site in zip(fleet.choices, placement.sites, strict=True)
+            if choice.column.policy.machine.gpu == gpu
+        )
+        _require(held <= most, f"the placement keeps the {gpu} quota")

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moeplan.planner.diagnostics import CompileError, Span
-from moeplan.planner.ir.spec import MarketSpec, Slo
+from moeplan.planner.ir.spec import MarketSpec, Slo, SpreadSpec
 from moeplan.planner.spec import parse_spec
 
 FULL = """\
@@ -38,6 +38,9 @@ market:
   budget: $20/h
   quota: {T4: 8, L4: 0}
   availability: 0.995
+  spot_trace: spot.csv
+  interruptions: bands.csv
+  spread: {over: region, floor: 40%}
 catalog: ./own
 """
 SHORT = """\
@@ -52,6 +55,11 @@ def problems(text: str | bytes) -> str:
     with pytest.raises(CompileError) as caught:
         parse_spec(text, "spec.yaml")
     return str(caught.value)
+
+
+def test_spread_may_be_one_word() -> None:
+    text = SHORT.replace("machine: {file: box.yaml, memory: 24 GiB}", "market: {spread: zone}")
+    assert parse_spec(text, "spec.yaml").market.spread == SpreadSpec(over="zone", floor=0.5)
 
 
 def test_everything_in_base_units() -> None:
@@ -76,6 +84,9 @@ def test_everything_in_base_units() -> None:
         budget_usd_per_hour=20.0,
         quota={"T4": 8, "L4": 0},
         availability=0.995,
+        spot_trace="spot.csv",
+        interruptions="bands.csv",
+        spread=SpreadSpec(over="region", floor=0.4),
     )
     assert (spec.model.path, spec.model.dtype, spec.catalog) == ("./checkpoint", "float32", "./own")
 
@@ -205,7 +216,11 @@ def test_huge_file_is_refused_unread() -> None:
 
 
 def test_all_problems_at_once_in_file_order() -> None:
-    text = FULL.replace("requests: 1000", "requests: 0").replace("1.5h", "soon").replace("spot", "sport")
+    text = (
+        FULL.replace("requests: 1000", "requests: 0")
+        .replace("1.5h", "soon")
+        .replace("purchase: spot", "purchase: sport")
+    )
     found = problems(text.replace("  path:", "  pth:"))
     codes = [
         line.rpartition("[")[2].rstrip("]") for line in found.splitlines() if line.startswith("spec.yaml")

@@ -109,4 +109,4 @@ def test_placement_counts(plan: Plan) -> None:
         plan.placement, sites=(replace(site, replicas=site.replicas + 1), *plan.placement.sites[1:])
     )
     with pytest.raises(VerificationError, match="is placed"):
-        verify.verify_placement(plan.fleet, short)
+        verify.verify_placement(plan.spec, plan.fleet, short)

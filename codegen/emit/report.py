@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeplan.codegen.emit.chart import chart_path
+from moeplan.codegen.placement import site_lines
 from moeplan.codegen.render import render
 from moeplan.codegen.vllm import vllm_arguments
 from moeplan.planner.ir.attainment import ClassAttainment, Percentiles
@@ -34,6 +35,7 @@ def values(plan: Plan) -> dict[str, Any]:
         "model": plan.workload.model,
         "classes": [_class_line(requests) for requests in plan.workload.classes],
         "deploy": [_deploy_row(c, s) for c, s in zip(plan.fleet.choices, plan.placement.sites, strict=True)],
+        "sites": [site_lines(site) for site in plan.placement.sites if site.market == "spot"],
         "rented": plan.fleet.usd_per_hour > 0,
         "usd_per_hour": f"{plan.fleet.usd_per_hour:.2f}",
         "token_prices": [
@@ -123,7 +125,7 @@ def _class_line(requests: RequestClass) -> str:
 
 
 def _deploy_row(choice: Choice, site: Site) -> dict[str, str]:
-    regions = ", ".join(f"{zone.cloud}/{zone.region}" for zone in site.zones) or "yours"
+    regions = ", ".join(dict.fromkeys(f"{zone.cloud}/{zone.region}" for zone in site.zones)) or "yours"
     return {
         "name": site.column,
         "replicas": _count(site),

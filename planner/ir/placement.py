@@ -1,4 +1,4 @@
-"""The Placement level: which regions, spot or on-demand, and what is promised on what evidence."""
+"""The Placement level: which zones, spot or on-demand, and what is promised on what evidence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Evidence = Literal["trace", "statistics", "none"]
 class Zone:
     """A place that may hold replicas, and its hourly price of one machine there.
 
-    No `zone`: the whole region.
+    `zone` is empty where only the region is known. `spot_target` and `on_demand_target` are how many machines
+    a deployment without SkyServe's policy keeps here (autoscaling groups, managed instance groups).
     """
 
     cloud: Cloud
@@ -24,6 +25,54 @@ class Zone:
     usd_per_hour: float
     on_demand_usd_per_hour: float
     zone: str = ""
+    spot_target: int = 0
+    on_demand_target: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """90 % of outcomes are expected within `low` to `high`."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What a site's spot replicas are expected to do, on evidence of `span_s` in steps of `step_s`.
+
+    `availability` is the share of a week with enough ready replicas. `promised` is what the plan stands for,
+    0 where the evidence cannot carry a promise. `shortfall` is the mean share of replicas missing. Bills are
+    of the site, per hour: expected (of which on-demand stand-ins), with on-demand machines only, and the
+    least of any policy that knows the future (0: not computed). `independent_availability` is what
+    independence of zones would have promised.
+    """
+
+    basis: str
+    start: str
+    span_s: float
+    step_s: float
+    availability: Interval
+    promised: float
+    shortfall: float
+    usd_per_hour: float
+    stand_ins_usd_per_hour: float
+    all_on_demand_usd_per_hour: float
+    clairvoyant_usd_per_hour: float
+    preemptions_per_day: float
+    independent_availability: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticTargets:
+    """What the fixed targets of a site's zones come to, for a deployment without SkyServe's policy.
+
+    `shortfall` is the mean share of replicas missing in the worst 5 % of scenarios.
+    """
+
+    usd_per_hour: float
+    shortfall: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +81,8 @@ class Site:
 
     `spot_overprovision` more spot replicas than needed are kept; `on_demand_fallback` lets on-demand
     replicas stand in while spot is short; `on_demand_base` of them always run. `cold_start_s` is from a
-    launch request to the first answer. No zones: the user's own machine.
+    launch request to the first answer. No zones: the user's own machine. `outlook` is None where nothing is
+    known of the zones. `notes` say which zones were left out and why, and what else there is to know.
     """
 
     column: str
@@ -44,11 +94,16 @@ class Site:
     on_demand_base: int
     on_demand_fallback: bool
     cold_start_s: float
+    evidence: Evidence = "none"
+    outlook: Outlook | None = None
+    static: StaticTargets | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """All sites. `evidence` is what the availability statement rests on; without any, nothing is promised."""
+    """All sites. `evidence` is the weakest that the availability statement rests on; without any, nothing is
+    promised."""
 
     sites: tuple[Site, ...]
     evidence: Evidence

@@ -11,6 +11,7 @@ from moeplan.planner.diagnostics import Span
 Dtype = Literal["bf16", "fp16", "float32"]
 Quantize = Literal["never", "fp8"]
 Cloud = Literal["aws", "gcp", "azure"]
+Domain = Literal["zone", "region", "cloud"]
 Purchase = Literal["any", "spot", "on-demand"]
 
 
@@ -85,6 +86,14 @@ class MachineRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpreadSpec:
+    """The share `floor` of replicas outlives the loss of any one zone, region or cloud."""
+
+    over: Domain
+    floor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MarketSpec:
     """Where machines may be taken from. Empty tuples mean no restriction."""
 
@@ -96,6 +105,9 @@ class MarketSpec:
     budget_usd_per_hour: float | None = None
     quota: Mapping[str, int] = field(default_factory=dict)
     availability: float = 0.99
+    spot_trace: str = ""
+    interruptions: str = ""
+    spread: SpreadSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
