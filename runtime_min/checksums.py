@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from moeplan.runtime_min.checkpoint import CheckpointError, TensorRef, read_header, read_json
@@ -12,6 +14,7 @@ from moeplan.runtime_min.errors import RunError, written
 
 NAME = "checksums.json"
 _BLOCK_BYTES = 1 << 20
+_POLYNOMIAL = 0xEDB88320  # of CRC-32, its lowest power in the highest bit
 
 Checksums = Mapping[str, int]  # tensor -> CRC-32 of its bytes as stored
 
@@ -49,10 +52,85 @@ def read_checksums(folder: Path) -> Checksums | None:
         raise CheckpointError([f"{path}: is not a map of tensors to checksums"]) from None
 
 
-def verify_tensor(sums: Checksums, ref: TensorRef, data: memoryview) -> None:
-    """Raise RunError where `data`, the tensor's bytes as stored, are not those that were noted."""
-    if ref.name in sums and zlib.crc32(data) != sums[ref.name]:
-        raise RunError(_corrupt(ref), "restore the file; records already written are good")
+class Verification:
+    """Compares tensors with `sums` while they are read: each once, in pieces that come in any order.
+
+    Pieces may come from several threads at once. Those of a tensor that is read again have to be cut as the
+    first time; they count once.
+    """
+
+    def __init__(self, sums: Checksums) -> None:
+        self._sums = sums
+        self._pieces: dict[str, dict[int, tuple[int, int]]] = {name: {} for name in sums}  # first: bytes, crc
+        self._bytes = dict.fromkeys(sums, 0)  # of all pieces of a tensor
+        self._lock = threading.Lock()
+
+    def awaits(self, name: str) -> bool:
+        """Whether the tensor is still to be verified."""
+        return name in self._pieces
+
+    def piece(self, ref: TensorRef, first: int, data: memoryview) -> None:
+        """Take in the tensor's stored bytes from byte `first` on; raises RunError where they complete a
+        tensor that is corrupt."""
+        if not self.awaits(ref.name):
+            return
+        crc = zlib.crc32(data)
+        with self._lock:
+            pieces = self._pieces.get(ref.name)
+            if pieces is None or first in pieces:  # another read of the tensor was faster
+                return
+            pieces[first] = (len(data), crc)
+            self._bytes[ref.name] += len(data)
+            if self._bytes[ref.name] < ref.nbytes:
+                return
+            del self._pieces[ref.name]
+        whole = 0
+        for _, (nbytes, crc) in sorted(pieces.items()):
+            whole = joined_crc(whole, crc, nbytes)
+        if whole != self._sums[ref.name]:
+            raise RunError(_corrupt(ref), "restore the file; records already written are good")
+
+
+def verification(folder: Path, names: Iterable[str]) -> Verification:
+    """For a run that reads tensors `names` of `folder`; without checksums.json none is verified.
+
+    Raises CheckpointError where the file cannot be read, or lacks one of them.
+    """
+    sums = read_checksums(folder)
+    if sums is None:
+        return Verification({})
+    lacking = [f"{folder / NAME}: {name}: has no checksum" for name in names if name not in sums]
+    if lacking:
+        raise CheckpointError(lacking)
+    return Verification({name: sums[name] for name in names})
+
+
+def joined_crc(first: int, second: int, second_bytes: int) -> int:
+    """The CRC-32 of two pieces from that of each, the second `second_bytes` long.
+
+    A CRC is a remainder of polynomials over GF(2); bytes that follow multiply what came before by x^8 each.
+    """
+    return _product(_power(second_bytes), first) ^ second
+
+
+@functools.lru_cache
+def _power(nbytes: int) -> int:
+    """x^(8 nbytes) modulo the polynomial."""
+    result, square = 1 << 31, 1 << 23  # 1 and x^8
+    while nbytes:
+        result = _product(result, square) if nbytes & 1 else result
+        square, nbytes = _product(square, square), nbytes >> 1
+    return result
+
+
+def _product(a: int, b: int) -> int:
+    """a b modulo the polynomial."""
+    product = 0
+    for power in range(31, -1, -1):
+        if a >> power & 1:
+            product ^= b
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
 
 
 def _corrupt(ref: TensorRef) -> str:

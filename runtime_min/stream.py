@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moeplan.runtime_min import amx
 from moeplan.runtime_min.checkpoint import find_tensors
+from moeplan.runtime_min.checksums import verification
 from moeplan.runtime_min.cpu import keep_freed_memory
 from moeplan.runtime_min.decode_attention import prepare
 from moeplan.runtime_min.engine import Active, Batches, Generation, goes_on, groups
@@ -243,7 +244,8 @@ class Engine(Stream):
         prepare()
         amx.usable()
         dtype = DTYPES[m.compute_dtype]
-        self._pages = PageStore(refs, m.layers, pages, lambda *at: page_names(m, pages, *at), dtype)
+        sums = verification(checkpoint, refs)
+        self._pages = PageStore(refs, m.layers, pages, lambda *at: page_names(m, pages, *at), dtype, sums)
         lanes = Lanes(schedule, pages.readers)
         super().__init__(plan, StreamModel(plan, self.config, self._pages), lanes, self._pages.blocks)
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
+from moeplan.runtime_min.checksums import write_checksums
 from moeplan.runtime_min.engine import Generation
+from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.lanes import Lanes
 from moeplan.runtime_min.offload import Offload
 from moeplan.runtime_min.pages import ReadError
@@ -304,6 +306,28 @@ def test_a_shard_cut_short_ends_the_run(model, tmp_path):
         with pytest.raises(ReadError, match=r"model\.safetensors: .*w[123]\.weight: cannot be read"):
             engine.run(generations(LENGTHS))
     assert not any(thread.is_alive() for threads in engine.lanes._threads.values() for thread in threads)
+
+
+@pytest.mark.parametrize("slots", [0, 6])
+def test_a_corrupt_tensor_ends_the_run(model, tmp_path, slots):
+    """A tensor that is loaded, or read in pieces by the disk lane, which cuts it where its pages end."""
+    folder, _ = model
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(folder, copy)
+    write_checksums(copy)
+    plan = make_offload_plan(SHAPE, slots=slots, disk_experts=3 if slots else 0)
+    pages = 3 if slots else 0
+    with Rehearsal(tmp_path / "whole", copy, plan, pages_from_disk=pages) as engine:
+        engine.run(generations(LENGTHS))
+    ref = engine._memory._refs["model.layers.2.block_sparse_moe.experts.4.w3.weight"]
+    data = bytearray(ref.path.read_bytes())
+    data[ref.offset + ref.nbytes - 1] ^= 1
+    ref.path.write_bytes(data)
+    with (
+        pytest.raises(RunError, match=rf"model\.safetensors: {ref.name}: is corrupt"),
+        Rehearsal(tmp_path / "corrupt", copy, plan, pages_from_disk=pages) as engine,
+    ):
+        engine.run(generations(LENGTHS))
 
 
 @pytest.mark.parametrize(
