@@ -104,7 +104,7 @@ def offload_figures(
     problem, point = point_of(workload, requests, roofline, policy, sequences)
     if requests.name == "online":
         return online_figures(problem, point, bucket, slower)
-    prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.sequences)).seconds
+    prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.units.prompts)).seconds
     decode = _pass_time(problem, point, problem.decode_lanes(point)).seconds
     return batch_figures(requests, sequences, prefill * slower.prefill, decode * slower.decode)
 
@@ -147,7 +147,7 @@ def policy_of(problem: Costs, point: Point) -> Policy:
     roofline, requests = problem.roofline, problem.requests
     experts, u = problem.workload.model.experts, point.units
     gpus, copies, micro, count = (int(v[0]) for v in (u.gpus, u.copies, u.micro_batch, u.micro_batches))
-    prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.sequences))
+    prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.units.prompts))
     decode = _pass_time(problem, point, problem.decode_lanes(point))
     flying = micro * count * copies
     rates = batch_rates(roofline, requests, micro * count, prefill, decode, gpus, copies)
