@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from moeplan.planner.ir.machine import Machine
     from moeplan.planner.ir.plan import Plan
+    from moeplan.planner.ir.workload import Workload
     from moeplan.planner.pipeline import Trace
     from moeplan.runtime_min.report import Report
 
@@ -340,13 +341,35 @@ def _compile(spec: Path, machine: Path | None, trace: Trace | None) -> tuple[Pla
     from moeplan.planner.pipeline import compile_plan
 
     text = spec.read_bytes()
-    plan = compile_plan(text, str(spec), machine, trace)
+    plan = compile_plan(text, str(spec), machine, trace, _unrunnable)
     digests = {**input_digests(plan.spec, text, machine), "facts": plan.facts_sha256}
     solver = {
         "status": plan.fleet.solver_status,
         "gap": 0.0 if plan.fleet.solver_status == "optimal" else None,
     }
     return plan, with_lock(emit_all(plan), digests, solver)
+
+
+def _unrunnable(checkpoint: Path, workload: Workload) -> tuple[str, ...]:
+    """What the runtime would refuse in a checkpoint's config.json when it opens it; nothing of a file that is
+    no checkpoint's."""
+    from moeplan.codegen.emit.runtime import model_plan
+    from moeplan.runtime_min.checkpoint import CheckpointError
+    from moeplan.runtime_min.model_config import read_config
+    from moeplan.runtime_min.plan_file import ARCHITECTURES
+
+    file = checkpoint / "config.json" if checkpoint.is_dir() else checkpoint
+    if file.name != "config.json":
+        return ()
+    source = workload.model.source  # the same wherever the checkpoint lies, as plans have to be
+    if workload.model.model_type not in ARCHITECTURES:
+        return (f"{source}: model_type is {workload.model.model_type!r}, it runs {', '.join(ARCHITECTURES)}",)
+    longest = max(requests.context_tokens_max for requests in workload.classes)
+    try:
+        read_config(file.parent, model_plan(workload, "", workload.dtype), longest)
+    except CheckpointError as error:
+        return tuple(problem.replace(str(file), source) for problem in error.problems)
+    return ()
 
 
 def _checkpoint_option(spec: Path, folder: Path, plan: Plan) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from moeplan.planner.passes.workload import build_workload
 from moeplan.planner.spec import parse_spec
 
 _T = TypeVar("_T")
+Unrunnable = Callable[[Path, Workload], Sequence[str]]  # a checkpoint -> what is wrong with it
 
 
 class Trace:
@@ -43,11 +44,16 @@ class Trace:
 
 
 def compile_plan(
-    text: str | bytes, path: str, machine_file: Path | None = None, trace: Trace | None = None
+    text: str | bytes,
+    path: str,
+    machine_file: Path | None = None,
+    trace: Trace | None = None,
+    unrunnable: Unrunnable = lambda checkpoint, workload: (),
 ) -> Plan:
     """Lower spec text to a Plan; `machine_file` replaces the spec's machine or market.
 
-    The same text and input files give the same Plan. Raises CompileError (bad input) or its subclass
+    `unrunnable` says why the bundled runtime refuses the spec's checkpoint: then no policy is for that
+    runtime. The same text and input files give the same Plan. Raises CompileError (bad input) or its subclass
     InfeasibleError (no plan exists), and VerificationError on a bug of ours.
     """
     run = (trace or Trace()).run
@@ -62,13 +68,14 @@ def compile_plan(
     for roofline in rooflines:
         verify.verify_roofline(roofline)
     limit = spec.machine.memory_bytes if spec.machine else None
-    found = run("policies", lambda: tuple(find_policies(workload, roofline, limit) for roofline in rooflines))
+    refused = unrunnable(Path(path).parent / spec.model.path, workload) if spec.model.path else ()
+    found = run("policies", lambda: tuple(find_policies(workload, r, limit, refused) for r in rooflines))
     predicted = tuple(policy for accepted, _ in found for policy in accepted)
     if len(machines) == 1:  # on a market offloaded replicas are chosen last, and their machines are many
         predicted = run("micro-batches", lambda: tuple(_regrouped(workload, rooflines, p) for p in predicted))
     profiled = run("profile", lambda: apply_profile(workload, rooflines, predicted, inputs.profile))
     policies = profiled.policies
-    rejections = (*(refusal for _, refused in found for refusal in refused), *profiled.rejections)
+    rejections = (*(refusal for _, refusals in found for refusal in refusals), *profiled.rejections)
     for policy in policies:
         verify.verify_policy(policy)
     fleet = run("fleet", lambda: choose_fleet(spec, workload, policies, rejections, offers))

@@ -11,7 +11,8 @@ from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import NO_PAGES, Policy
 from moeplan.planner.ir.schedule import Constants, OffloadConstants, Schedule
-from moeplan.planner.ir.workload import RequestClass
+from moeplan.planner.ir.spec import Dtype
+from moeplan.planner.ir.workload import RequestClass, Workload
 from moeplan.runtime_min import plan_file
 
 
@@ -38,7 +39,7 @@ def _runtime_plan(plan: Plan, replica: Replica, schedule: Schedule, text: str) -
         name=f"{plan.spec.name}/{replica.name}",
         device="accelerator" if policy.gpus else "cpu",
         threads=policy.threads,
-        model=_model_plan(plan, policy),
+        model=model_plan(plan.workload, plan.spec.model.path, policy.dtype),
         batch=_batch_plan(policy, requests),
         pages=_page_plan(policy, schedule.constants),
         offload=_offload_plan(plan, policy) if policy.gpus else plan_file.NO_OFFLOAD,
@@ -56,12 +57,13 @@ def _runtime_plan(plan: Plan, replica: Replica, schedule: Schedule, text: str) -
     )
 
 
-def _model_plan(plan: Plan, policy: Policy) -> plan_file.ModelPlan:
-    model = plan.workload.model.as_one_expert()
+def model_plan(workload: Workload, checkpoint: str, dtype: Dtype) -> plan_file.ModelPlan:
+    """The shape that the runtime is to find in `checkpoint`, computed in `dtype`."""
+    model = workload.model.as_one_expert()
     return plan_file.ModelPlan(
         architecture=model.model_type,
-        checkpoint=plan.spec.model.path,
-        compute_dtype=policy.dtype,
+        checkpoint=checkpoint,
+        compute_dtype=dtype,
         layers=model.layers,
         hidden=model.hidden,
         heads=model.attention.heads,
