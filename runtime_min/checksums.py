@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 import threading
@@ -59,50 +60,63 @@ class Verification:
     first time; they count once.
     """
 
-    def __init__(self, sums: Checksums) -> None:
+    def __init__(self, tensors: Iterable[TensorRef], sums: Checksums) -> None:
         self._sums = sums
-        self._pieces: dict[str, dict[int, tuple[int, int]]] = {name: {} for name in sums}  # first: bytes, crc
-        self._bytes = dict.fromkeys(sums, 0)  # of all pieces of a tensor
+        self._tensors: dict[Path, list[TensorRef]] = {}  # by place in the file
+        for ref in sorted(tensors, key=lambda ref: ref.offset):
+            if ref.nbytes:
+                self._tensors.setdefault(ref.path, []).append(ref)
+        refs = [ref for found in self._tensors.values() for ref in found]
+        self._pieces: dict[TensorRef, dict[int, tuple[int, int]]] = {ref: {} for ref in refs}  # bytes, crc
+        self._bytes = dict.fromkeys(refs, 0)  # of all pieces of a tensor
         self._lock = threading.Lock()
 
-    def awaits(self, name: str) -> bool:
-        """Whether the tensor is still to be verified."""
-        return name in self._pieces
+    def awaits(self, path: Path, offset: int) -> bool:
+        """Whether the tensor that has byte `offset` of the file is still to be verified."""
+        return self._at(path, offset) in self._pieces
 
-    def piece(self, ref: TensorRef, first: int, data: memoryview) -> None:
-        """Take in the tensor's stored bytes from byte `first` on; raises RunError where they complete a
-        tensor that is corrupt."""
-        if not self.awaits(ref.name):
+    def piece(self, path: Path, offset: int, data: memoryview) -> None:
+        """Take in bytes of one tensor from byte `offset` of the file on; raises RunError where they complete
+        a tensor that is corrupt."""
+        ref = self._at(path, offset)
+        if ref is None or ref not in self._pieces:
             return
         crc = zlib.crc32(data)
         with self._lock:
-            pieces = self._pieces.get(ref.name)
-            if pieces is None or first in pieces:  # another read of the tensor was faster
+            pieces = self._pieces.get(ref)
+            if pieces is None or offset in pieces:  # another read of the tensor was faster
                 return
-            pieces[first] = (len(data), crc)
-            self._bytes[ref.name] += len(data)
-            if self._bytes[ref.name] < ref.nbytes:
+            pieces[offset] = (len(data), crc)
+            self._bytes[ref] += len(data)
+            if self._bytes[ref] < ref.nbytes:
                 return
-            del self._pieces[ref.name]
+            del self._pieces[ref]
         whole = 0
         for _, (nbytes, crc) in sorted(pieces.items()):
             whole = joined_crc(whole, crc, nbytes)
         if whole != self._sums[ref.name]:
             raise RunError(_corrupt(ref), "restore the file; records already written are good")
 
+    def _at(self, path: Path, offset: int) -> TensorRef | None:
+        refs = self._tensors.get(path, [])
+        number = bisect.bisect_right(refs, offset, key=lambda ref: ref.offset)
+        return refs[number - 1] if number else None
 
-def verification(folder: Path, names: Iterable[str]) -> Verification:
-    """For a run that reads tensors `names` of `folder`; without checksums.json none is verified.
 
-    Raises CheckpointError where the file cannot be read, or lacks one of them.
+def verification(folder: Path, paths: Iterable[Path]) -> Verification:
+    """For a run that reads files `paths` of `folder`; without checksums.json none is verified.
+
+    Raises CheckpointError where checksums.json cannot be read, or lacks one of their tensors.
     """
     sums = read_checksums(folder)
     if sums is None:
-        return Verification({})
-    lacking = [f"{folder / NAME}: {name}: has no checksum" for name in names if name not in sums]
-    if lacking:
-        raise CheckpointError(lacking)
-    return Verification({name: sums[name] for name in names})
+        return Verification([], {})
+    problems: list[str] = []
+    tensors = [ref for path in sorted(set(paths)) for ref in read_header(path, problems).values()]
+    problems += [f"{folder / NAME}: {ref.name}: has no checksum" for ref in tensors if ref.name not in sums]
+    if problems:
+        raise CheckpointError(problems)
+    return Verification(tensors, sums)
 
 
 def joined_crc(first: int, second: int, second_bytes: int) -> int:

@@ -126,7 +126,8 @@ class Offload(Batches):
         check_device_and_host(path, plan, experts, self._buffers, shapes)
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
-        self._memory = Memory(experts, self._buffers, refs, device, verification(checkpoint, refs))
+        sums = verification(checkpoint, (ref.path for ref in refs.values()))
+        self._memory = Memory(experts, self._buffers, refs, device, sums)
         self._model = m
         self._on, self._dtype, self._device = self._memory.device, DTYPES[m.compute_dtype], device
         self._pinned = self._memory.pinned

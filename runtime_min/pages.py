@@ -191,7 +191,8 @@ class PageStore:
     def blocks(self, layer: int, page: int, slot: int) -> list[Block]:
         """The reads that fill `slot` with a page, in blocks, in any order."""
         layout = self._layouts[layer, page]
-        awaited = [place for name, place in layout.places.items() if self._verification.awaits(name)]
+        places = layout.places.values()
+        awaited = [(ref, at) for ref, at in places if self._verification.awaits(ref.path, ref.offset)]
         return [
             self._block(layout, extent, start, slot, awaited)
             for extent in layout.extents
@@ -219,7 +220,7 @@ class PageStore:
                 first, end = max(at, begin), min(at + nbytes, begin + ref.nbytes)
                 if first < end:
                     piece = memoryview(self._memory[slot])[first:end]
-                    self._verification.piece(ref, first - begin, piece)
+                    self._verification.piece(ref.path, ref.offset + first - begin, piece)
             return nbytes
 
         return read
@@ -275,7 +276,7 @@ class Reader:
         try:
             self._shards[ref.path].read(start, memoryview(buffer)[: _up(high) - start])
             data = torch.frombuffer(buffer, dtype=torch.uint8)[low - start : high - start]
-            self._verification.piece(ref, low - ref.offset, memoryview(buffer)[low - start : high - start])
+            self._verification.piece(ref.path, low, memoryview(buffer)[low - start : high - start])
             into.copy_(_typed(data, ref))
         except (OSError, EOFError) as error:
             raise ReadError(f"{ref.path}: {ref.name}: cannot be read: {error}") from None

@@ -244,7 +244,7 @@ class Engine(Stream):
         prepare()
         amx.usable()
         dtype = DTYPES[m.compute_dtype]
-        sums = verification(checkpoint, refs)
+        sums = verification(checkpoint, (ref.path for ref in refs.values()))
         self._pages = PageStore(refs, m.layers, pages, lambda *at: page_names(m, pages, *at), dtype, sums)
         lanes = Lanes(schedule, pages.readers)
         super().__init__(plan, StreamModel(plan, self.config, self._pages), lanes, self._pages.blocks)

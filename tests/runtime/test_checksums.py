@@ -62,15 +62,17 @@ def test_pieces_in_any_order(data, step, order):
     """Also where a second read begins before the first has ended: what differs in one bit is found, once."""
     starts = list(range(0, len(data), step)) * 2
     order.shuffle(starts)
-    ref = TensorRef("t", Path("x"), 0, len(data), "F32", ())
+    before, path = TensorRef("s", Path("x"), 0, 3, "F32", ()), Path("x")
+    ref = TensorRef("t", path, 3, len(data), "F32", ())
 
     def read(found: bytes) -> Verification:
-        verification = Verification({"t": zlib.crc32(data)})
+        verification = Verification([ref, before], {"t": zlib.crc32(data), "s": 0})
         for start in starts:
-            verification.piece(ref, start, memoryview(found)[start : start + step])
+            verification.piece(path, 3 + start, memoryview(found)[start : start + step])
+        assert verification.awaits(path, 0)
         return verification
 
-    assert not read(data).awaits("t")
+    assert not read(data).awaits(path, 3)
     with pytest.raises(RunError, match="x: t: is corrupt"):
         read(data[:-1] + bytes([data[-1] ^ 1]))
 
@@ -81,7 +83,7 @@ def test_a_file_without_a_tensor_of_the_model(checkpoint):
     name = min(sums)
     path.write_text(json.dumps({other: crc for other, crc in sums.items() if other != name}))
     with pytest.raises(CheckpointError, match=f"checksums.json: {name}: has no checksum"):
-        verification(checkpoint, sums)
+        verification(checkpoint, checkpoint.glob("*.safetensors"))
 
 
 def test_nothing_to_compare_with(checkpoint, tmp_path, capsys):

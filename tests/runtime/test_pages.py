@@ -52,7 +52,7 @@ def open_store(
     folder: Path, tensors: dict[str, torch.Tensor], plan: PagePlan, dtype: torch.dtype
 ) -> pages.PageStore:
     refs = find_tensors(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    checks = verification(folder, refs)
+    checks = verification(folder, (ref.path for ref in refs.values()))
     return pages.PageStore(refs, 1, plan, lambda layer, page: NAMES[page], dtype, checks)
 
 
