@@ -111,7 +111,7 @@ def _page_plan(policy: Policy, constants: Constants) -> plan_file.PagePlan:
 
 
 def _offload_plan(plan: Plan, policy: Policy) -> plan_file.OffloadPlan:
-    model = plan.workload.model
+    model = plan.workload.model.as_one_expert()
 
     def experts(share: float) -> int:
         return round(share * model.experts)

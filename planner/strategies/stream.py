@@ -68,7 +68,7 @@ def stream_policy(
     workload: Workload, requests: RequestClass, roofline: Roofline, memory_limit_bytes: int | None
 ) -> Policy | Rejection:
     """Return the fastest policy of a machine without a GPU, or what memory is short."""
-    workload = replace(workload, model=workload.model.as_one_expert())
+    workload = workload.as_one_expert()
     limit = float(memory_limit_bytes or roofline.roof("dram").bytes * HOST_SHARE)
     sizes = [n for n in _SEQUENCES if n < requests.requests] + [requests.requests]
     sizes = [n for n in sizes if n <= _SEQUENCES[-1]] or [_SEQUENCES[-1]]
@@ -122,7 +122,7 @@ def _point_of(
     """The candidate with `sequences` in flight, in the memory and on the threads that `policy` may use."""
     limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
     kernels = next(k for k in kernels_of(roofline) if k.threads == policy.threads)
-    workload = replace(workload, model=workload.model.as_one_expert())
+    workload = workload.as_one_expert()
     point = _Point(workload, requests, roofline, float(limit), sequences, kernels)
     return replace(point, routed=policy.pages.places > 0, most_guesses=policy.pages.guesses)
 
