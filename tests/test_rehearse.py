@@ -85,9 +85,9 @@ def test_tokens_do_not_depend_on_where_the_work_is(folder: Path) -> None:
 
 def test_a_dense_model_on_a_gpu_too_small_for_it(tmp_path: Path) -> None:
     """The runtime accepts the plan and streams the MLPs through the GPU; tokens are transformers'."""
-    shape = Shape(kind="llama", layers=8, hidden=512, head_dim=128, experts=1, top=1, inner=512)
+    shape = Shape(kind="llama", layers=8, hidden=256, head_dim=16, experts=1, top=1, inner=1024)
     reference = save_checkpoint(tmp_path / "checkpoint", shape)
-    (tmp_path / "box.yaml").write_text(BOX.format(memory_bytes=140_000_000))
+    (tmp_path / "box.yaml").write_text(BOX.format(memory_bytes=125_000_000))
     (tmp_path / "spec.yaml").write_text(
         SPEC.replace("prompts: prompts.jsonl", "requests: 3, prompt: 20, output: 8")
     )

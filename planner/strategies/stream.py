@@ -31,6 +31,7 @@ from moeplan.planner.strategies.common import (
     batch_figures,
     batch_rates,
     bottleneck,
+    decode_passes,
     decode_rate,
     estimate,
     lanes,
@@ -39,7 +40,13 @@ from moeplan.planner.strategies.common import (
     too_small,
     uses,
 )
-from moeplan.planner.strategies.routed import RIGHT_SHARE, RoutedLayer, expected_use, routed_seconds
+from moeplan.planner.strategies.routed import (
+    RIGHT_SHARE,
+    RoutedLayer,
+    entering_passes,
+    expected_use,
+    routed_seconds,
+)
 from moeplan.planner.strategies.runtime_costs import PassShape, RuntimeCosts, kernels_of
 from moeplan.planner.strategies.task_costs import TaskCost, TaskCosts
 
@@ -400,7 +407,9 @@ class _Point:
 
     def _pass(self, step: PassShape) -> PassTime:
         """Cores and disk overlap; each slows the other down while it works."""
-        times = self._times(step)
+        return self._pass_time(self._times(step))
+
+    def _pass_time(self, times: _PassTimes) -> PassTime:
         if times.disk_s == 0:
             return PassTime(lanes=lanes([("cores", times.cores_s), ("disk", 0.0)]), serial_s=0.0)
         machine, alone_s = self.roofline.machine, times.seconds(1.0, 1.0)
@@ -561,7 +570,7 @@ class _Point:
 
     @cached_property
     def generated_tokens_per_s(self) -> float:
-        return self._tokens_per_s(self.prefill.seconds, self.decode.seconds)
+        return self._tokens_per_s(self.prefill.seconds, self.decode.seconds, self.entering_s)
 
     @property
     def most_tokens_per_s(self) -> float:
@@ -569,9 +578,24 @@ class _Point:
         prefill_s = self._prefill_passes * self._least_s(self._prefill_step)
         return self._tokens_per_s(prefill_s, self._least_s(self._decode_step))
 
-    def _tokens_per_s(self, prefill_s: float, decode_s: float) -> float:
-        seconds = run_seconds(self.requests, self.sequences, prefill_s, decode_s)
+    def _tokens_per_s(self, prefill_s: float, decode_s: float, entering_s: float = 0.0) -> float:
+        seconds = run_seconds(self.requests, self.sequences, prefill_s, decode_s) + entering_s
         return float(self.requests.requests * self.requests.mean_output_tokens() / seconds)
+
+    @cached_property
+    def entering_s(self) -> float:
+        """What all decode passes take longer because prompts enter routed ones, which then read whole layers.
+
+        Outputs of one length end together, so prompts enter together: such passes are charged as prefill.
+        """
+        requests, mean = self.requests, self.requests.mean_output_tokens()
+        if not self.places or requests.output_tokens_max <= mean:
+            return 0.0
+        passes = float(decode_passes(requests, self.sequences))
+        charged = requests.requests / self.sequences
+        whole = self._pass_time(self._whole_times(self._decode_step))
+        more = max(0.0, entering_passes(passes, self.sequences, mean) - charged)
+        return more * max(0.0, whole.seconds - self.decode.seconds)
 
     def _less_sure(self, prediction: Estimate, slowest: float) -> Estimate:
         """With an interval that reaches as far down again as to `slowest`: what no right guess would give."""
@@ -627,7 +651,9 @@ class _Point:
             generated_tokens_per_s=self._less_sure(
                 estimate(roofline, self.generated_tokens_per_s), blind.generated_tokens_per_s
             ),
-            rates=batch_rates(roofline, requests, self.sequences, prefill, decode, gpus=0),
+            rates=batch_rates(
+                roofline, requests, self.sequences, prefill, decode, 0, entering_s=self.entering_s
+            ),
             bottleneck=bottleneck(requests, prefill, decode),
         )
 
