@@ -1,99 +1,86 @@
-"""What it costs to verify checksums while pages are read: a batch with checksums.json beside the checkpoint
-and one without, in turn.
+"""What it costs to verify checksums as pages are read: processor seconds and seconds per gigabyte.
 
-usage: python benchmarks/checksum_cost.py [--model small|big] [--machine FILE] [--share 0.25] [--batch 32]
-           [--rounds N]
+usage: python benchmarks/checksum_cost.py [--rounds N]
 
-Each run is a process of its own that opens the checkpoint, reads it whole at least once, and decodes; a
-tensor is verified the first time, so later passes cost nothing. Ratios are of the medians of the rounds:
-seconds of the prefill, which verifies all that it streams, of a decode pass, and of processors in all.
+The experts of one layer of the "small" checkpoint (checkpoints.py) are read as a run reads them, by two
+threads past the page cache, with checksums.json beside the checkpoint and without, in turn; the least of the
+rounds counts. A run verifies a tensor the first time it reads it: later passes cost as much as without.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from checkpoints import BUILD, SHAPES, weights_bytes
-from plans import calibrated, compiled
+import torch
+from checkpoints import SHAPES, Shape, write_checkpoint
 from tables import show
 
-from moeplan.runtime_min.checksums import NAME, write_checksums
+from moeplan.runtime_min.checkpoint import TensorRef, find_tensors
+from moeplan.runtime_min.checksums import verification, write_checksums
+from moeplan.runtime_min.pages import PageStore
+from moeplan.runtime_min.plan_file import PagePlan
 
-PROMPT, TOKENS = 32, 5
-BENCH = [sys.executable, "-m", "moeplan.runtime_min", "bench"]
+READERS = 2
 
 
 def main() -> None:
-    options = _options()
-    shape = SHAPES[options.model]
-    script = str(Path(__file__).parent / "checkpoints.py")
-    subprocess.run([sys.executable, script, shape.name], check=True, stdout=subprocess.DEVNULL)
-    machine = options.machine or calibrated(BUILD / "machine.yaml")
-    plan = _plan(shape.folder, options, machine, options.share * weights_bytes(shape))
-    sums = {"verified": write_checksums(shape.folder).read_text(), "not verified": ""}
-    runs: dict[str, list[dict[str, float]]] = {way: [] for way in sums}
-    for _ in range(options.rounds):
-        for way, text in sums.items():
-            (shape.folder / NAME).write_text(text) if text else (shape.folder / NAME).unlink(missing_ok=True)
-            runs[way].append(_measured(plan, shape.folder))
-    (shape.folder / NAME).unlink(missing_ok=True)
-    _print(runs)
-
-
-def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=SHAPES, default="small")
-    parser.add_argument("--machine", type=Path, help="a machine file; default: calibrate now")
-    parser.add_argument("--share", type=float, default=0.25, help="of the weights that memory holds (0.25)")
-    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    return parser.parse_args()
+    rounds = parser.parse_args().rounds
+    shape = SHAPES["small"]
+    folder = write_checkpoint(shape)
+    sizes = {name: size for name, size in shape.layer_tensors(0).items() if ".experts." in name}
+    refs = find_tensors(folder, sizes)
+    without, verified = [], []
+    sums = write_checksums(folder)
+    text = sums.read_text()
+    try:
+        for _ in range(rounds):
+            sums.unlink()
+            without.append(_read(shape, refs))
+            sums.write_text(text)
+            verified.append(_read(shape, refs))
+    finally:
+        sums.unlink(missing_ok=True)
+    rows = [[*map(min, zip(*times, strict=True))] for times in (without, verified)]
+    rows.append([rows[1][0] / rows[0][0], rows[1][1] / rows[0][1]])
+    names = ("not verified", "verified", "ratio")
+    table = [[name, *(f"{figure:.2f}" for figure in row)] for name, row in zip(names, rows, strict=True)]
+    show(["s/GB", "processors", "elapsed"], table)
 
 
-def _plan(checkpoint: Path, options: argparse.Namespace, machine: Path, weights: float) -> Path:
-    """The runtime folder; what the run needs beside its weights comes on top of their share."""
-    batch = options.batch, PROMPT, TOKENS
-    home = BUILD / "checksum_cost"
-    folder = compiled(home, checkpoint, "bf16", batch, machine)
-    memory = json.loads((folder / "runtime.json").read_text())["memory"]
-    beside: int = sum(memory[f"{item}_bytes"] for item in ("kv", "workspace", "process"))
-    return compiled(home, checkpoint, "bf16", batch, machine, beside + weights)
+def _read(shape: Shape, refs: dict[str, TensorRef]) -> tuple[float, float]:
+    """Processor seconds and seconds per gigabyte of all experts, a page each."""
+    plan = PagePlan(
+        pages_per_layer=shape.experts,
+        experts_per_page=1,
+        resident_pages=0,
+        slots=2,
+        slot_bytes=16 << 20,
+        readers=READERS,
+        block_bytes=1 << 20,
+        places=0,
+        guesses=0,
+    )
+    names = [[name for name in refs if f".experts.{e}." in name] for e in range(shape.experts)]
+    checks = verification(shape.folder, _paths(refs))
+    store = PageStore(refs, 1, plan, lambda layer, page: names[page], torch.bfloat16, checks)
+    busy, start, nbytes = time.process_time(), time.perf_counter(), 0
+    with ThreadPoolExecutor(READERS) as readers:
+        for page in range(shape.experts):
+            nbytes += sum(readers.map(lambda block: block(), store.blocks(0, page, page % plan.slots)))
+    taken = time.process_time() - busy, time.perf_counter() - start
+    store.close()
+    return taken[0] / nbytes * 1e9, taken[1] / nbytes * 1e9
 
 
-def _measured(plan: Path, checkpoint: Path) -> dict[str, float]:
-    """A batch in a process of its own."""
-    report = BUILD / "checksum_cost" / "report.json"
-    command = [*BENCH, str(plan), "--checkpoint", str(checkpoint), "--tokens", str(TOKENS)]
-    before, start = os.times(), time.perf_counter()
-    subprocess.run([*command, "--report", str(report)], check=True, stdout=subprocess.DEVNULL)
-    seconds, after = time.perf_counter() - start, os.times()
-    measured = json.loads(report.read_text())["measured"]
-    return {
-        "load": seconds - measured["elapsed_s"],
-        "prefill": measured["prefill_s"],
-        "decode pass": measured["decode_s"] / measured["decode_passes"],
-        "processors": sum(after[2:4]) - sum(before[2:4]),
-        "GB read": measured["bytes_read"] / 1e9,
-    }
-
-
-def _print(runs: dict[str, list[dict[str, float]]]) -> None:
-    def middle(way: str, name: str) -> float:
-        return statistics.median(run[name] for run in runs[way])
-
-    names = [*runs["verified"][0]]
-    rows = [[way, *(f"{middle(way, name):.2f}" for name in names)] for way in runs]
-    ratios = [middle("verified", name) / middle("not verified", name) for name in names]
-    show(["seconds", *names], [*rows, ["ratio", *(f"{ratio:.2f}" for ratio in ratios)]])
+def _paths(refs: dict[str, TensorRef]) -> set[Path]:
+    return {ref.path for ref in refs.values()}
 
 
 if __name__ == "__main__":
