@@ -366,7 +366,7 @@ def _unrunnable(checkpoint: Path, workload: Workload) -> tuple[str, ...]:
         return (f"{source}: model_type is {workload.model.model_type!r}, it runs {', '.join(ARCHITECTURES)}",)
     longest = max(requests.context_tokens_max for requests in workload.classes)
     try:
-        read_config(file.parent, model_plan(workload, "", workload.dtype), longest)
+        read_config(file.parent, model_plan(workload.model, "", workload.dtype), longest)
     except CheckpointError as error:
         return tuple(problem.replace(str(file), source) for problem in error.problems)
     return ()

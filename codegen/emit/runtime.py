@@ -8,11 +8,12 @@ from dataclasses import replace
 from moeplan.codegen.data import rounded
 from moeplan.codegen.emit.schedule_py import schedule_text
 from moeplan.planner.ir.estimate import Estimate
+from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import NO_PAGES, Policy
 from moeplan.planner.ir.schedule import Constants, OffloadConstants, Schedule
 from moeplan.planner.ir.spec import Dtype
-from moeplan.planner.ir.workload import RequestClass, Workload
+from moeplan.planner.ir.workload import RequestClass
 from moeplan.runtime_min import plan_file
 
 
@@ -39,7 +40,7 @@ def _runtime_plan(plan: Plan, replica: Replica, schedule: Schedule, text: str) -
         name=f"{plan.spec.name}/{replica.name}",
         device="accelerator" if policy.gpus else "cpu",
         threads=policy.threads,
-        model=model_plan(plan.workload, plan.spec.model.path, policy.dtype),
+        model=model_plan(plan.workload.model, plan.spec.model.path, policy.dtype),
         batch=_batch_plan(policy, requests),
         pages=_page_plan(policy, schedule.constants),
         offload=_offload_plan(plan, policy) if policy.gpus else plan_file.NO_OFFLOAD,
@@ -57,9 +58,9 @@ def _runtime_plan(plan: Plan, replica: Replica, schedule: Schedule, text: str) -
     )
 
 
-def model_plan(workload: Workload, checkpoint: str, dtype: Dtype) -> plan_file.ModelPlan:
+def model_plan(model: Model, checkpoint: str, dtype: Dtype) -> plan_file.ModelPlan:
     """The shape that the runtime is to find in `checkpoint`, computed in `dtype`."""
-    model = workload.model.as_one_expert()
+    model = model.as_one_expert()
     return plan_file.ModelPlan(
         architecture=model.model_type,
         checkpoint=checkpoint,
