@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 
 BUILD = Path(__file__).parents[1] / "build" / "bench"
 LAYERS_PER_SHARD = 2
-VOCAB = 32000
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Mixtral's: heads of 64, eight experts, two a token."""
+    """Mixtral's: heads of 64, `top` experts a token."""
 
     name: str
     layers: int
@@ -35,6 +34,8 @@ class Shape:
     inner: int
     kv_heads: int = 8
     experts: int = 8
+    top: int = 2
+    vocab: int = 32000
     head_dim: int = 64
 
     @property
@@ -61,8 +62,8 @@ class Shape:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "num_local_experts": self.experts,
-            "num_experts_per_tok": 2,
-            "vocab_size": VOCAB,
+            "num_experts_per_tok": self.top,
+            "vocab_size": self.vocab,
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-5,
             "rope_theta": 1e4,
@@ -95,9 +96,9 @@ class Shape:
         """What each file holds."""
         hidden = self.hidden
         yield {
-            "model.embed_tokens.weight": (VOCAB, hidden),
+            "model.embed_tokens.weight": (self.vocab, hidden),
             "model.norm.weight": (hidden,),
-            "lm_head.weight": (VOCAB, hidden),
+            "lm_head.weight": (self.vocab, hidden),
         }
         for first in range(0, self.layers, LAYERS_PER_SHARD):
             layers = range(first, min(self.layers, first + LAYERS_PER_SHARD))
@@ -189,23 +190,23 @@ def _describe(writer: Any, shape: Shape) -> None:
     writer.add_rope_freq_base(1e4)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_expert_count(shape.experts)
-    writer.add_expert_used_count(2)
-    writer.add_vocab_size(VOCAB)
+    writer.add_expert_used_count(shape.top)
+    writer.add_vocab_size(shape.vocab)
     writer.add_file_type(LlamaFileType.MOSTLY_BF16)
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
-    words = ["<unk>", "<s>", "</s>", *bytes_, *(f"w{at}" for at in range(VOCAB - 259))]
+    words = ["<unk>", "<s>", "</s>", *bytes_, *(f"w{at}" for at in range(shape.vocab - 259))]
     kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL] + [TokenType.BYTE] * 256
     writer.add_tokenizer_model("llama")
     writer.add_token_list(words)
-    writer.add_token_scores([0.0] * VOCAB)
-    writer.add_token_types([*kinds, *[TokenType.NORMAL] * (VOCAB - 259)])
+    writer.add_token_scores([0.0] * shape.vocab)
+    writer.add_token_types([*kinds, *[TokenType.NORMAL] * (shape.vocab - 259)])
 
 
 def _gguf_tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...], bool, list[str]]]:
     """Name, shape, whether it is stored in bf16, and the tensors it is made of; experts are stacked."""
-    yield "token_embd.weight", (VOCAB, shape.hidden), True, ["model.embed_tokens.weight"]
+    yield "token_embd.weight", (shape.vocab, shape.hidden), True, ["model.embed_tokens.weight"]
     yield "output_norm.weight", (shape.hidden,), False, ["model.norm.weight"]
-    yield "output.weight", (VOCAB, shape.hidden), True, ["lm_head.weight"]
+    yield "output.weight", (shape.vocab, shape.hidden), True, ["lm_head.weight"]
     single = {
         "attn_norm": "input_layernorm",
         "ffn_norm": "post_attention_layernorm",

@@ -30,12 +30,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from checkpoints import BUILD, SHAPES, Shape, weights_bytes
+from plans import calibrated, compiled
 from tables import show
 
 HERE = Path(__file__).parent
 RESULTS = BUILD / "peers.json"
 CGROUP = Path("/sys/fs/cgroup/memory")
-MOEPLAN = [sys.executable, "-c", "from moeplan.planner.cli import main; main()"]
 OURS = "moeplan"
 UBATCH = 512  # tokens that llama.cpp takes in one pass, its default
 LLAMA_SEQUENCES = 256  # llama.cpp's LLAMA_MAX_SEQ
@@ -109,7 +109,7 @@ def main() -> None:
     if not options.reuse:
         results = _measure(_peers(options), settings, options, results)
     if not options.skip_ours:
-        machine = options.machine or _calibrated()
+        machine = options.machine or calibrated(BUILD / "machine.yaml")
         results = [result for result in results if result.system != OURS]
         results = _measure({OURS: _ours(machine)}, settings, options, results)
     for setting in settings:
@@ -254,23 +254,9 @@ def _ours(machine: Path) -> Measure:
 def _compile(setting: Setting, batch: int, machine: Path) -> tuple[Path, int]:
     """The runtime folder, and how many sequences it runs together."""
     home = BUILD / f"{setting.model}-{setting.limit_bytes}-{batch}"
-    home.mkdir(exist_ok=True)
-    memory = f", memory: {MARGIN * setting.limit_bytes / 2**30:.3f} GiB" if setting.limit_bytes else ""
-    (home / "spec.yaml").write_text(
-        f"name: peer\nmodel: {{path: {setting.shape.folder}, dtype: bf16}}\n"
-        f"workload: {{batch: {{requests: {batch}, prompt: {setting.prompt}, output: {setting.tokens}}}}}\n"
-        f"machine: {{file: {machine.resolve()}{memory}}}\n"
-    )
-    command = [*MOEPLAN, "compile", str(home / "spec.yaml"), "--force"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (folder,) = (home / "peer.plan" / "runtime").iterdir()
+    sizes = batch, setting.prompt, setting.tokens
+    folder = compiled(home, setting.shape.folder, "bf16", sizes, machine, MARGIN * setting.limit_bytes)
     return folder, json.loads((folder / "runtime.json").read_text())["batch"]["sequences"]
-
-
-def _calibrated() -> Path:
-    machine = BUILD / "machine.yaml"
-    subprocess.run([*MOEPLAN, "calibrate", "-o", str(machine)], check=True, stdout=subprocess.DEVNULL)
-    return machine
 
 
 def _result(

@@ -28,14 +28,14 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints import BUILD, SHAPES, VOCAB, Shape, weights_bytes
+from checkpoints import BUILD, SHAPES, Shape, weights_bytes
+from plans import calibrated, compiled
 from tables import show
 
 if TYPE_CHECKING:
     from moeplan.runtime_min.plan_file import RuntimePlan
     from moeplan.runtime_min.stream import Engine
 
-MOEPLAN = [sys.executable, "-c", "from moeplan.planner.cli import main; main()"]
 GEMM_ROWS = (128, 256, 512, 1024)
 PROMPT, TOKENS = 32, 5
 Row = dict[str, Any]
@@ -50,7 +50,7 @@ def main() -> None:
     shape = SHAPES[options.model]
     script = str(Path(__file__).parent / "checkpoints.py")
     subprocess.run([sys.executable, script, shape.name], check=True, stdout=subprocess.DEVNULL)
-    machine = (options.machine or _calibrated()).resolve()
+    machine = options.machine or calibrated(BUILD / "machine.yaml")
     rows = []
     for share in options.shares:
         for batch in options.batches:
@@ -83,7 +83,7 @@ def _options() -> argparse.Namespace:
 
 def _row(shape: Shape, share: float, batch: int, machine: Path, rounds: int) -> Row:
     """Plan and measure, the latter in a process of its own so that its peak is the plan's."""
-    folder = _compile(shape, batch, machine, None)
+    folder = _compile(shape, batch, machine, 0.0)
     memory = json.loads((folder / "runtime.json").read_text())["memory"]
     beside: int = sum(memory[f"{item}_bytes"] for item in ("kv", "workspace", "process"))
     if share < 1:
@@ -93,26 +93,9 @@ def _row(shape: Shape, share: float, batch: int, machine: Path, rounds: int) -> 
     return {"share": share, **json.loads(done.stdout)}
 
 
-def _compile(shape: Shape, batch: int, machine: Path, memory_bytes: float | None) -> Path:
+def _compile(shape: Shape, batch: int, machine: Path, memory_bytes: float) -> Path:
     """The runtime folder of a plan for `batch` requests."""
-    home = BUILD / "roof"
-    home.mkdir(parents=True, exist_ok=True)
-    memory = f", memory: {memory_bytes / 2**30:.4f} GiB" if memory_bytes else ""
-    (home / "spec.yaml").write_text(
-        f"name: roof\nmodel: {{path: {shape.folder}, dtype: bf16}}\n"
-        f"workload: {{batch: {{requests: {batch}, prompt: {PROMPT}, output: {TOKENS}}}}}\n"
-        f"machine: {{file: {machine}{memory}}}\n"
-    )
-    command = [*MOEPLAN, "compile", str(home / "spec.yaml"), "--force"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (folder,) = (home / "roof.plan" / "runtime").iterdir()
-    return folder
-
-
-def _calibrated() -> Path:
-    machine = BUILD / "machine.yaml"
-    subprocess.run([*MOEPLAN, "calibrate", "-o", str(machine)], check=True, stdout=subprocess.DEVNULL)
-    return machine
+    return compiled(BUILD / "roof", shape.folder, "bf16", (batch, PROMPT, TOKENS), machine, memory_bytes)
 
 
 def _balance(rows: list[Row]) -> int:
@@ -183,7 +166,9 @@ def _batch(engine: Engine, seed: int, read: bool = True) -> Row:
     from moeplan.runtime_min.sampling import Sampling
 
     numbers = random.Random(seed)
-    prompts = [numbers.choices(range(VOCAB), k=PROMPT) for _ in range(engine.plan.batch.sequences)]
+    prompts = [
+        numbers.choices(range(engine.plan.model.vocab), k=PROMPT) for _ in range(engine.plan.batch.sequences)
+    ]
     kept, before, bytes_before = engine._read, engine.stats, engine.disk.bytes_read
     engine.stats = type(before)()
     if not read:

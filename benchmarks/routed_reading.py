@@ -3,7 +3,7 @@
 usage: python benchmarks/routed_reading.py [--rounds N]
 
 A random checkpoint of Mixtral's architecture (64 experts, 4 a token, 0.9 GB of bf16, written once under
-build/accuracy) decodes out of page slots, nothing but embeddings, head, norms and routers resident, so that
+build/bench) decodes out of page slots, nothing but embeddings, head, norms and routers resident, so that
 the disk bounds every pass. Each batch runs under the same program with whole layers, with routed pages, and
 with guesses of the next layer's pages. Ways take turns, round by round; a figure is the median pass of all
 rounds, its bytes the mean. `right` is the part of the guesses that routing then hit: random weights say
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import random
 import statistics
 import time
@@ -25,7 +24,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from runtime_accuracy import BUILD, Model, write_checkpoint
+from checkpoints import Shape, write_checkpoint
+from plans import model_of
 from tables import show
 
 from moeplan.codegen.emit.schedule_py import schedule_text
@@ -37,7 +37,7 @@ from moeplan.runtime_min.plan_file import ModelPlan, Range, RuntimePlan, load
 from moeplan.runtime_min.sampling import Sampling
 from moeplan.runtime_min.stream import Engine
 
-MODEL = Model(hidden=512, inner=768, layers=6, experts=64, top=4)
+MODEL = Shape("routed", layers=6, hidden=512, inner=768, kv_heads=4, experts=64, top=4, vocab=8192)
 PROMPT, OUTPUT, SLOTS = 16, 17, 4
 TINYMOE = Path(__file__).parents[1] / "examples" / "tinymoe" / "checkpoint"
 
@@ -65,7 +65,6 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    BUILD.mkdir(parents=True, exist_ok=True)
     write_checkpoint(MODEL)
     rows = []
     for sequences in (1, 2, 8, 32):
@@ -82,7 +81,7 @@ def main() -> None:
 
 def measure(way: Way) -> None:
     """One batch."""
-    with opened(way, MODEL.plan(), MODEL.folder, PROMPT, OUTPUT) as engine:
+    with opened(way, MODEL.folder, PROMPT, OUTPUT) as engine:
         ends = decode(engine, way.sequences, PROMPT, OUTPUT)
         # The first passes still find pages that the prefill read ahead, the last reads none ahead.
         for (t0, b0), (t1, b1) in itertools.pairwise(ends[1:-1]):
@@ -124,32 +123,16 @@ def figures(way: Way, whole: Way) -> tuple[str, ...]:
 
 def guessed_right() -> Iterator[tuple[str, ...]]:
     """The trained example's guesses, on prompts of its own vocabulary drawn at random and its answers."""
-    model = model_of(TINYMOE)
     for sequences, guesses in ((1, 1), (1, 2), (4, 2), (4, 4)):
-        with opened(Way(sequences, True, guesses), model, TINYMOE, 16, 64) as engine:
+        with opened(Way(sequences, True, guesses), TINYMOE, 16, 64) as engine:
             decode(engine, sequences, 16, 64)
             yield f"{sequences}, {guesses}", f"{right_share(engine):.2f}"
 
 
-def model_of(checkpoint: Path) -> ModelPlan:
-    config = json.loads((checkpoint / "config.json").read_text())
-    return replace(
-        MODEL.plan(),
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        vocab=config["vocab_size"],
-        experts=config["num_local_experts"],
-        experts_per_token=config["num_experts_per_tok"],
-        expert_intermediate=config["intermediate_size"],
-    )
-
-
 @contextmanager
-def opened(way: Way, model: ModelPlan, checkpoint: Path, prompt: int, output: int) -> Iterator[Engine]:
+def opened(way: Way, checkpoint: Path, prompt: int, output: int) -> Iterator[Engine]:
     """An engine on a plan written for it."""
+    model = model_of(checkpoint)
     plan = plan_of(way, model, prompt, output)
     pages = plan.pages
     constants = StreamConstants(

@@ -4,7 +4,7 @@ usage: python benchmarks/runtime_accuracy.py [--machine FILE] [--quick]
 
 Calibrates this machine (unless a machine file is given), compiles a spec for each row, runs the emitted plan
 on a random checkpoint of Mixtral's architecture and prints tokens/s beside the plan's. Checkpoints are
-written under build/accuracy once. Rounds go over all rows in turn, so that a machine whose speed drifts
+written under build/bench/accuracy once. Rounds go over all rows in turn, so that a machine whose speed drifts
 treats all alike; a row's figure is the median of its rounds. Each round warms up with a batch, then measures
 one; if other processes had more than a tenth of a core meanwhile, one more. The disk's rate is the one seen:
 bytes read over the time of all passes.
@@ -13,12 +13,9 @@ bytes read over the time of all passes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,78 +24,40 @@ from moeplan.runtime_min.cpu import cap_onednn
 
 cap_onednn()
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from checkpoints import BUILD, Shape, write_checkpoint  # noqa: E402
+from plans import calibrated, compiled  # noqa: E402
 
 from moeplan.runtime_min.engine import Generation  # noqa: E402
-from moeplan.runtime_min.model_config import ModelConfig  # noqa: E402
-from moeplan.runtime_min.models.tensors import tensor_shapes  # noqa: E402
-from moeplan.runtime_min.plan_file import ModelPlan, RuntimePlan, load  # noqa: E402
+from moeplan.runtime_min.plan_file import RuntimePlan, load  # noqa: E402
 from moeplan.runtime_min.sampling import Sampling  # noqa: E402
 from moeplan.runtime_min.stream import Engine  # noqa: E402
 
-BUILD = Path(__file__).parents[1] / "build" / "accuracy"
-MOEPLAN = [sys.executable, "-c", "from moeplan.planner.cli import main; main()"]
+HOME = BUILD / "accuracy"
 ROUNDS = 3
 OTHERS = 0.1  # of a core
-VOCAB = 8192
 
 
-@dataclass(frozen=True)
-class Model:
-    """A shape: heads of 64, half as many key heads, `top` experts a token."""
-
-    hidden: int
-    inner: int
-    layers: int
-    experts: int
-    top: int = 2
-
-    def plan(self) -> ModelPlan:
-        heads = self.hidden // 64
-        return ModelPlan(
-            architecture="mixtral",
-            checkpoint="",
-            compute_dtype="bf16",
-            layers=self.layers,
-            hidden=self.hidden,
-            heads=heads,
-            kv_heads=max(1, heads // 2),
-            head_dim=64,
-            vocab=VOCAB,
-            experts=self.experts,
-            experts_per_token=self.top,
-            expert_intermediate=self.inner,
-            moe_layers=self.layers,
-            dense_intermediate=0,
-            shared_intermediate=0,
-            latent_dim=0,
-            attention_parameters=0,
-            expert_parameters=0,
-            router_corrections=0,
-            parameters=0,
-        )
-
-    @property
-    def folder(self) -> Path:
-        return BUILD / f"{self.hidden}-{self.inner}-{self.layers}-{self.experts}-{self.top}"
+def shape(hidden: int, inner: int, layers: int, experts: int, top: int = 2) -> Shape:
+    """Half as many key heads as heads."""
+    name = f"accuracy/{hidden}-{inner}-{layers}-{experts}-{top}"
+    kv_heads = max(1, hidden // 64 // 2)
+    return Shape(name, layers, hidden, inner, kv_heads, experts, top, vocab=8192)
 
 
-PLAIN = ModelConfig(norm_eps=1e-5, rope_theta=1e4, tied=False, eos=frozenset())
-TINY, SMALL = Model(256, 512, 4, 4), Model(384, 768, 6, 8)
-MIDDLE, WIDE, BIG = Model(512, 1024, 8, 8), Model(768, 1536, 8, 16), Model(1024, 2560, 12, 8)
+TINY, SMALL = shape(256, 512, 4, 4), shape(384, 768, 6, 8)
+MIDDLE, WIDE, BIG = shape(512, 1024, 8, 8), shape(768, 1536, 8, 16), shape(1024, 2560, 12, 8)
 
 
 @dataclass
 class Row:
-    """One plan: a model, a dtype, requests of one size, a memory limit (empty: all there is)."""
+    """One plan: a model, a dtype, requests of one size, a memory limit in GiB (0: all there is)."""
 
-    model: Model
+    model: Shape
     dtype: str
     requests: int
     prompt: int
     output: int
-    memory: str = ""
+    memory: float = 0.0
     folder: Path = Path()
     plan: RuntimePlan | None = None
     prefill: list[float] = field(default_factory=list)
@@ -125,12 +84,12 @@ ROWS = [
     Row(WIDE, "bf16", 128, 32, 5),
     Row(BIG, "bf16", 8, 32, 8),
     Row(BIG, "bf16", 32, 64, 5),
-    Row(MIDDLE, "bf16", 32, 32, 8, "0.8 GiB"),
-    Row(WIDE, "bf16", 32, 32, 6, "0.9 GiB"),
-    Row(WIDE, "bf16", 128, 32, 5, "1.2 GiB"),
-    Row(BIG, "bf16", 8, 32, 5, "0.9 GiB"),
-    Row(BIG, "bf16", 32, 32, 5, "1.5 GiB"),
-    Row(BIG, "bf16", 256, 16, 4, "1.5 GiB"),
+    Row(MIDDLE, "bf16", 32, 32, 8, 0.8),
+    Row(WIDE, "bf16", 32, 32, 6, 0.9),
+    Row(WIDE, "bf16", 128, 32, 5, 1.2),
+    Row(BIG, "bf16", 8, 32, 5, 0.9),
+    Row(BIG, "bf16", 32, 32, 5, 1.5),
+    Row(BIG, "bf16", 256, 16, 4, 1.5),
 ]
 
 
@@ -142,14 +101,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round")
     options = parser.parse_args()
     start = time.perf_counter()
-    BUILD.mkdir(parents=True, exist_ok=True)
-    machine = (options.machine or BUILD / "machine.yaml").resolve()
-    if not options.machine:
-        subprocess.run([*MOEPLAN, "calibrate", "-o", str(machine)], check=True, stdout=subprocess.DEVNULL)
+    machine = options.machine or calibrated(HOME / "machine.yaml")
     print(f"calibrated in {time.perf_counter() - start:.0f} s, load {os.getloadavg()[0]:.1f}")
     for number, row in enumerate(ROWS):
         write_checkpoint(row.model)
-        compile_row(row, machine, BUILD / f"row{number}")
+        compile_row(row, machine, HOME / f"row{number}")
     for _ in range(1 if options.quick else ROUNDS):
         for row in ROWS:
             run(row)
@@ -158,55 +114,10 @@ def main() -> None:
     print(f"{time.perf_counter() - start:.0f} s in all, load {os.getloadavg()[0]:.1f}")
 
 
-def write_checkpoint(model: Model) -> None:
-    """Random weights in bf16, scaled so that activations keep their size."""
-    file = model.folder / "model.safetensors"
-    if (model.folder / "config.json").exists():
-        return
-    model.folder.mkdir(exist_ok=True)
-    plan, numbers = model.plan(), torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.ones(shape, dtype=torch.bfloat16)
-        if len(shape) == 1
-        else (torch.randn(shape, generator=numbers) / shape[-1] ** 0.5).bfloat16()
-        for name, shape in tensor_shapes(plan, PLAIN).items()
-    }
-    config = {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "hidden_size": plan.hidden,
-        "intermediate_size": plan.expert_intermediate,
-        "num_hidden_layers": plan.layers,
-        "num_attention_heads": plan.heads,
-        "num_key_value_heads": plan.kv_heads,
-        "head_dim": plan.head_dim,
-        "num_local_experts": plan.experts,
-        "num_experts_per_tok": plan.experts_per_token,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e4,
-        "hidden_act": "silu",
-        "torch_dtype": "bfloat16",
-        "tie_word_embeddings": False,
-        "sliding_window": None,
-    }
-    save_file(weights, file)
-    (model.folder / "config.json").write_text(json.dumps(config))  # last: it says that the weights are whole
-
-
-def compile_row(row: Row, machine: Path, folder: Path) -> None:
+def compile_row(row: Row, machine: Path, home: Path) -> None:
     """Compile the row's spec; keep the folder and the plan that the runtime gets."""
-    folder.mkdir(exist_ok=True)
-    memory = f", memory: {row.memory}" if row.memory else ""
-    (folder / "spec.yaml").write_text(
-        f"name: row\nmodel: {{path: {row.model.folder}, dtype: {row.dtype}}}\n"
-        f"workload: {{batch: {{requests: {row.requests}, prompt: {row.prompt}, output: {row.output}}}}}\n"
-        f"machine: {{file: {machine}{memory}}}\n"
-    )
-    command = [*MOEPLAN, "compile", str(folder / "spec.yaml"), "--force"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (row.folder,) = (folder / "row.plan" / "runtime").iterdir()
+    batch = row.requests, row.prompt, row.output
+    row.folder = compiled(home, row.model.folder, row.dtype, batch, machine, row.memory * 2**30)
     row.plan = load(row.folder)
 
 
@@ -233,7 +144,9 @@ def run(row: Row) -> None:
 def batch(engine: Engine, row: Row) -> None:
     """One full batch of random prompts."""
     numbers = random.Random(len(row.prefill))
-    prompts = [numbers.choices(range(VOCAB), k=row.prompt) for _ in range(engine.plan.batch.sequences)]
+    prompts = [
+        numbers.choices(range(row.model.vocab), k=row.prompt) for _ in range(engine.plan.batch.sequences)
+    ]
     engine.run([Generation(prompt, row.output, Sampling(0.0, 1.0, 0)) for prompt in prompts])
 
 

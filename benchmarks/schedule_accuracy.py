@@ -7,7 +7,7 @@ schedule, where no two tasks run at once (reads that a stream plan issues back t
 simulator predicts all other schedules from these: lanes that
 want more cores together than there are slow each other down. Passes of all schedules are taken in turn, so
 that a machine whose speed drifts treats all alike; a figure is the median over rounds. "gain" is what the
-schedule saves of the sequential pass. Checkpoints are written under build/accuracy once.
+schedule saves of the sequential pass. Checkpoints are written under build/bench once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ cap_onednn()
 
 import tables  # noqa: E402
 import torch  # noqa: E402
-from runtime_accuracy import BUILD, MIDDLE, VOCAB, Model, write_checkpoint  # noqa: E402
+from checkpoints import BUILD, Shape, weights_bytes, write_checkpoint  # noqa: E402
+from plans import model_of  # noqa: E402
+from runtime_accuracy import MIDDLE  # noqa: E402
 
 from moeplan.codegen.emit.schedule_py import schedule_text  # noqa: E402
 from moeplan.planner import schedules  # noqa: E402
@@ -60,7 +62,7 @@ class Case:
     """A plan: a model, sequences in micro-batches, prompts and outputs of one size, and where the work is."""
 
     name: str
-    model: Model
+    model: Shape
     constants: OffloadConstants | StreamConstants
     sequences: int
     micro_batch: int
@@ -175,7 +177,7 @@ def recording() -> Iterator[None]:
 
 def plan_of(case: Case, schedule: Schedule, text: str) -> RuntimePlan:
     """The runtime's plan, with memory enough."""
-    model = case.model.plan()
+    model = model_of(case.model.folder)
     c, stream = schedule.constants, schedule.kind == "stream"
     experts = 1 if stream else 0
     pages = plan_file.PagePlan(
@@ -208,7 +210,7 @@ def plan_of(case: Case, schedule: Schedule, text: str) -> RuntimePlan:
         name=case.name,
         device="cpu" if stream else "accelerator",
         threads=1,
-        model=replace(model, parameters=parameters(case.model)),
+        model=replace(model, parameters=weights_bytes(case.model) // 2),
         batch=batch,
         pages=pages,
         offload=plan_file.NO_OFFLOAD if stream else held,
@@ -231,14 +233,6 @@ def plan_of(case: Case, schedule: Schedule, text: str) -> RuntimePlan:
     )
 
 
-def parameters(model: Model) -> int:
-    """How many a checkpoint of runtime_accuracy has."""
-    m = model.plan()
-    attention = 2 * m.hidden * m.head_dim * (m.heads + m.kv_heads)
-    layer = attention + m.experts * m.hidden * (3 * m.expert_intermediate + 1) + 2 * m.hidden
-    return m.layers * layer + 2 * VOCAB * m.hidden + m.hidden
-
-
 def load_engine(case: Case, schedule: Schedule) -> Batches:
     """The case's engine, under one schedule."""
     write_checkpoint(case.model)
@@ -257,7 +251,7 @@ def load_engine(case: Case, schedule: Schedule) -> Batches:
 def decode_passes(engine: Batches, case: Case, rows: Callable[[], int] = lambda: 0) -> list[Pass]:
     """The decode passes of one batch in the steady state, with what `rows` is at their ends."""
     numbers = random.Random(0)
-    prompts = [numbers.choices(range(VOCAB), k=case.prompt) for _ in range(case.sequences)]
+    prompts = [numbers.choices(range(case.model.vocab), k=case.prompt) for _ in range(case.sequences)]
     ends: list[tuple[float, int]] = []
     work = [Generation(prompt, case.output, Sampling(0.0, 1.0, 0)) for prompt in prompts]
     engine.run(work, after_pass=lambda: ends.append((time.perf_counter(), rows())))

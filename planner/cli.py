@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moeplan.planner.ir.analysis import Decision
     from moeplan.planner.ir.machine import Machine
     from moeplan.planner.ir.plan import Plan
+    from moeplan.planner.ir.workload import Workload
     from moeplan.planner.pipeline import Trace
     from moeplan.runtime_min.report import Report
 
@@ -381,8 +382,8 @@ def simulate(
 ) -> None:
     """Replay traces against a plan.
 
-    --requests: latency of its online replicas, in a queueing simulation. --spot: availability, bill, shortfall
-    and preemptions of its spot replicas.
+    --requests: latency of its online replicas, in a queueing simulation. --spot: availability, bill,
+    shortfall and preemptions of its spot replicas.
     """
     if requests is None and spot is None:
         print("moeplan: nothing to replay\n  hint: --requests TRACE or --spot TRACE", file=sys.stderr)
@@ -555,7 +556,7 @@ def _compile(spec: Path, machine: Path | None, trace: Trace, html: bool) -> tupl
     from moeplan.planner.pipeline import compile_plan
 
     text = spec.read_bytes()
-    plan = compile_plan(text, str(spec), machine, trace)
+    plan = compile_plan(text, str(spec), machine, trace, _unrunnable)
     digests = {**input_digests(plan.spec, text, machine), "facts": plan.facts_sha256}
     solver = {
         "status": plan.fleet.solver_status,
@@ -587,6 +588,28 @@ def _html_report(plan: Plan, trace: Trace) -> dict[str, str]:
     page = report_html.emit(plan, analysis)
     trace.seconds[report_html.PATH] = time.perf_counter() - started
     return page
+
+
+def _unrunnable(checkpoint: Path, workload: Workload) -> tuple[str, ...]:
+    """What the runtime would refuse in a checkpoint's config.json when it opens it; nothing of a file that is
+    no checkpoint's."""
+    from moeplan.codegen.emit.runtime import model_plan
+    from moeplan.runtime_min.checkpoint import CheckpointError
+    from moeplan.runtime_min.model_config import read_config
+    from moeplan.runtime_min.plan_file import ARCHITECTURES
+
+    file = checkpoint / "config.json" if checkpoint.is_dir() else checkpoint
+    if file.name != "config.json":
+        return ()
+    source = workload.model.source  # the same wherever the checkpoint lies, as plans have to be
+    if workload.model.model_type not in ARCHITECTURES:
+        return (f"{source}: model_type is {workload.model.model_type!r}, it runs {', '.join(ARCHITECTURES)}",)
+    longest = max(requests.context_tokens_max for requests in workload.classes)
+    try:
+        read_config(file.parent, model_plan(workload.model, "", workload.dtype), longest)
+    except CheckpointError as error:
+        return tuple(problem.replace(str(file), source) for problem in error.problems)
+    return ()
 
 
 def _checkpoint_option(spec: Path, folder: Path, plan: Plan) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +15,7 @@ from moeplan.planner.ir.machine import Machine
 from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.spot import Interruption, SpotTrace
-from moeplan.planner.ir.workload import ExpertPopularity
+from moeplan.planner.ir.workload import ExpertPopularity, Workload
 from moeplan.planner.model_config import load_model
 from moeplan.planner.popularity_file import read_popularity
 from moeplan.planner.profile_file import ProfileRow, read_profile
@@ -31,6 +31,14 @@ _HUB_HINT = (
 )
 
 
+Unrunnable = Callable[[Path, Workload], Sequence[str]]  # a checkpoint -> why the bundled runtime refuses it
+
+
+def runs_all(checkpoint: Path, workload: Workload) -> tuple[str, ...]:
+    """Refuses nothing."""
+    return ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """Everything outside the spec text that a plan depends on. `machine` is the pinned one, if any."""
@@ -44,6 +52,7 @@ class Inputs:
     popularity: tuple[ExpertPopularity, ...] = ()
     spot_trace: SpotTrace | None = None
     interruptions: tuple[Interruption, ...] = ()
+    unrunnable: Unrunnable = runs_all
 
 
 def load_inputs(spec: Spec, machine_file: Path | None = None) -> Inputs:

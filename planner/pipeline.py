@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from moeplan.planner import verify
 from moeplan.planner.candidates import candidate_machines, candidate_offers
 from moeplan.planner.capacity import capacity_bound
 from moeplan.planner.catalog import facts_digest
-from moeplan.planner.inputs import Inputs, load_inputs
+from moeplan.planner.inputs import Inputs, Unrunnable, load_inputs, runs_all
 from moeplan.planner.ir.fleet import Choice, Fleet
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import Policy
@@ -51,17 +52,23 @@ class Trace:
 
 
 def compile_plan(
-    text: str | bytes, path: str, machine_file: Path | None = None, trace: Trace | None = None
+    text: str | bytes,
+    path: str,
+    machine_file: Path | None = None,
+    trace: Trace | None = None,
+    unrunnable: Unrunnable = runs_all,
 ) -> Plan:
     """Lower spec text to a Plan; `machine_file` replaces the spec's machine or market.
 
-    The same text and input files give the same Plan. Raises CompileError (bad input) or its subclass
+    `unrunnable` says why the bundled runtime refuses the spec's checkpoint: then no policy is for that
+    runtime. The same text and input files give the same Plan. Raises CompileError (bad input) or its subclass
     InfeasibleError (no plan exists), and VerificationError on a bug of ours.
     """
     trace = trace or Trace()
     spec = trace.run("spec", lambda: parse_spec(text, path))
     verify.verify_spec(spec)
-    return compile_inputs(spec, trace.run("inputs", lambda: load_inputs(spec, machine_file)), trace)
+    inputs = trace.run("inputs", lambda: replace(load_inputs(spec, machine_file), unrunnable=unrunnable))
+    return compile_inputs(spec, inputs, trace)
 
 
 def compile_inputs(spec: Spec, inputs: Inputs, trace: Trace | None = None) -> Plan:
@@ -75,13 +82,15 @@ def compile_inputs(spec: Spec, inputs: Inputs, trace: Trace | None = None) -> Pl
     for roofline in rooflines:
         verify.verify_roofline(roofline)
     limit = spec.machine.memory_bytes if spec.machine else None
-    found = run("policies", lambda: tuple(find_policies(workload, roofline, limit) for roofline in rooflines))
+    checkpoint = Path(spec.path).parent / spec.model.path
+    refused = inputs.unrunnable(checkpoint, workload) if spec.model.path else ()
+    found = run("policies", lambda: tuple(find_policies(workload, r, limit, refused) for r in rooflines))
     predicted = tuple(policy for accepted, _ in found for policy in accepted)
     if len(machines) == 1:  # on a market offloaded replicas are chosen last, and their machines are many
         predicted = run("micro-batches", lambda: tuple(_regrouped(workload, rooflines, p) for p in predicted))
     profiled = run("profile", lambda: apply_profile(workload, rooflines, predicted, inputs.profile))
     policies = profiled.policies
-    rejections = (*(refusal for _, refused in found for refusal in refused), *profiled.rejections)
+    rejections = (*(refusal for _, refusals in found for refusal in refusals), *profiled.rejections)
     for policy in policies:
         verify.verify_policy(policy)
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min.attention import MicroBatch, attend, attend_prompts, decode_batch, prefill_batch
+from moeplan.runtime_min.checksums import verification
 from moeplan.runtime_min.cpu import keep_freed_memory
 from moeplan.runtime_min.engine import Active, Batches, goes_on, groups
 from moeplan.runtime_min.lanes import Blocks, Lanes, Row, check_schedule, load_schedule, single
@@ -125,7 +126,8 @@ class Offload(Batches):
         check_device_and_host(path, plan, experts, self._buffers, shapes)
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
-        self._memory = Memory(experts, self._buffers, refs, device)
+        sums = verification(checkpoint, (ref.path for ref in refs.values()))
+        self._memory = Memory(experts, self._buffers, refs, device, sums)
         self._model = m
         self._on, self._dtype, self._device = self._memory.device, DTYPES[m.compute_dtype], device
         self._pinned = self._memory.pinned

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moeplan.runtime_min.attention import KvCache
 from moeplan.runtime_min.checkpoint import TensorRef
+from moeplan.runtime_min.checksums import Verification
 from moeplan.runtime_min.lanes import Block
 from moeplan.runtime_min.limits import check_items, check_parameters, stay_bytes
 from moeplan.runtime_min.models.tensors import expert_names, expert_shapes
@@ -231,12 +232,13 @@ class Memory:
         buffers: Buffers,
         refs: Mapping[str, TensorRef],
         device: torch.device,
+        verification: Verification,
     ) -> None:
         plan, s = experts.plan, buffers.s
         m, self._dtype = plan.model, DTYPES[plan.model.compute_dtype]
         self.experts, self._refs, self._device = experts, refs, device
         self._shards = {path: Shard(path) for path in {ref.path for ref in refs.values()}}
-        self._reader = Reader(self._shards, READERS, _BLOCK_BYTES)
+        self._reader = Reader(self._shards, READERS, _BLOCK_BYTES, verification)
         self.outside = [experts.others(layer) for layer in range(m.layers)]
         moving = {n for layer, es in enumerate(self.outside) for e in es for n in expert_names(m, layer, e)}
         self.resident = {

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min.checkpoint import TensorRef
+from moeplan.runtime_min.checksums import Verification
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.models.tensors import CORRECTION
 from moeplan.runtime_min.plan_file import ALIGNMENT_BYTES, PagePlan
@@ -152,12 +153,21 @@ class Weights(Protocol):
 
 
 class PageStore:
-    """All weights of a model: `resident` by name, and pages by layer, page and slot."""
+    """All weights of a model: `resident` by name, and pages by layer, page and slot.
+
+    A tensor that is corrupt raises RunError in the read that completes it.
+    """
 
     def __init__(
-        self, refs: Mapping[str, TensorRef], layers: int, plan: PagePlan, names: Names, dtype: torch.dtype
+        self,
+        refs: Mapping[str, TensorRef],
+        layers: int,
+        plan: PagePlan,
+        names: Names,
+        dtype: torch.dtype,
+        verification: Verification,
     ) -> None:
-        self._plan, self._dtype = plan, dtype
+        self._plan, self._dtype, self._verification = plan, dtype, verification
         self._shards = {path: Shard(path) for path in {ref.path for ref in refs.values()}}
         streamed = range(plan.resident_pages, plan.pages_per_layer)
         self._layouts = {
@@ -171,7 +181,7 @@ class PageStore:
         moving = {name for layout in self._layouts.values() for name in layout.places}
         stay = [ref for name, ref in refs.items() if name not in moving]
         self.resident = {ref.name: torch.empty(ref.shape, dtype=kept_as(ref.name, dtype)) for ref in stay}
-        Reader(self._shards, plan.readers, plan.block_bytes).load(stay, self.resident)
+        Reader(self._shards, plan.readers, plan.block_bytes, verification).load(stay, self.resident)
 
     def view(self, layer: int, page: int, slot: int) -> Mapping[str, Tensor]:
         """The tensors of a page: in `slot`, or resident where `slot` is -1."""
@@ -182,14 +192,24 @@ class PageStore:
     def blocks(self, layer: int, page: int, slot: int) -> list[Block]:
         """The reads that fill `slot` with a page, in blocks, in any order."""
         layout = self._layouts[layer, page]
+        places = layout.places.values()
+        awaited = [(ref, at) for ref, at in places if self._verification.awaits(ref.path, ref.offset)]
         return [
-            self._block(layout, extent, start, min(self._plan.block_bytes, extent.nbytes - start), slot)
+            self._block(layout, extent, start, slot, awaited)
             for extent in layout.extents
             for start in range(0, extent.nbytes, self._plan.block_bytes)
         ]
 
-    def _block(self, layout: PageLayout, extent: Extent, start: int, nbytes: int, slot: int) -> Block:
+    def _block(
+        self,
+        layout: PageLayout,
+        extent: Extent,
+        start: int,
+        slot: int,
+        awaited: Sequence[tuple[TensorRef, int]],
+    ) -> Block:
         at, offset = extent.at + start, extent.offset + start
+        nbytes = min(self._plan.block_bytes, extent.nbytes - start)
 
         def read() -> int:
             try:
@@ -197,6 +217,11 @@ class PageStore:
             except (OSError, EOFError) as error:
                 name = layout.name_at(extent, offset)
                 raise ReadError(f"{extent.shard.path}: {name}: cannot be read: {error}") from None
+            for ref, begin in awaited:
+                first, end = max(at, begin), min(at + nbytes, begin + ref.nbytes)
+                if first < end:
+                    piece = memoryview(self._memory[slot])[first:end]
+                    self._verification.piece(ref.path, ref.offset + first - begin, piece)
             return nbytes
 
         return read
@@ -226,14 +251,17 @@ class Reader:
     `readers` parts at once, each of at most `block_bytes` as stored.
     """
 
-    def __init__(self, shards: Mapping[Path, Shard], readers: int, block_bytes: int) -> None:
+    def __init__(
+        self, shards: Mapping[Path, Shard], readers: int, block_bytes: int, verification: Verification
+    ) -> None:
         self._shards, self._readers, self._block_bytes = shards, readers, block_bytes
+        self._verification = verification
         self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
         for _ in range(readers):
             self._buffers.put(mmap.mmap(-1, block_bytes + 2 * ALIGNMENT_BYTES))
 
     def load(self, refs: Sequence[TensorRef], into: Mapping[str, Tensor]) -> None:
-        """Fill the tensors `into`, by name; raises ReadError."""
+        """Fill the tensors `into`, by name; raises RunError."""
         blocks = [block for ref in refs for block in self.blocks(ref, into[ref.name].view(-1))]
         with ThreadPoolExecutor(self._readers) as readers:
             for _ in readers.map(lambda block: block(), blocks):
@@ -254,6 +282,7 @@ class Reader:
         try:
             self._shards[ref.path].read(start, memoryview(buffer)[: _up(high) - start])
             data = torch.frombuffer(buffer, dtype=torch.uint8)[low - start : high - start]
+            self._verification.piece(ref.path, low, memoryview(buffer)[low - start : high - start])
             into.copy_(_typed(data, ref))
         except (OSError, EOFError) as error:
             raise ReadError(f"{ref.path}: {ref.name}: cannot be read: {error}") from None

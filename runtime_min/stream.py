@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min import amx
+from moeplan.runtime_min.checksums import verification
 from moeplan.runtime_min.cpu import keep_freed_memory
 from moeplan.runtime_min.decode_attention import prepare
 from moeplan.runtime_min.engine import Active, Batches, Generation, goes_on, groups
@@ -257,7 +258,8 @@ class Engine(Stream):
         amx.usable()
         dtype = DTYPES[m.compute_dtype]
         names = partial(page_names, m, self.config, pages)
-        self._pages = PageStore(refs, m.layers, pages, names, dtype)
+        sums = verification(checkpoint, (ref.path for ref in refs.values()))
+        self._pages = PageStore(refs, m.layers, pages, names, dtype, sums)
         lanes = Lanes(schedule, pages.readers)
         super().__init__(plan, StreamModel(plan, self.config, self._pages), lanes, self._pages.blocks)
 

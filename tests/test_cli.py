@@ -347,3 +347,53 @@ def test_explain_without_a_plan(spec: Path) -> None:
     done = moeplan("explain", spec)
     assert done.returncode == 3
     assert "of gpu memory" in done.stderr
+
+
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 1000,
+    "max_position_embeddings": 2048,
+    "torch_dtype": "bfloat16",
+}
+
+
+def checkpoint_spec(folder: Path, machine: str, **changes: object) -> Path:
+    """A spec for a checkpoint of Mixtral's architecture, `changes` made to its config.json."""
+    (folder / "ours").mkdir()
+    (folder / "ours" / "config.json").write_text(json.dumps(MIXTRAL | changes))
+    text = batch_spec(machine=machine).replace("model: mixtral-8x7b", "model: {path: ours}")
+    (folder / "spec.yaml").write_text(text)
+    return folder / "spec.yaml"
+
+
+def test_a_checkpoint_that_the_runtime_would_refuse_is_refused_at_once(tmp_path: Path) -> None:
+    done = moeplan("compile", checkpoint_spec(tmp_path, "cpu-2core", hidden_act="gelu", rope_theta=-1))
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"{tmp_path / 'spec.yaml'}:")
+    assert "the bundled runtime does not run ours: " in done.stderr
+    assert "ours/config.json: hidden_act is 'gelu'" in done.stderr
+    assert "ours/config.json: rope_theta is -1, expected a positive number" in done.stderr
+    assert not (tmp_path / "job.plan").exists()
+
+
+def test_a_checkpoint_that_only_vllm_runs_is_planned_for_vllm(tmp_path: Path) -> None:
+    done = moeplan("compile", checkpoint_spec(tmp_path, "g4dn.16xlarge", hidden_act="gelu"))
+    assert done.returncode == 0
+    plan = json.loads((tmp_path / "job.plan" / "plan.json").read_text())
+    assert [replica["policy"]["engine"] for replica in plan["replicas"]] == ["vllm"]
+    assert [refused["constraint"] for refused in plan["rejections"]] == ["engine"]
+    assert not (tmp_path / "job.plan" / "runtime").exists()
+
+
+def test_a_checkpoint_that_the_runtime_runs(tmp_path: Path) -> None:
+    done = moeplan("compile", checkpoint_spec(tmp_path, "cpu-2core"))
+    assert done.returncode == 0
+    assert (tmp_path / "job.plan" / "runtime").is_dir()

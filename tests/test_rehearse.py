@@ -9,6 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from runtime.folders import Shape, save_checkpoint
+
+from moeplan.codegen.emit.runtime import emit as emit_runtime
+from moeplan.planner.pipeline import compile_plan
+from moeplan.runtime_min.engine import Generation
+from moeplan.runtime_min.offload import Offload
+from moeplan.runtime_min.plan_file import load
+from moeplan.runtime_min.sampling import Sampling
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tinymoe"
 BOX = """\
@@ -72,3 +81,29 @@ def test_tokens_do_not_depend_on_where_the_work_is(folder: Path) -> None:
     expected = answers(folder / "cpu.jsonl")
     assert len(expected) == 6
     assert run(folder, 80_000_000) == expected
+
+
+def test_a_dense_model_on_a_gpu_too_small_for_it(tmp_path: Path) -> None:
+    """The runtime accepts the plan and streams the MLPs through the GPU; tokens are transformers'."""
+    shape = Shape(kind="llama", layers=8, hidden=256, head_dim=16, experts=1, top=1, inner=1024)
+    reference = save_checkpoint(tmp_path / "checkpoint", shape)
+    (tmp_path / "box.yaml").write_text(BOX.format(memory_bytes=125_000_000))
+    (tmp_path / "spec.yaml").write_text(
+        SPEC.replace("prompts: prompts.jsonl", "requests: 3, prompt: 20, output: 8")
+    )
+    plan = compile_plan((tmp_path / "spec.yaml").read_bytes(), str(tmp_path / "spec.yaml"))
+    for name, text in emit_runtime(plan).items():
+        (tmp_path / "job.plan" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "job.plan" / name).write_text(text)
+    (folder,) = (tmp_path / "job.plan" / "runtime").iterdir()
+    made = load(folder)
+    assert (made.model.experts, made.offload.resident_experts, made.schedule.kind) == (1, 0, "offload")
+    prompts = [[257, 1, 2, 3], [257, *range(40, 59)], [257]]
+    batch = [Generation(prompt, 8, Sampling(temperature=0.0, top_p=1.0, seed=0)) for prompt in prompts]
+    with Offload(folder, made, tmp_path / "checkpoint", torch.device("cpu")) as engine:
+        engine.run(batch)
+    for prompt, generation in zip(prompts, batch, strict=True):
+        context = torch.tensor([[*prompt, *generation.tokens[:-1]]])
+        with torch.inference_mode():
+            scores = reference(context).logits[0, len(prompt) - 1 :]
+        assert generation.tokens == scores.argmax(-1).tolist()

@@ -59,7 +59,7 @@ def _runtime_plan(plan: Plan, replica: Replica, schedule: Schedule, text: str) -
 
 
 def model_plan(model: Model, checkpoint: str, dtype: Dtype) -> plan_file.ModelPlan:
-    """The shape and counts of `model` as the runtime executes it."""
+    """The shape that the runtime is to find in `checkpoint`, computed in `dtype`."""
     model = model.as_one_expert()
     a = model.attention
     return plan_file.ModelPlan(
@@ -120,7 +120,7 @@ def _page_plan(policy: Policy, constants: Constants) -> plan_file.PagePlan:
 
 
 def _offload_plan(plan: Plan, policy: Policy) -> plan_file.OffloadPlan:
-    model = plan.workload.model
+    model = plan.workload.model.as_one_expert()
 
     def experts(share: float) -> int:
         return round(share * model.experts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moeplan.planner.ir.model import Model
@@ -118,6 +118,16 @@ class Workload:
     operators: tuple[Operator, ...]
     classes: tuple[RequestClass, ...]
     popularity: tuple[ExpertPopularity, ...] = ()
+
+    def as_one_expert(self) -> Workload:
+        """The workload as the bundled runtime computes it: the MLP of a dense model is an expert that every
+        token takes."""
+        if self.model.moe_layers:
+            return self
+        operators = (
+            replace(op, name="routed_experts") if op.name == "dense_mlp" else op for op in self.operators
+        )
+        return replace(self, model=self.model.as_one_expert(), operators=tuple(operators))
 
     def operator(self, name: OperatorName) -> Operator:
         """The operator called `name`; raises KeyError where the model has none."""

@@ -7,6 +7,8 @@ that does not hold it, its host and its disk (`offload`), and streamed from disk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import RequestClass, Workload
@@ -17,16 +19,20 @@ from moeplan.planner.strategies.stream import stream_policy
 
 
 def find_policies(
-    workload: Workload, roofline: Roofline, memory_limit_bytes: int | None
+    workload: Workload,
+    roofline: Roofline,
+    memory_limit_bytes: int | None,
+    unrunnable: Sequence[str] = (),
 ) -> tuple[tuple[Policy, ...], tuple[Rejection, ...]]:
     """Return every usable policy of this machine and every refusal, in the order of the request classes.
 
-    `memory_limit_bytes` lowers the host memory that a policy may use.
+    `memory_limit_bytes` lowers the host memory that a policy may use. `unrunnable`: why the bundled runtime
+    does not run the model, in which case vLLM alone may.
     """
     found: list[Policy] = []
     refused: list[Rejection] = []
     for requests in workload.classes:
-        for answer in _answers(workload, requests, roofline, memory_limit_bytes):
+        for answer in _answers(workload, requests, roofline, memory_limit_bytes, unrunnable):
             if isinstance(answer, Policy):
                 found.append(answer)
             else:
@@ -35,21 +41,39 @@ def find_policies(
 
 
 def _answers(
-    workload: Workload, requests: RequestClass, roofline: Roofline, memory_limit_bytes: int | None
+    workload: Workload,
+    requests: RequestClass,
+    roofline: Roofline,
+    memory_limit_bytes: int | None,
+    unrunnable: Sequence[str],
 ) -> list[Policy | Rejection]:
     """Each strategy's answer."""
     if roofline.roofs[0].flops_per_s == 0:
         return [_no_arithmetic(workload, requests, roofline)]
+    not_ours = _not_ours(workload, requests, roofline, unrunnable) if unrunnable else None
     if not roofline.has("gpu"):
         if requests.name == "online":
             return [_no_online_without_gpu(requests, roofline)]
-        refusal = _not_executed(workload, requests, roofline)
+        refusal = not_ours or _not_executed(workload, requests, roofline)
         return [refusal or stream_policy(workload, requests, roofline, memory_limit_bytes)]
     answers = [in_memory_policy(workload, requests, roofline)]
     if roofline.roof("dram").flops_per_s > 0:
-        refusal = _not_executed(workload, requests, roofline) or _not_offloaded(workload, requests, roofline)
+        refusal = not_ours or _not_executed(workload, requests, roofline)
+        refusal = refusal or _not_offloaded(workload, requests, roofline)
         answers.append(refusal or offload_policy(workload, requests, roofline, memory_limit_bytes))
     return answers
+
+
+def _not_ours(
+    workload: Workload, requests: RequestClass, roofline: Roofline, why: Sequence[str]
+) -> Rejection:
+    return impossible(
+        roofline.machine.name,
+        requests,
+        "engine",
+        f"the bundled runtime does not run {workload.model.name}: {'; '.join(why)}",
+        "GPUs that hold the whole model, which vLLM serves",
+    )
 
 
 def _no_arithmetic(workload: Workload, requests: RequestClass, roofline: Roofline) -> Rejection:

@@ -114,9 +114,11 @@ def batch_rates(
     decode: PassTime,
     gpus: int,
     copies: int = 1,
+    entering_s: float = 0.0,
 ) -> tuple[BucketRate, ...]:
-    """A batch class has one bucket; `sequences` are in flight on each copy."""
-    seconds = float(run_seconds(requests, sequences * copies, prefill.seconds, decode.seconds))
+    """A batch class has one bucket; `sequences` are in flight on each copy. `entering_s` are what passes that
+    prompts enter take longer in all."""
+    seconds = float(run_seconds(requests, sequences * copies, prefill.seconds, decode.seconds)) + entering_s
     return (
         BucketRate(
             bucket=0,

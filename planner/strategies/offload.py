@@ -34,7 +34,6 @@ from moeplan.planner.strategies.common import (
     decode_rate,
     estimate,
     host_threads,
-    impossible,
     lanes,
     too_small,
     uses,
@@ -62,10 +61,8 @@ def offload_policy(
 ) -> Policy | Rejection:
     """Return the fastest offloading policy for a class, or what memory is short, or how late an online class
     would be."""
-    if not workload.model.experts:
-        message = f"{workload.model.name} has no experts to offload"
-        return impossible(roofline.machine.name, requests, "model", message, "GPUs that hold the whole model")
-    problem = Costs(workload, requests, roofline, host_limit_bytes(roofline, memory_limit_bytes))
+    limit = host_limit_bytes(roofline, memory_limit_bytes)
+    problem = Costs(workload.as_one_expert(), requests, roofline, limit)
     if requests.name == "online":
         point = fastest_online(problem)
         return too_big(problem) if point is None else online_policy(problem, point, policy_of(problem, point))
@@ -83,7 +80,7 @@ def offload_policy_at(
 ) -> Policy:
     """The policy with a given μ and n_ub over all GPUs, attention on the CPU and experts on the GPU, whether
     it fits or not: to compare with what others chose."""
-    problem = Costs(workload, requests, roofline, _ROOMY_BYTES)
+    problem = Costs(workload.as_one_expert(), requests, roofline, _ROOMY_BYTES)
     one = np.ones(1)
     given = Shapes(roofline.machine.gpus * one, one, micro_batch * one, micro_batches * one)
     layout = problem.layout(problem.units(given), 0 * one, 0 * one, one > 0)
@@ -104,7 +101,7 @@ def offload_figures(
     problem, point = point_of(workload, requests, roofline, policy, sequences)
     if requests.name == "online":
         return online_figures(problem, point, bucket, slower)
-    prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.sequences)).seconds
+    prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.units.prompts)).seconds
     decode = _pass_time(problem, point, problem.decode_lanes(point)).seconds
     return batch_figures(requests, sequences, prefill * slower.prefill, decode * slower.decode)
 
@@ -114,7 +111,7 @@ def point_of(
 ) -> tuple[Costs, Point]:
     """The policy's placement as a one-element point with `sequences` of `requests` in flight in each copy."""
     limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
-    problem = Costs(workload, requests, roofline, float(limit))
+    problem = Costs(workload.as_one_expert(), requests, roofline, float(limit))
     count = math.ceil(sequences / policy.micro_batch)
     return problem, _placed_like(problem, policy, sequences / count, count)
 
@@ -147,7 +144,7 @@ def policy_of(problem: Costs, point: Point) -> Policy:
     roofline, requests = problem.roofline, problem.requests
     experts, u = problem.workload.model.experts, point.units
     gpus, copies, micro, count = (int(v[0]) for v in (u.gpus, u.copies, u.micro_batch, u.micro_batches))
-    prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.sequences))
+    prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.units.prompts))
     decode = _pass_time(problem, point, problem.decode_lanes(point))
     flying = micro * count * copies
     rates = batch_rates(roofline, requests, micro * count, prefill, decode, gpus, copies)
@@ -238,7 +235,8 @@ def too_big(problem: Costs) -> Rejection:
     limit = problem.gpu_limit_bytes(point.units.gpus)[0]
     level: LevelName = "gpu" if gpu[0] > limit else "dram"
     need, may = (gpu[0], limit) if level == "gpu" else (host[0], problem.host_limit_bytes)
-    what = f"{problem.workload.model.name} with offloaded experts"
+    model = problem.workload.model
+    what = f"{model.name} with offloaded {'experts' if model.experts > 1 else 'MLPs'}"
     hints = _gpu_remedies(problem, need) if level == "gpu" else _host_remedies(problem, need)
     return too_small(roofline, problem.requests, level, float(need), float(may), what, ", or ".join(hints))
 

@@ -62,12 +62,27 @@ class Shapes:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """Per element, prompts that pass through the layers of one copy together: tokens and FLOPs of all, their
+    `Experts.key`, how many of a layer's experts they hit, all-reduce seconds, and their cache."""
+
+    tokens: Array
+    flops: Array
+    key: Array
+    hits: Array
+    reduce_s: Array
+    cache_bytes: Array
+
+
+@dataclass(frozen=True)
 class Units(Shapes):
     """One unit of each decision, per element: seconds and bytes of one copy in one decode pass.
 
     Of one micro-batch: `*_attention_s`, and the bytes of its attention output (up), its QKV (down), its
     routed hidden states (each way), and its cache. Of the whole pass: `*_experts_s` with all experts in one
-    place, `gpu_other_s` everything else. `*_key` are `Experts.key` of the tokens of a pass and of a call.
+    place, `gpu_other_s` everything else. `*_key` are `Experts.key` of the tokens of a pass and of a call, and
+    a call hits `call_hits` of a layer's experts. `longest_cache_bytes` is a micro-batch's cache on the GPU at
+    the longest request, `scratch_bytes` what a call's operations take, `prompts` are those of all sequences.
     """
 
     gpu_other_s: Array
@@ -81,6 +96,10 @@ class Units(Shapes):
     cache_bytes: Array
     pass_key: Array
     call_key: Array
+    call_hits: Array
+    longest_cache_bytes: Array
+    scratch_bytes: Array
+    prompts: Prompts
 
 
 @dataclass(frozen=True)
@@ -241,11 +260,6 @@ class Costs:
         values = self.workload.model.layers * self.workload.model.attention.kv_values_per_token()
         return np.asarray(sequences * context * values * self.workload.value_bytes)
 
-    def gpu_cache_bytes(self, shapes: Shapes) -> Array:
-        """The cache of one micro-batch in GPU memory, at the longest request."""
-        held = self._held(shapes.micro_batch, self.requests.context_tokens_max)
-        return self.cache_copies(shapes.gpus) * held
-
     # Units
 
     @property
@@ -284,7 +298,8 @@ class Costs:
             return np.asarray(costs.call_seconds(workload, operators, roof, micro, self.context))  # type: ignore[arg-type]
 
         values = micro * size * model.layers
-        attention = model.attention
+        attention, call_key = model.attention, self.experts.key(micro)
+        longest = self._held(micro, self.requests.context_tokens_max)
         return Units(
             gpus=gpus,
             copies=shapes.copies,
@@ -301,7 +316,25 @@ class Costs:
             routed_bytes=micro * size * model.moe_layers * model.hidden,
             cache_bytes=self._held(micro, self.context),
             pass_key=self.experts.key(micro * count),
-            call_key=self.experts.key(micro),
+            call_key=call_key,
+            call_hits=self.experts.hits(call_key, np.full_like(micro, model.experts)),
+            longest_cache_bytes=self.cache_copies(gpus) * longest,
+            scratch_bytes=self._scratch_bytes(micro),
+            prompts=self.prompts(micro * count, gpus),
+        )
+
+    def prompts(self, count: Array, gpus: Array) -> Prompts:
+        """`count` prompts of the mean size in each copy of so many GPUs."""
+        prompt = self.requests.mean_prompt_tokens()
+        tokens = count * prompt
+        key = self.experts.key(tokens)
+        return Prompts(
+            tokens=tokens,
+            flops=np.asarray(costs.prefill_flops(self.workload, count, prompt)),
+            key=key,
+            hits=self.experts.hits(key, np.full_like(tokens, self.workload.model.experts)),
+            reduce_s=self.all_reduce_s(tokens, gpus),
+            cache_bytes=self._held(count, prompt),
         )
 
     # Memory
@@ -310,7 +343,7 @@ class Costs:
         """What the GPUs of one copy hold beside experts."""
         model, p, units = self.workload.model, self.workload.model.parameters, point.units
         held = costs.held_bytes_per_parameter(model.stored_bytes_per_other_parameter, self.workload)
-        one = self.gpu_cache_bytes(units)
+        one = units.longest_cache_bytes
         zero = np.zeros_like(units.gpus)
         return [
             ("embedding", p.embedding * held + zero),
@@ -323,7 +356,7 @@ class Costs:
             ("KV pages", np.where(point.cache_up > 0, 2.0 * one / model.layers, 0.0)),
             ("micro-batch buffers", units.gpus * self._micro_batch_bytes(point)),
             ("prefill buffers", units.gpus * self._piece_bytes(point)),
-            ("workspace", units.gpus * self._scratch_bytes(units)),
+            ("workspace", units.gpus * units.scratch_bytes),
         ]
 
     # Item by item what runtime_min.offload_memory counts; a test holds the two together.
@@ -355,17 +388,17 @@ class Costs:
         exchanged = np.where(point.streams, 0.0, 2.0 * (self._choice_bytes + hidden))
         return self._new_cache_bytes(point) + self.prefill_tokens * (4.0 * hidden + exchanged)
 
-    def _scratch_bytes(self, units: Units) -> Array:
+    def _scratch_bytes(self, micro_batch: Array) -> Array:
         """What the operations of one call take: runtime_min.plan_file.scratch_bytes."""
         model, a = self.workload.model, self.workload.model.attention
         tokens, context = self.prefill_tokens, self.requests.context_tokens_max
         width = max(model.expert_intermediate, model.dense_intermediate, model.shared_intermediate)
         values = max(8 * (a.heads + a.kv_heads) * a.head_dim, 3 * width)
         widest = max(3 * model.hidden + values, 4 * model.experts)
-        called = self.workload.value_bytes * np.maximum(tokens, units.micro_batch) * widest
+        called = self.workload.value_bytes * np.maximum(tokens, micro_batch) * widest
         per_sequence = 8.0 * context + 4.0 * model.vocab
         per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token
-        return tokens * per_token + called + units.micro_batch * per_sequence + 16.0 * context * a.head_dim
+        return tokens * per_token + called + micro_batch * per_sequence + 16.0 * context * a.head_dim
 
     def _pinned_bytes(self, point: Layout) -> Array:
         """The host's side of a copy's buffers, and the hidden states of all prompts, which wait there."""
@@ -390,7 +423,7 @@ class Costs:
         return [
             ("KV cache", units.copies * self._held(outside, requests.context_tokens_max)),
             ("pinned buffers", units.copies * self._pinned_bytes(point)),
-            ("workspace", units.copies * (self._scratch_bytes(units) + _LOADING_BYTES)),
+            ("workspace", units.copies * (units.scratch_bytes + _LOADING_BYTES)),
             ("process", units.copies * _HOST_PROCESS_BYTES),
         ]
 
@@ -464,12 +497,8 @@ class Costs:
 
     def outside_cpu_s(self, point: Point) -> Array:
         """The CPU's seconds if it computed all experts that are not resident, in one decode pass."""
-        all_calls = self.experts.hits(point.units.call_key, self._all(point))
-        resident = self.experts.hits(point.units.call_key, point.resident) / all_calls
+        resident = self.experts.hits(point.units.call_key, point.resident) / point.units.call_hits
         return point.units.copies * point.units.cpu_experts_s * (1.0 - resident)
-
-    def _all(self, point: Point) -> Array:
-        return np.full_like(point.resident, self.workload.model.experts)
 
     def _moved(self, point: Point, key: Array, cpu_experts: Array) -> tuple[Array, Array, Array]:
         """Of the experts that tokens of `key` hit: bytes to the GPU, bytes from disk, and the bytes of DRAM
@@ -496,14 +525,13 @@ class Costs:
         """
         u, dram = point.units, self.roofline.roof("dram")
         on_cpu, link = point.cpu_micro_batches, dram.up_bytes_per_s * u.gpus
-        all_calls = self.experts.hits(u.call_key, self._all(point))
         gpu_calls = self.experts.hits(u.call_key, self.workload.model.experts - point.cpu_experts)
-        gpu_share = gpu_calls / all_calls
+        gpu_share = gpu_calls / u.call_hits
         streamed, from_disk, touched = self._moved(point, u.pass_key, point.cpu_experts)
         routed = (point.cpu_experts > 0) * u.micro_batches * u.routed_bytes
         cache_up = point.cache_up * u.cache_bytes
         up_s = cache_up * self.cache_copies(u.gpus) / (dram.up_pageable_bytes_per_s * u.gpus)
-        read = u.micro_batches * (all_calls - gpu_calls) * self.expert_bytes + on_cpu * u.cache_bytes
+        read = u.micro_batches * (u.call_hits - gpu_calls) * self.expert_bytes + on_cpu * u.cache_bytes
         return {
             "gpu": u.gpu_other_s
             + u.gpu_experts_s * gpu_share
@@ -515,21 +543,18 @@ class Costs:
             "disk": u.copies * self._disk_s(from_disk),
         }
 
-    def prefill_lanes(self, point: Point, prompts: Array) -> Lanes:
-        """Seconds of each lane while `prompts` prompts of each copy pass through the layers once."""
+    def prefill_lanes(self, point: Point, prompts: Prompts) -> Lanes:
+        """Seconds of each lane while `prompts` of each copy pass through the layers once."""
         workload, model, u = self.workload, self.workload.model, point.units
         gpu, dram = self.roofline.roof("gpu"), self.roofline.roof("dram")
-        prompt, link = self.requests.mean_prompt_tokens(), dram.up_bytes_per_s * u.gpus
-        tokens = prompts * prompt
+        link = dram.up_bytes_per_s * u.gpus
         cpu_share = 1.0 - self.experts.token_share(model.experts - self._prefill_cpu_experts(point))
         streamed, from_disk, touched = self._prefill_moved(point, prompts)
         parked, routed, cache = self.prefill_bytes(point, prompts)
-        work = np.asarray(costs.prefill_flops(workload, prompts, prompt))
-        cpu_work = cpu_share * tokens * workload.operator("routed_experts").flops_per_token
-        reduce = self.all_reduce_s(tokens, u.gpus)
-        read = self.experts.hits(self.experts.key(tokens), model.experts + 0.0 * tokens) * cpu_share
+        cpu_work = cpu_share * prompts.tokens * workload.operator("routed_experts").flops_per_token
+        read = prompts.hits * cpu_share
         return {
-            "gpu": (work - cpu_work) / (gpu.offload_prefill_flops_per_s * u.gpus) + reduce,
+            "gpu": (prompts.flops - cpu_work) / (gpu.offload_prefill_flops_per_s * u.gpus) + prompts.reduce_s,
             "h2d": self._link_s(point, streamed, parked + routed),
             "d2h": (parked + cache + routed) / link,
             "cpu": u.copies * cpu_work / dram.prefill_flops_per_s,
@@ -537,24 +562,22 @@ class Costs:
             "disk": u.copies * self._disk_s(from_disk),
         }
 
-    def prefill_bytes(self, point: Point, prompts: Array) -> tuple[Array, Array, Array]:
-        """Of `prompts` prompts, all layers: hidden states that wait on the host and those that the CPU's
-        experts take, each way, and the cache that goes to the host."""
-        model, tokens = self.workload.model, prompts * self.requests.mean_prompt_tokens()
-        hidden = tokens * model.hidden * self.workload.value_bytes
-        cache = self._held(prompts, self.requests.mean_prompt_tokens())
+    def prefill_bytes(self, point: Point, prompts: Prompts) -> tuple[Array, Array, Array]:
+        """Of `prompts`, all layers: hidden states that wait on the host and those that the CPU's experts
+        take, each way, and the cache that goes to the host."""
+        model = self.workload.model
+        hidden = prompts.tokens * model.hidden * self.workload.value_bytes
         return (
             hidden * model.layers,
             (self._prefill_cpu_experts(point) > 0) * hidden * model.moe_layers,
-            cache * (1.0 - point.on_gpu / point.units.micro_batches),
+            prompts.cache_bytes * (1.0 - point.on_gpu / point.units.micro_batches),
         )
 
     def _prefill_cpu_experts(self, point: Point) -> Array:
         return np.where(point.streams, 0.0, point.cpu_experts)
 
-    def _prefill_moved(self, point: Point, prompts: Array) -> tuple[Array, Array, Array]:
-        key = self.experts.key(prompts * self.requests.mean_prompt_tokens())
-        return self._moved(point, key, self._prefill_cpu_experts(point))
+    def _prefill_moved(self, point: Point, prompts: Prompts) -> tuple[Array, Array, Array]:
+        return self._moved(point, prompts.key, self._prefill_cpu_experts(point))
 
     def weight_seconds(self, point: Point, decode: bool) -> tuple[Array, Array, Array]:
         """Seconds of the link, the disk and DRAM for the weights of a decode pass, or of one that
@@ -562,7 +585,7 @@ class Costs:
         if decode:
             streamed, from_disk, touched = self._moved(point, point.units.pass_key, point.cpu_experts)
         else:
-            streamed, from_disk, touched = self._prefill_moved(point, point.sequences)
+            streamed, from_disk, touched = self._prefill_moved(point, point.units.prompts)
         copies, dram = point.units.copies, self.roofline.roof("dram")
         link_s = self._link_s(point, streamed, 0.0 * streamed)
         return link_s, copies * self._disk_s(from_disk), copies * touched / dram.bytes_per_s

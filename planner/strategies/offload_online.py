@@ -75,7 +75,8 @@ def _again(problem: Costs, layout: Layout) -> Layout:
 def _itl_s(problem: Costs, point: Point) -> Array:
     """Seconds of a pass that also takes the prompts that enter."""
     entering = point.sequences / problem.requests.mean_output_tokens()
-    decode, prefill = problem.decode_lanes(point), problem.prefill_lanes(point, entering)
+    prompts = problem.prompts(entering, point.units.gpus)
+    decode, prefill = problem.decode_lanes(point), problem.prefill_lanes(point, prompts)
     lanes = {
         lane: np.maximum(seconds, prefill[lane]) if lane in _SHARED else seconds + prefill[lane]
         for lane, seconds in decode.items()
@@ -103,7 +104,8 @@ def online_figures(problem: Costs, point: Point, bucket: Bucket, slower: Slower)
     own = replace(problem, requests=_of_one_size(problem.requests, bucket))
     one = own.point(_again(own, point), point.cpu_experts)
     sequences = float(one.sequences[0])
-    prefill = float(own.pass_s(one, own.prefill_lanes(one, np.ones(1)))[0]) * slower.prefill
+    alone = own.prompts(np.ones(1), one.units.gpus)
+    prefill = float(own.pass_s(one, own.prefill_lanes(one, alone))[0]) * slower.prefill
     decode = float(own.pass_s(one, own.decode_lanes(one))[0]) * slower.decode
     itl = float(_itl_s(own, one)[0]) * slower.decode
     return Figures(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from moeplan.planner.strategies.offload_lanes import (
     Array,
     Costs,
     Layout,
+    Mask,
     Point,
     Shapes,
     Units,
@@ -91,22 +93,22 @@ def _promising(problem: Costs, units: Units) -> Layout:
 
 def extremes(problem: Costs, units: Units) -> tuple[Layout, Index]:
     """Attention on the GPU as far as memory goes or not at all, the rest on the CPU or copied up, experts
-    streamed or not; and the shape of each."""
+    streamed or not; and the shape of each. What comes to the same is there once."""
     shape = np.tile(np.arange(len(units.gpus)), 8)
     way = np.repeat(np.arange(8), len(units.gpus))
-    own = take(units, shape)
-    on_gpu = np.where(way & 1, most_on_gpu(problem, own), 0.0)
-    cache_up = np.where(way & 2, own.micro_batches - on_gpu, 0.0)
-    return problem.layout(own, on_gpu, cache_up, (way & 4) == 0), shape
+    on_gpu = np.where(way & 1, most_on_gpu(problem, units)[shape], 0.0)
+    cache_up = np.where(way & 2, units.micro_batches[shape] - on_gpu, 0.0)
+    new = ((way & 1 == 0) | (on_gpu > 0)) & ((way & 2 == 0) | (cache_up > 0))
+    own = take(units, shape[new])
+    return problem.layout(own, on_gpu[new], cache_up[new], (way[new] & 4) == 0), shape[new]
 
 
 def most_on_gpu(problem: Costs, units: Units) -> Array:
     """The most micro-batches whose cache GPU memory holds, experts aside."""
     none = np.zeros_like(units.gpus)
     empty = problem.layout(units, none, none, none > 0)
-    one = problem.gpu_cache_bytes(units)
     free = problem.gpu_limit_bytes(units.gpus) - total(problem.gpu_items(empty))
-    return np.clip(np.floor(free / one), 0.0, units.micro_batches)
+    return np.clip(np.floor(free / units.longest_cache_bytes), 0.0, units.micro_batches)
 
 
 def every_split(problem: Costs, units: Units) -> Layout:
@@ -118,6 +120,7 @@ def every_split(problem: Costs, units: Units) -> Layout:
     return problem.layout(take(units, shape[fits]), on_gpu[fits], cache_up[fits], streams[fits] > 0)
 
 
+@lru_cache
 def _splits(count: int) -> Array:
     """[(on GPU, copied up, streams)] of `count` micro-batches."""
     on_gpu, cache_up, streams = np.indices((count + 1, count + 1, 2)).reshape(3, -1)
@@ -131,7 +134,7 @@ def batch_seconds(problem: Costs, point: Point) -> Array:
 
 
 def _requests_s(problem: Costs, point: Point, decode_s: Array) -> Array:
-    prefill_s = problem.pass_s(point, problem.prefill_lanes(point, point.sequences))
+    prefill_s = problem.pass_s(point, problem.prefill_lanes(point, point.units.prompts))
     seconds = run_seconds(problem.requests, point.sequences * point.units.copies, prefill_s, decode_s)
     return np.where(point.feasible, seconds, np.inf)
 
@@ -159,14 +162,20 @@ def best_cpu_experts(problem: Costs, layout: Layout, seconds: Seconds) -> Point:
     Time is convex in that number from 1 on (each lane is a line or bends upwards), so its slope is bisected;
     at 0 the routed hidden states' way to the CPU falls away.
     """
-    low = np.ones_like(layout.on_gpu)
+    count = len(layout.on_gpu)
+    twice = take(layout, np.tile(np.arange(count), 2))
+
+    def faster(one: Array, other: Array) -> Mask:
+        both = seconds(problem.point(twice, np.concatenate([one, other])))
+        return np.asarray(both[:count] < both[count:])
+
+    low = np.ones(count)
     high = np.full_like(low, problem.workload.model.experts)
     while (low < high).any():
         middle = np.floor((low + high) / 2)
-        falls = seconds(problem.point(layout, middle + 1)) < seconds(problem.point(layout, middle))
+        falls = faster(middle + 1, middle)
         low, high = np.where(falls, middle + 1, low), np.where(falls, high, middle)
-    some, none = problem.point(layout, low), problem.point(layout, np.zeros_like(low))
-    return problem.point(layout, np.where(seconds(some) < seconds(none), low, 0.0))
+    return problem.point(layout, np.where(faster(low, np.zeros_like(low)), low, 0.0))
 
 
 def joined(first: _T, second: _T) -> _T:

@@ -91,8 +91,8 @@ def _page_tasks(problem: Costs, point: Point, c: OffloadConstants, decode: bool)
 
 def prefill_tasks(problem: Costs, point: Point, constants: OffloadConstants) -> TaskCosts:
     """The tasks of a pass that prefills the point's sequences in `constants.pieces` pieces."""
-    lanes = {lane: float(s[0]) for lane, s in problem.prefill_lanes(point, point.sequences).items()}
-    sizes = problem.prefill_bytes(point, point.sequences)
+    lanes = {lane: float(s[0]) for lane, s in problem.prefill_lanes(point, point.units.prompts).items()}
+    sizes = problem.prefill_bytes(point, point.units.prompts)
     count = problem.workload.model.layers * constants.pieces
     link = problem.roofline.roof("dram").up_bytes_per_s * float(point.units.gpus[0])
     parked_s, routed_s, cache_s = (float(size[0]) / link / count for size in sizes)

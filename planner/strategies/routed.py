@@ -55,6 +55,12 @@ def expected_use(hit_pages: float, places: int) -> tuple[float, ...]:
     return tuple(min(1.0, max(0.0, hit_pages - place)) for place in range(places))
 
 
+def entering_passes(passes: float, sequences: int, mean_tokens: float) -> float:
+    """Of `passes` decode passes, those in which some of `sequences` requests have just ended, so that prompts
+    enter and whole layers are read: each ends with every 1/`mean_tokens`, apart from the others."""
+    return passes * (1.0 - (1.0 - 1.0 / max(1.0, mean_tokens)) ** sequences)
+
+
 def routed_seconds(at: RoutedLayer, slots: int, layers: int, ends_s: float) -> float:
     """Seconds of one pass among many alike, in the order of planner/programs/stream.py.
 

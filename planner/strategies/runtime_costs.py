@@ -7,13 +7,14 @@ one routing per layer, three products per expert that is hit, one head per pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moeplan.planner import costs
-from moeplan.planner.ir.machine import Kernels
+from moeplan.planner.ir.machine import Kernels, Table
 from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.roofline import Roofline
 
@@ -120,10 +121,7 @@ class RuntimeCosts:
 
     @property
     def _far_s_per_byte(self) -> float:
-        """What weights that no cache holds cost more."""
-        sizes, rates = zip(*self.kernels.far_bytes_per_s, strict=True)
-        places, extra = [NEAR_BYTES, *sizes], [0.0, *(1 / rate for rate in rates)]
-        return float(np.interp(math.log(self.weights_bytes), np.log(places), extra))
+        return _far_s_per_byte(self.kernels.far_bytes_per_s, self.weights_bytes)
 
 
 def kernels_of(roofline: Roofline) -> tuple[Kernels, ...]:
@@ -170,7 +168,21 @@ def _estimated(roofline: Roofline, threads: int, share: float) -> Kernels:
     )
 
 
-def _between(table: Sequence[tuple[int, float]], at: float) -> float:
+@lru_cache
+def _far_s_per_byte(far_bytes_per_s: Table, weights_bytes: float) -> float:
+    """What weights that no cache holds cost more."""
+    sizes, rates = zip(*far_bytes_per_s, strict=True)
+    places, extra = [NEAR_BYTES, *sizes], [0.0, *(1 / rate for rate in rates)]
+    return float(np.interp(math.log(weights_bytes), np.log(places), extra))
+
+
+def _between(table: Table, at: float) -> float:
     """The rate at `at`: straight lines between logarithms, flat beyond the ends."""
+    places, rates = _logarithms(table)
+    return float(np.exp(np.interp(math.log(max(at, 1e-9)), places, rates)))
+
+
+@lru_cache
+def _logarithms(table: Table) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     places, rates = zip(*table, strict=True)
-    return float(np.exp(np.interp(math.log(max(at, 1e-9)), np.log(places), np.log(rates))))
+    return np.log(places), np.log(rates)

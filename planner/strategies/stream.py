@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moeplan.planner import costs
 from moeplan.planner.ir.estimate import Z90, Estimate
@@ -25,10 +26,12 @@ from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import RequestClass, Workload
 from moeplan.planner.strategies.common import (
     HOST_SHARE,
+    PLATEAU,
     Slower,
     batch_figures,
     batch_rates,
     bottleneck,
+    decode_passes,
     decode_rate,
     estimate,
     lanes,
@@ -37,7 +40,13 @@ from moeplan.planner.strategies.common import (
     too_small,
     uses,
 )
-from moeplan.planner.strategies.routed import RIGHT_SHARE, RoutedLayer, expected_use, routed_seconds
+from moeplan.planner.strategies.routed import (
+    RIGHT_SHARE,
+    RoutedLayer,
+    entering_passes,
+    expected_use,
+    routed_seconds,
+)
 from moeplan.planner.strategies.runtime_costs import PassShape, RuntimeCosts, kernels_of
 from moeplan.planner.strategies.task_costs import TaskCost, TaskCosts
 
@@ -59,13 +68,14 @@ _SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 
 # a core of theirs costs milliseconds at every wait.
 _WORTH_SHARING = 1.25
 _SIMULATED_LAYERS = 8
+_ROUNDING = 1e-9  # of sums in another order
 
 
 def stream_policy(
     workload: Workload, requests: RequestClass, roofline: Roofline, memory_limit_bytes: int | None
 ) -> Policy | Rejection:
     """Return the fastest policy of a machine without a GPU, or what memory is short."""
-    workload = replace(workload, model=workload.model.as_one_expert())
+    workload = workload.as_one_expert()
     limit = float(memory_limit_bytes or roofline.roof("dram").bytes * HOST_SHARE)
     sizes = [n for n in _SEQUENCES if n < requests.requests] + [requests.requests]
     sizes = [n for n in sizes if n <= _SEQUENCES[-1]] or [_SEQUENCES[-1]]
@@ -78,8 +88,20 @@ def stream_policy(
     feasible = [point for point in points if point.fits]
     if not feasible:
         return _refusal(points[0])
-    speed = np.array([p.generated_tokens_per_s / p.shared for p in feasible])
+    speed = _speeds(feasible)
     return feasible[smallest_of_best(speed, np.array([float(p.sequences) for p in feasible]))].policy()
+
+
+def _speeds(points: Sequence[_Point]) -> NDArray[np.float64]:
+    """Tokens per second of each; 0 where a bound says that it is not on the plateau of the best."""
+    speed, best = np.zeros(len(points)), 0.0
+    bounds = np.array([p.most_tokens_per_s / p.shared for p in points])
+    for at in np.argsort(-bounds, kind="stable"):
+        if bounds[at] < best * (1.0 - PLATEAU) * (1.0 - _ROUNDING):
+            break
+        speed[at] = points[at].generated_tokens_per_s / points[at].shared
+        best = max(best, speed[at])
+    return speed
 
 
 def stream_figures(
@@ -114,7 +136,7 @@ def _point_of(
     """The candidate with `sequences` in flight, in the memory and on the threads that `policy` may use."""
     limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
     kernels = next(k for k in kernels_of(roofline) if k.threads == policy.threads)
-    workload = replace(workload, model=workload.model.as_one_expert())
+    workload = workload.as_one_expert()
     point = _Point(workload, requests, roofline, float(limit), sequences, kernels)
     return replace(point, routed=policy.pages.places > 0, most_guesses=policy.pages.guesses)
 
@@ -140,25 +162,28 @@ def overlapped(
     simulated = min(layers, _SIMULATED_LAYERS)
     disk = cores = first = 0.0
     freed = deque([0.0] * slots, maxlen=slots)
+    pages = list(zip(compute, reads, strict=True)) * simulated
     for _ in range(2):  # the second pass begins with the pages that were read ahead
         first = cores
-        for _ in range(simulated):
-            for work_s, read_s in zip(compute, reads, strict=True):
-                if read_s:
-                    disk = max(disk, freed[0]) + read_s
-                    cores = max(cores, disk)
+        for work_s, read_s in pages:
+            if not read_s:
                 cores += work_s
-                if read_s:
-                    freed.append(cores)
+                continue
+            free = freed[0]
+            disk = (disk if disk > free else free) + read_s  # `max` takes three times as long
+            cores = (cores if cores > disk else disk) + work_s
+            freed.append(cores)
         cores += ends_s * simulated / layers
     return (cores - first) * layers / simulated
 
 
 class _PassTimes(NamedTuple):
-    """Seconds at work of each lane alone, and of both together where each takes so many times as long."""
+    """Seconds at work of each lane alone, and of both together where each takes so many times as long.
+    `ahead_s`: reads for a pass that may come before it."""
 
     cores_s: float
     disk_s: float
+    ahead_s: float
     seconds: Callable[[float, float], float]
 
 
@@ -214,10 +239,15 @@ class _Point:
     @cached_property
     def page_parameters(self) -> list[int]:
         """Parameters of each page of one layer: attention, then experts."""
-        model = self.workload.model
-        experts, size = model.experts, self.experts_per_page
-        counts = [min(size, experts - first) for first in range(0, experts, size)] if size else []
-        return [model.parameters.attention // model.layers] + [n * model.expert_parameters() for n in counts]
+        model, one = self.workload.model, self.workload.model.expert_parameters()
+        return [model.parameters.attention // model.layers, *(n * one for n in self._experts_of_pages)]
+
+    @cached_property
+    def _experts_of_pages(self) -> list[int]:
+        """How many experts each page of them has."""
+        size = max(1, self.experts_per_page)
+        full, rest = divmod(self.workload.model.experts, size)
+        return [size] * full + [rest] * bool(rest)
 
     @cached_property
     def _stored_page_bytes(self) -> list[float]:
@@ -231,11 +261,10 @@ class _Point:
     @cached_property
     def slot_bytes(self) -> int:
         """The largest page as stored, each of its tensors cut out in whole blocks."""
-        sizes = []
-        for number, stored in enumerate(self._stored_page_bytes):
-            tensors = 4 * self.experts_per_page if number else 9
-            sizes.append(math.ceil(stored / ALIGNMENT_BYTES) + 2 * tensors)
-        return max(sizes) * ALIGNMENT_BYTES
+        attention, *experts = self._stored_page_bytes[:2]  # of those with experts the first is the largest
+        blocks = [math.ceil(attention / ALIGNMENT_BYTES) + 2 * 9]
+        blocks += [math.ceil(stored / ALIGNMENT_BYTES) + 2 * 4 * self.experts_per_page for stored in experts]
+        return max(blocks) * ALIGNMENT_BYTES
 
     @cached_property
     def _page_bytes(self) -> list[int]:
@@ -397,8 +426,9 @@ class _Point:
 
     def _pass(self, step: PassShape) -> PassTime:
         """Cores and disk overlap; each slows the other down while it works."""
-        routed = self.places > 0 and not step.prefill
-        times = self._routed_times(step) if routed else self._whole_times(step)
+        return self._pass_time(self._times(step))
+
+    def _pass_time(self, times: _PassTimes) -> PassTime:
         if times.disk_s == 0:
             return PassTime(lanes=lanes([("cores", times.cores_s), ("disk", 0.0)]), serial_s=0.0)
         machine, alone_s = self.roofline.machine, times.seconds(1.0, 1.0)
@@ -410,6 +440,26 @@ class _Point:
         waiting_s = seconds - max(cores_s, disk_s)
         return PassTime(lanes=lanes([("cores", cores_s), ("disk", disk_s)]), serial_s=max(0.0, waiting_s))
 
+    def _least_s(self, step: PassShape) -> float:
+        """A lower bound of the pass: both lanes never take longer than one after the other, and a read begins
+        once the page that lay in its slot is used, so all but one read per slot lie within the pass."""
+        times, machine = self._times(step), self.roofline.machine
+        if not 0 < times.disk_s < math.inf:
+            return times.cores_s
+        longest_s = times.cores_s + times.disk_s
+        slower = 1 + (1 / machine.compute_kept - 1) * times.disk_s / longest_s
+        longer = 1 + (1 / machine.disk_kept - 1) * times.cores_s / longest_s
+        return max(times.cores_s * slower, (times.disk_s - times.ahead_s) * longer)
+
+    def _times(self, step: PassShape) -> _PassTimes:
+        routed = self.places > 0 and not step.prefill
+        return self._routed_times(step) if routed else self._whole_times(step)
+
+    def _ahead_s(self, read_s: float) -> float:
+        """A read of `read_s` for each slot; a few layers stand for all."""
+        layers = self.workload.model.layers
+        return self.slots * read_s * layers / min(layers, _SIMULATED_LAYERS)
+
     def _whole_times(self, step: PassShape) -> _PassTimes:
         """A pass that reads every page that moves."""
         compute, ends = self._compute(step)
@@ -419,25 +469,28 @@ class _Point:
             cores, disk = [c * slower for c in compute], [r * longer for r in reads]
             return overlapped(cores, disk, self.slots, layers, ends * slower)
 
-        return _PassTimes(layers * sum(compute) + ends, layers * sum(reads), seconds)
+        ahead_s = self._ahead_s(max(reads))
+        return _PassTimes(layers * sum(compute) + ends, layers * sum(reads), ahead_s, seconds)
 
     def _routed_times(self, step: PassShape) -> _PassTimes:
         """A pass that reads the pages that routing hits."""
-        at, ends, layers = self._routed_layer(step), self._compute(step)[1], self.workload.model.layers
+        (at, ends), layers = self._routed_layer(step), self.workload.model.layers
 
         def seconds(slower: float, longer: float) -> float:
             return routed_seconds(at.scaled(slower, longer), self.slots, layers, ends * slower)
 
-        return _PassTimes(layers * at.cores_s + ends, layers * at.disk_s, seconds)
+        ahead_s = self._ahead_s(max(at.attention_read_s, at.guess_s))
+        return _PassTimes(layers * at.cores_s + ends, layers * at.disk_s, ahead_s, seconds)
 
-    def _routed_layer(self, step: PassShape) -> RoutedLayer:
-        (attention, *experts), _ = self._compute(step)
+    def _routed_layer(self, step: PassShape) -> tuple[RoutedLayer, float]:
+        """A layer's tasks, and the seconds of arithmetic at both ends of the pass."""
+        (attention, *experts), ends = self._compute(step)
         resident = max(1, self.resident_pages)
         read_s = max(self._reads_s[resident:])  # the last page may have fewer experts
         right = [self.right_share] * self.guesses
         fetched = expected_use(self.hit_pages - sum(right), self.places)
         computed_s = sum(experts[resident - 1 :])
-        return RoutedLayer(
+        layer = RoutedLayer(
             attention_s=attention,
             attention_read_s=self._reads_s[0],
             expect_s=self._costs.route(step) if self.guesses else 0.0,
@@ -447,19 +500,15 @@ class _Point:
             guesses=self.guesses,
             guess_s=read_s,
         )
+        return layer, ends
 
     def _compute(self, step: PassShape) -> tuple[list[float], float]:
         """Seconds of arithmetic per page of a layer, and at both ends of the pass."""
-        model, at = self.workload.model, self._costs
-        full, rest = divmod(model.experts, self.experts_per_page) if self.experts_per_page else (0, 0)
-        share = (
-            model.moe_layers / model.layers
-        )  # layers are taken alike: a mean of those with experts and without
-        sizes = [self.experts_per_page] * full + [rest] * bool(rest)
-        pages = [share * at.experts(step, size) for size in sizes]
-        return [at.attention(step) + at.route(step), *pages], at.ends(
-            step, self.micro_batch, self._rows(step)
-        )
+        at, counts = self._costs, self._experts_of_pages
+        share = self.workload.model.moe_layers / self.workload.model.layers  # layers with experts and without
+        seconds = {n: share * at.experts(step, n) for n in set(counts)}
+        pages = [at.attention(step) + at.route(step), *(seconds[n] for n in counts)]
+        return pages, at.ends(step, self.micro_batch, self._rows(step))
 
     @cached_property
     def _costs(self) -> RuntimeCosts:
@@ -493,7 +542,7 @@ class _Point:
     def decode_tasks(self) -> TaskCosts:
         """Tasks of the decode pass, each slowed down as much as its lane is by the other."""
         step = self._decode_step
-        times = self._routed_times(step) if self.places else self._whole_times(step)
+        times = self._times(step)
         lane = {lane.lane: lane.seconds for lane in self.decode.lanes}
         slower = lane["cores"] / times.cores_s
         longer = lane["disk"] / times.disk_s if times.disk_s else 1.0
@@ -510,7 +559,7 @@ class _Point:
 
     def _place_tasks(self, slower: float, longer: float) -> dict[str, TaskCost]:
         """What a routed pass has besides; places are numbered from 1."""
-        at = self._routed_layer(self._decode_step).scaled(slower, longer)
+        at = self._routed_layer(self._decode_step)[0].scaled(slower, longer)
         return {
             "expect": TaskCost(seconds=at.expect_s),
             "guess": TaskCost(seconds=at.guess_s),
@@ -542,8 +591,32 @@ class _Point:
 
     @cached_property
     def generated_tokens_per_s(self) -> float:
-        seconds = run_seconds(self.requests, self.sequences, self.prefill.seconds, self.decode.seconds)
+        return self._tokens_per_s(self.prefill.seconds, self.decode.seconds, self.entering_s)
+
+    @property
+    def most_tokens_per_s(self) -> float:
+        """What `generated_tokens_per_s` never exceeds, by arithmetic alone."""
+        prefill_s = self._prefill_passes * self._least_s(self._prefill_step)
+        return self._tokens_per_s(prefill_s, self._least_s(self._decode_step))
+
+    def _tokens_per_s(self, prefill_s: float, decode_s: float, entering_s: float = 0.0) -> float:
+        seconds = run_seconds(self.requests, self.sequences, prefill_s, decode_s) + entering_s
         return float(self.requests.requests * self.requests.mean_output_tokens() / seconds)
+
+    @cached_property
+    def entering_s(self) -> float:
+        """What all decode passes take longer because prompts enter routed ones, which then read whole layers.
+
+        Outputs of one length end together, so prompts enter together: such passes are charged as prefill.
+        """
+        requests, mean = self.requests, self.requests.mean_output_tokens()
+        if not self.places or requests.output_tokens_max <= mean:
+            return 0.0
+        passes = float(decode_passes(requests, self.sequences))
+        charged = requests.requests / self.sequences
+        whole = self._pass_time(self._whole_times(self._decode_step))
+        more = max(0.0, entering_passes(passes, self.sequences, mean) - charged)
+        return more * max(0.0, whole.seconds - self.decode.seconds)
 
     def _less_sure(self, prediction: Estimate, slowest: float) -> Estimate:
         """With an interval that reaches as far down again as to `slowest`: what no right guess would give."""
@@ -599,7 +672,9 @@ class _Point:
             generated_tokens_per_s=self._less_sure(
                 estimate(roofline, self.generated_tokens_per_s), blind.generated_tokens_per_s
             ),
-            rates=batch_rates(roofline, requests, self.sequences, prefill, decode, gpus=0),
+            rates=batch_rates(
+                roofline, requests, self.sequences, prefill, decode, 0, entering_s=self.entering_s
+            ),
             bottleneck=bottleneck(requests, prefill, decode),
         )
 

@@ -2,13 +2,23 @@
 
 import json
 import zlib
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from moeplan.runtime_min import __main__ as command
-from moeplan.runtime_min.checkpoint import TensorRef
-from moeplan.runtime_min.checksums import check_checksums, read_checksums, verify_tensor, write_checksums
+from moeplan.runtime_min.checkpoint import CheckpointError, TensorRef
+from moeplan.runtime_min.checksums import (
+    Verification,
+    check_checksums,
+    joined_crc,
+    read_checksums,
+    verification,
+    write_checksums,
+)
 from moeplan.runtime_min.errors import RunError
 
 from .folders import Shape, save_checkpoint
@@ -41,16 +51,39 @@ def test_a_flipped_bit_is_found(checkpoint, capsys):
     assert err.count("is corrupt") == 1
 
 
-def test_verify_tensor(checkpoint):
-    write_checksums(checkpoint)
-    sums = read_checksums(checkpoint)
-    name, tensor = load_file(next(checkpoint.glob("*.safetensors"))).popitem()
-    data = bytearray(tensor.tobytes())
-    ref = TensorRef(name, checkpoint / "x", 0, len(data), "F32", ())
-    verify_tensor(sums, ref, memoryview(data))
-    data[0] ^= 1
-    with pytest.raises(RunError, match=f"{name}: is corrupt"):
-        verify_tensor(sums, ref, memoryview(data))
+@given(data=st.binary(max_size=200), cut=st.integers(0, 200))
+def test_the_checksum_of_two_pieces(data, cut):
+    first, second = data[:cut], data[cut:]
+    assert joined_crc(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(data)
+
+
+@given(data=st.binary(min_size=1, max_size=200), step=st.integers(1, 50), order=st.randoms())
+def test_pieces_in_any_order(data, step, order):
+    """Also where a second read begins before the first has ended: what differs in one bit is found, once."""
+    starts = list(range(0, len(data), step)) * 2
+    order.shuffle(starts)
+    before, path = TensorRef("s", Path("x"), 0, 3, "F32", ()), Path("x")
+    ref = TensorRef("t", path, 3, len(data), "F32", ())
+
+    def read(found: bytes) -> Verification:
+        verification = Verification([ref, before], {"t": zlib.crc32(data), "s": 0})
+        for start in starts:
+            verification.piece(path, 3 + start, memoryview(found)[start : start + step])
+        assert verification.awaits(path, 0)
+        return verification
+
+    assert not read(data).awaits(path, 3)
+    with pytest.raises(RunError, match="x: t: is corrupt"):
+        read(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def test_a_file_without_a_tensor_of_the_model(checkpoint):
+    path = write_checksums(checkpoint)
+    sums = json.loads(path.read_text())
+    name = min(sums)
+    path.write_text(json.dumps({other: crc for other, crc in sums.items() if other != name}))
+    with pytest.raises(CheckpointError, match=f"checksums.json: {name}: has no checksum"):
+        verification(checkpoint, checkpoint.glob("*.safetensors"))
 
 
 def test_nothing_to_compare_with(checkpoint, tmp_path, capsys):

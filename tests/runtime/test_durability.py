@@ -15,6 +15,8 @@ import pytest
 
 from moeplan.runtime_min import __main__ as command
 from moeplan.runtime_min import results
+from moeplan.runtime_min.checkpoint import find_tensors
+from moeplan.runtime_min.checksums import write_checksums
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.run import run_plan
 
@@ -26,9 +28,10 @@ PROMPTS = ["Once", "It was", "The end of the file"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A checkpoint whose pages are streamed, its plan, 60 requests, and their answers."""
+    """A checkpoint with checksums whose pages are streamed, its plan, 60 requests, and their answers."""
     folder = tmp_path_factory.mktemp("durable")
     save_checkpoint(folder / "checkpoint", SHAPE)
+    write_checksums(folder / "checkpoint")
     runtime_dir = write_plan(folder, make_plan(SHAPE))
     durability.write_requests(folder / "in.jsonl", PROMPTS, 60)
     run_plan(runtime_dir, None, folder / "in.jsonl", folder / "whole.jsonl")
@@ -128,6 +131,33 @@ def test_a_shard_that_shrinks_during_the_run(folder, tmp_path, capsys, monkeypat
     assert "hint: the same command goes on" in err
     monkeypatch.undo()
     assert "from the interrupted run)" in resumed(folder, output, capsys)
+
+
+def test_a_corrupt_page(folder, tmp_path, capsys, monkeypatch):
+    """The run that goes on names file and tensor, and keeps the answers until the file is restored."""
+    output, shard = tmp_path / "out.jsonl", folder / "checkpoint" / "model.safetensors"
+    whole = shard.read_bytes()
+    add = results.Results.add
+
+    def interrupted(self, record):
+        add(self, record)
+        if len(self.done) == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results.Results, "add", interrupted)
+        assert command.main(arguments(folder, output)) == 130
+    expert = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+    ref = find_tensors(folder / "checkpoint", {expert: (SHAPE.hidden, SHAPE.inner)})[expert]
+    shard.write_bytes(whole[: ref.offset] + bytes([whole[ref.offset] ^ 1]) + whole[ref.offset + 1 :])
+    try:
+        assert command.main(arguments(folder, output)) == 2
+    finally:
+        shard.write_bytes(whole)
+    err = capsys.readouterr().err
+    assert f"{shard}: {expert}: is corrupt: its bytes do not have the checksum in checksums.json" in err
+    assert "hint: restore the file; records already written are good; the same command goes on" in err
+    assert "(8 from the interrupted run)" in resumed(folder, output, capsys)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralForCausalLM
 
+from moeplan.runtime_min.checksums import write_checksums
 from moeplan.runtime_min.engine import Generation
+from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.lanes import Lanes
 from moeplan.runtime_min.offload import Offload
 from moeplan.runtime_min.pages import ReadError
@@ -76,7 +78,9 @@ class Rehearsal(Offload):
         super()._accept(scores, active)
 
 
-def check(engine: Rehearsal, reference: MixtralForCausalLM, generations: Sequence[Generation]) -> None:
+def check(
+    engine: Rehearsal, reference: LlamaForCausalLM | MixtralForCausalLM, generations: Sequence[Generation]
+) -> None:
     """Each token is the reference's best after those before it, by the same scores."""
     for generation in generations:
         tokens = generation.tokens
@@ -102,6 +106,37 @@ def test_tokens_and_scores_equal_transformers(model, tmp_path, plan, attention, 
     with Rehearsal(
         tmp_path, folder, made, attend=ATTENTION[attention], pages_from_disk=from_disk, **changes
     ) as engine:
+        batch = generations(LENGTHS)
+        engine.run(batch)
+        check(engine, reference, batch)
+
+
+DENSE = Shape(kind="llama", layers=3, experts=1, top=1, inner=53)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM]:
+    folder = tmp_path_factory.mktemp("dense")
+    return folder, save_checkpoint(folder, DENSE)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"slots": 6, "disk_experts": 1},
+        {"pages_per_layer": 0, "cpu_experts": 1},
+        {"pages_per_layer": 0, "resident_experts": 1},
+    ],
+    ids=["pinned", "from disk", "on the CPU", "resident"],
+)
+def test_a_dense_model(dense, tmp_path, changes, attention):
+    """Its MLP is one expert: moved in pages, or computed by the CPU."""
+    folder, reference = dense
+    plan = make_offload_plan(DENSE, **changes)
+    pages = 4 if plan.offload.disk_experts else 0
+    with Rehearsal(tmp_path, folder, plan, attend=ATTENTION[attention], pages_from_disk=pages) as engine:
         batch = generations(LENGTHS)
         engine.run(batch)
         check(engine, reference, batch)
@@ -304,6 +339,28 @@ def test_a_shard_cut_short_ends_the_run(model, tmp_path):
         with pytest.raises(ReadError, match=r"model\.safetensors: .*w[123]\.weight: cannot be read"):
             engine.run(generations(LENGTHS))
     assert not any(thread.is_alive() for threads in engine.lanes._threads.values() for thread in threads)
+
+
+@pytest.mark.parametrize("slots", [0, 6])
+def test_a_corrupt_tensor_ends_the_run(model, tmp_path, slots):
+    """A tensor that is loaded, or read in pieces by the disk lane, which cuts it where its pages end."""
+    folder, _ = model
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(folder, copy)
+    write_checksums(copy)
+    plan = make_offload_plan(SHAPE, slots=slots, disk_experts=3 if slots else 0)
+    pages = 3 if slots else 0
+    with Rehearsal(tmp_path / "whole", copy, plan, pages_from_disk=pages) as engine:
+        engine.run(generations(LENGTHS))
+    ref = engine._memory._refs["model.layers.2.block_sparse_moe.experts.4.w3.weight"]
+    data = bytearray(ref.path.read_bytes())
+    data[ref.offset + ref.nbytes - 1] ^= 1
+    ref.path.write_bytes(data)
+    with (
+        pytest.raises(RunError, match=rf"model\.safetensors: {ref.name}: is corrupt"),
+        Rehearsal(tmp_path / "corrupt", copy, plan, pages_from_disk=pages) as engine,
+    ):
+        engine.run(generations(LENGTHS))
 
 
 @pytest.mark.parametrize(

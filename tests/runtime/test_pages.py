@@ -12,6 +12,7 @@ import torch
 
 from moeplan.runtime_min import pages
 from moeplan.runtime_min.checkpoint import find_tensors
+from moeplan.runtime_min.checksums import verification, write_checksums
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.plan_file import PagePlan
 
@@ -51,7 +52,8 @@ def open_store(
     folder: Path, tensors: dict[str, torch.Tensor], plan: PagePlan, dtype: torch.dtype
 ) -> pages.PageStore:
     refs = find_tensors(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    return pages.PageStore(refs, 1, plan, lambda layer, page: NAMES[page], dtype)
+    checks = verification(folder, (ref.path for ref in refs.values()))
+    return pages.PageStore(refs, 1, plan, lambda layer, page: NAMES[page], dtype, checks)
 
 
 @pytest.mark.parametrize("pad", [0, 1, 2, 3, 8])
@@ -133,6 +135,36 @@ def test_a_file_cut_short_while_running(tmp_path):
     with pytest.raises(pages.ReadError, match=r"model\.safetensors: c: cannot be read: ends at byte"):
         store.blocks(0, 0, 0)[-1]()
     store.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("resident", [0, 2])
+@pytest.mark.parametrize("name", ["a", "b", "c", "d"])
+def test_a_flipped_bit_is_found_by_the_read_that_completes_its_tensor(tmp_path, dtype, resident, name):
+    """Streamed or resident, converted or not; the first time that it is read, not again."""
+    tensors = random_tensors(torch.float32)
+    path = tmp_path / "model.safetensors"
+    save(path, tensors)
+    write_checksums(tmp_path)
+    refs = find_tensors(tmp_path, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    whole = path.read_bytes()
+    corrupt = bytearray(whole)
+    corrupt[refs[name].offset + 7] ^= 1
+    path.write_bytes(corrupt)
+    plan = replace(PLAN, resident_pages=resident)
+
+    def read_all(store: pages.PageStore) -> None:
+        for page in range(resident, len(NAMES)):
+            for read in store.blocks(0, page, page):
+                read()
+
+    with pytest.raises(RunError, match=rf"model\.safetensors: {name}: is corrupt"):
+        read_all(open_store(tmp_path, tensors, plan, dtype))
+    path.write_bytes(whole)
+    store = open_store(tmp_path, tensors, plan, dtype)
+    read_all(store)
+    path.write_bytes(corrupt)
+    read_all(store)
 
 
 def test_a_page_larger_than_its_slot(tmp_path):

@@ -1,5 +1,6 @@
 """Routed reading: decode reads what routing hit and what was guessed, nothing else, and says the same."""
 
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
+from moeplan.planner.strategies.routed import entering_passes
 from moeplan.runtime_min.engine import Generation
 from moeplan.runtime_min.layers import Routing
 from moeplan.runtime_min.limits import check_numbers
@@ -98,6 +100,28 @@ def test_tokens_are_those_of_whole_pages(batch, checkpoint, tmp_path):
         routed, reads, _ = run(tmp_path / str(guesses), folder, texts, routed=True, slots=4, guesses=guesses)
         assert routed == whole
         assert len(reads) < len(every)
+
+
+def test_whole_layers_are_read_as_often_as_predicted(checkpoint, tmp_path):
+    """Requests of any length end apart, and each prompt that enters makes its pass read whole layers: counted
+    bytes are near those predicted, and far from those of passes that all prompts enter together."""
+    source, sequences, count = random.Random(1), 4, 60
+    lengths = [source.randint(2, 30) for _ in range(count)]
+    plan = make_plan(SHAPE, routed=True, slots=3, sequences=sequences, micro_batch=2)
+    runtime_dir = write_plan(tmp_path, plan)
+    with Engine(runtime_dir, load(runtime_dir), checkpoint[0]) as engine:
+        texts = ([source.randrange(VOCAB) for _ in range(4)] for _ in lengths)
+        engine.run([Generation(text, n, GREEDY) for text, n in zip(texts, lengths, strict=True)])
+        sizes = {at: layout.nbytes for at, layout in engine._pages._layouts.items()}
+        counted = engine.disk.bytes_read
+    mean = sum(lengths) / count
+    decode = count / sequences * (mean - 1) + max(lengths) - mean
+    entered = entering_passes(decode, sequences, mean)
+    hit = 1 - (1 - SHAPE.top / SHAPE.experts) ** sequences
+    whole = sum(sizes.values())
+    routed = sum(size * (hit if page else 1) for (_, page), size in sizes.items())
+    assert counted == pytest.approx(entered * whole + (decode - entered) * routed, rel=0.1)
+    assert counted > 1.08 * (count / sequences * whole + decode * routed)
 
 
 def routing(*experts: int) -> Routing:
