@@ -26,8 +26,13 @@ GCP = ONLINE + "market: {clouds: [gcp], purchase: spot}\n"
 
 
 @pytest.fixture(scope="module")
-def aws_plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    return compile_plan(AWS, str(tmp_path_factory.mktemp("plan") / "spec.yaml"))
+def aws_plan() -> Plan:
+    return compile_plan(AWS, "spec.yaml")
+
+
+@pytest.fixture(scope="module")
+def gcp_plan() -> Plan:
+    return compile_plan(GCP, "spec.yaml")
 
 
 def numbers(files: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -64,9 +69,9 @@ def per_region(files: dict[str, str]) -> dict[str, tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("spec", [AWS, GCP])
-def test_replicas_are_the_plans(compile_text: Compile, spec: str) -> None:
-    plan = compile_text(spec)
+@pytest.mark.parametrize("fixture", ["aws_plan", "gcp_plan"])
+def test_replicas_are_the_plans(request: pytest.FixtureRequest, fixture: str) -> None:
+    plan = request.getfixturevalue(fixture)
     (site,) = plan.placement.sites
     counts = per_region(terraform.emit(plan))
     assert sum(spot for spot, _ in counts.values()) == site.replicas + site.spot_overprovision
@@ -75,12 +80,10 @@ def test_replicas_are_the_plans(compile_text: Compile, spec: str) -> None:
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
-def test_a_base_of_on_demand_replicas(compile_text: Compile, cloud: str) -> None:
+def test_a_base_of_on_demand_replicas(aws_plan: Plan, cloud: str) -> None:
     """7 replicas of which 2 are on-demand, and 1 to spare, over three regions: 6 spot, 2 on-demand."""
     zones = tuple(zone(f"{name}-1", cloud) for name in "abc")
-    plan = with_site(
-        compile_text(AWS), replicas=7, on_demand_base=2, spot_overprovision=1, zones=zones, market="spot"
-    )
+    plan = with_site(aws_plan, replicas=7, on_demand_base=2, spot_overprovision=1, zones=zones, market="spot")
     assert per_region(terraform.emit(plan)) == {
         f"{cloud}/a-1": (2, 1),
         f"{cloud}/b-1": (2, 1),
@@ -117,8 +120,8 @@ def test_no_replica_is_lost(replicas: int, spare: int, base: int, zones: int) ->
         assert counts[0] - counts[-1] <= 1
 
 
-def test_machines_and_arguments(compile_text: Compile) -> None:
-    plan = compile_text(AWS)
+def test_machines_and_arguments(aws_plan: Plan) -> None:
+    plan = aws_plan
     policy = plan.fleet.choices[0].column.policy
     for variables in numbers(terraform.emit(plan)).values():
         for group in variables["groups"].values():
@@ -136,24 +139,22 @@ def test_machines_and_arguments(compile_text: Compile) -> None:
         ("a2-highgpu-2g", ("a2-highgpu-2g", "", 0)),
     ],
 )
-def test_accelerators_of_google(compile_text: Compile, name: str, wanted: tuple[str, str, int]) -> None:
+def test_accelerators_of_google(gcp_plan: Plan, name: str, wanted: tuple[str, str, int]) -> None:
     """N1 machines take GPUs as accelerators; other types have them built in and refuse any."""
-    plan = compile_text(GCP)
-    (group, *_) = replica_groups(plan)
+    (group, *_) = replica_groups(gcp_plan)
     machine = replace(group.policy.machine, name=name, gpu="T4", gpus=2)
     (values,) = terraform._gcp(replace(group, policy=replace(group.policy, machine=machine))).values()
     assert (values["machine_type"], values["accelerator_type"], values["accelerator_count"]) == wanted
 
 
-def test_nothing_where_nothing_is_rented_or_served(compile_text: Compile) -> None:
+def test_nothing_where_nothing_is_rented_or_served(compile_text: Compile, aws_plan: Plan) -> None:
     """A machine of one's own, batch work, and Azure, for which there is no module."""
     assert terraform.emit(compile_text(batch_spec(machine="g4dn.16xlarge"))) == {}
     assert terraform.emit(compile_text(batch_spec(more=", deadline: 8h").replace("2000", "100000"))) == {}
-    plan = compile_text(AWS)
-    assert terraform.emit(with_site(plan, zones=(zone("eastus", "azure"),))) == {}
+    assert terraform.emit(with_site(aws_plan, zones=(zone("eastus", "azure"),))) == {}
 
 
-def test_only_numbers_depend_on_the_plan(compile_text: Compile) -> None:
+def test_only_numbers_depend_on_the_plan(compile_text: Compile, aws_plan: Plan) -> None:
     """Every other file is a copy: the same for two plans, and marked as generated."""
     first, second = (
         terraform.emit(compile_text(AWS)),
@@ -170,7 +171,7 @@ def test_only_numbers_depend_on_the_plan(compile_text: Compile) -> None:
 strange = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(strange)
 @example('"quoted" \\ ${file("/etc/passwd")} %{ if true } {{ x }}')
 @example("no")

@@ -156,6 +156,7 @@ def genuine_mirror(root: Path) -> tuple[Path, str]:
 
 
 def _configuration(root: Path, mirror: Path | None = None) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
     config = root / "terraform.rc"
     config.write_text(
         "disable_checkpoint = true\nprovider_installation {\n  filesystem_mirror {\n"
