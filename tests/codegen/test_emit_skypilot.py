@@ -293,16 +293,18 @@ def test_text_of_spec_and_catalog_survives(
     assert file["name"] == skypilot._name(name)
     assert file["envs"].get("IMAGE", "") == image
     assert file["resources"]["accelerators"] == f"{gpu}:{count}"
-    assert [entry["infra"] for entry in file["resources"]["any_of"]] == [f"gcp/{region}"]
-    assert {key: file[key] for key in ("service", "setup", "run")} == {
-        key: plain[key] for key in ("service", "setup", "run")
-    }
+    assert [entry["infra"] for entry in file["resources"]["any_of"]] == [
+        f"{plan_of.placement.sites[0].zones[0].cloud}/{region}"
+    ]
+    for key in ("service", "file_mounts", "setup", "run"):
+        assert file.get(key) == plain.get(key)
     assert file.keys() == plain.keys()
 
 
-@pytest.fixture(scope="module")
-def plan_of(compiled: Callable[[str], Plan]) -> Plan:
-    return compiled("spot on gcp")
+@pytest.fixture(scope="module", params=["spot on gcp", "image"])
+def plan_of(request: pytest.FixtureRequest, compiled: Callable[[str], Plan]) -> Plan:
+    """A service and a job."""
+    return compiled(request.param)
 
 
 def _with(plan: Plan, name: str, image: str, gpu: str, region: str) -> Plan:
