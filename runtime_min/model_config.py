@@ -143,12 +143,6 @@ def _renormalise(keys: Keys, kind: Architecture) -> bool:
     return bool(said) if keys.said(kind.renormalise_key) else kind.renormalise
 
 
-def _renormalise(keys: Keys, kind: Architecture) -> bool:
-    """A key that is null says no."""
-    said = keys.get(kind.renormalise_key)
-    return bool(said) if keys.said(kind.renormalise_key) else kind.renormalise
-
-
 def _norms(kind: Architecture) -> bool:
     """Whether queries are normalised where config.json is silent: in Llama 4, but not in GLM-4.5."""
     return kind.query_norm == "rotated" or not kind.query_norm_key
