@@ -194,10 +194,14 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor 
     """Attention of one token [B, Q, D] per sequence.
 
     The G query heads that share keys stand where a sequence would: no key is copied, each is read once.
-    With sinks, which differ between them, they cannot.
+    With sinks, which differ between them, they cannot, and keys are copied: those of one sequence at a time.
     """
     if sinks is not None:
-        return scored(q[:, :, None], k, v, mask, sinks).flatten(1)
+        masks = [None] * len(q) if mask is None else [mask[i : i + 1] for i in range(len(q))]
+        parts = [
+            scored(q[i : i + 1, :, None], k[i : i + 1], v[i : i + 1], masks[i], sinks) for i in range(len(q))
+        ]
+        return torch.cat(parts).flatten(1)
     grouped = q.reshape(len(q), k.shape[1], -1, q.shape[2])  # [B, V, G, D]
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1)
 

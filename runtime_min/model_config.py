@@ -11,7 +11,7 @@ from moeplan.runtime_min.config_keys import Keys
 from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.architecture import Architecture
 from moeplan.runtime_min.plan_file import ModelPlan
-from moeplan.runtime_min.rope_scaling import Scaling, read_scaling
+from moeplan.runtime_min.rope_scaling import LongScaling, Scaling, read_scaling
 
 # Keys that change what is computed, and the values at which they do not.
 _TRIVIAL: dict[str, tuple[object, ...]] = {
@@ -109,9 +109,7 @@ def read_config(folder: Path, model: ModelPlan, context_tokens: int) -> ModelCon
         rope_theta=_theta(keys, kind, rope),
         tied=bool(keys.get("tie_word_embeddings", False)),
         eos=_eos(folder, keys.get("eos_token_id")),
-        renormalise=bool(
-            keys.get(kind.renormalise_key, kind.renormalise and not keys.said(kind.renormalise_key))
-        ),
+        renormalise=_renormalise(keys, kind),
         clip_qkv=None if keys.get("clip_qkv") is None else keys.number("clip_qkv", 1.0),
         rope_scaling=scaling,
         rope_factor=rope_factor,
@@ -298,9 +296,19 @@ def _shape_problems(keys: Keys, model: ModelPlan, kind: Architecture, config: Mo
         shape["width of shared experts"] = (_shared_width(keys, kind, model), model.shared_intermediate)
     if config.dense and kind.dense_width_key != kind.width_key:
         shape[kind.dense_width_key] = (keys.get(kind.dense_width_key), model.dense_intermediate)
-    return [
+    wrong = [
         f"{key} is {found!r}, the plan has {plan}" for key, (found, plan) in shape.items() if found != plan
     ]
+    groups, rotated = config.choice.groups, config.rotary_dim or model.head_dim
+    if model.experts % groups or config.choice.kept > groups:
+        wrong.append(
+            f"n_group is {groups}, which does not divide {model.experts} experts, or topk_group is above"
+        )
+    if isinstance(config.rope_scaling, LongScaling) and 2 * len(config.rope_scaling.factors) != rotated:
+        wrong.append(
+            f"short_factor has {len(config.rope_scaling.factors)} numbers, a head {rotated // 2} pairs"
+        )
+    return wrong
 
 
 def _shared_width(keys: Keys, kind: Architecture, model: ModelPlan) -> int:
@@ -313,9 +321,8 @@ def _shared_width(keys: Keys, kind: Architecture, model: ModelPlan) -> int:
 
 def _feature_problems(outer: dict[str, Any], keys: Keys, kind: Architecture, biased: bool) -> list[str]:
     """What the runtime would silently compute otherwise than the checkpoint means."""
-    problems = []
-    if outer.get("architectures") != [kind.class_name]:
-        found = outer.get("architectures")
+    problems, found = [], outer.get("architectures")
+    if not isinstance(found, list) or [str(f).lower() for f in found] != [kind.class_name.lower()]:
         problems.append(f"architectures is {found!r}, the plan is for {kind.class_name}")
     for key, trivial in _TRIVIAL.items():
         if keys.get(key, trivial[0]) not in trivial:

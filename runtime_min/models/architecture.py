@@ -13,10 +13,11 @@ from typing import Literal
 class Architecture:
     """One `model_type`.
 
-    `class_name` is transformers' class. Layer N has its MLP's tensors under `model.layers.N.<mlp>.`;
-    `matrices` names those of an MLP or expert in the order gate, down, up. `routed`: some layers have experts
-    and a router; otherwise one MLP takes every token. Which layers have none `dense` says: none; the first
-    ones; those that `decoder_sparse_step` leaves out; those between the layers with experts.
+    `class_name` is transformers' class; capitals may differ, as they do in Phi-3.5-MoE's config.json. Layer N
+    has its MLP's tensors under `model.layers.N.<mlp>.`; `matrices` names those of an MLP or expert in the
+    order gate, down, up. `routed`: some layers have experts and a router; otherwise one MLP takes every
+    token. Which layers have none `dense` says: none; the first ones; those that `decoder_sparse_step` leaves
+    out; those between the layers with experts.
 
     `experts`: each has matrices of its own, or its part of one tensor for all: rows of gate, down and up
     alike (down is stored transposed); or gate and up side by side, in `halves` or in `pairs`, both and down

@@ -11,7 +11,8 @@ import torch
 from moeplan.runtime_min.batch_file import parse_line
 from moeplan.runtime_min.prompts import Prompts
 
-from .folders import Shape, save_checkpoint
+from .architectures import MODELS, save
+from .folders import VOCAB, Shape, save_checkpoint
 
 SHAPES = {
     "llama": Shape(kind="llama", experts=1, top=1, inner=53),
@@ -39,17 +40,17 @@ def request(name: str, text: str) -> str:
     return json.dumps({"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body})
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", [*SHAPES, "deepseek_v3", "gpt_oss"])
 def test_a_compiled_plan_answers_as_transformers_does(kind: str, tmp_path: Path) -> None:
-    folder, shape = tmp_path / "checkpoint", SHAPES[kind]
+    folder = tmp_path / "checkpoint"
     folder.mkdir()
-    reference = save_checkpoint(folder, shape)
+    reference = save_checkpoint(folder, SHAPES[kind]) if kind in SHAPES else save(folder, MODELS[kind])
     lines = [request(str(number), text) for number, text in enumerate(TEXTS)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "spec.yaml").write_text(SPEC)
     moeplan("compile", "spec.yaml", cwd=tmp_path)
     moeplan("run", "job.plan", "--input", "prompts.jsonl", "--output", "answers.jsonl", cwd=tmp_path)
-    prompts = Prompts(folder, shape.vocab)
+    prompts = Prompts(folder, VOCAB)
     answers = (tmp_path / "answers.jsonl").read_text().splitlines()
     for line, answer in zip(lines, answers, strict=True):
         ids = torch.tensor([prompts.encode(parse_line(1, line.encode()))])

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import math
 import statistics
 import sys
@@ -16,6 +17,7 @@ import torch
 
 from moeplan.codegen.emit.runtime import emit
 from moeplan.planner.pipeline import compile_plan
+from moeplan.runtime_min.checkpoint import CheckpointError
 from moeplan.runtime_min.engine import Generation, pack
 from moeplan.runtime_min.limits import check_memory, check_supported, stay_bytes
 from moeplan.runtime_min.model_config import read_config
@@ -133,10 +135,11 @@ def test_experts_on_the_device_alone(name, saved, tmp_path):
     check_offload(saved(name), tmp_path, 0)
 
 
-def test_half_precision_is_as_near_as_transformers(model, tmp_path):
+@pytest.mark.parametrize("name", [name for name in MODELS if "," not in name])
+def test_half_precision_is_as_near_as_transformers(name, saved, tmp_path):
     """Scores in bf16 are no further from float32 than 1.5 times transformers' own in bf16: the median of
     prompts, as rounding changes the choice of experts in some."""
-    folder, reference, counted = model
+    folder, reference, counted = saved(name)
     source = torch.Generator().manual_seed(5)
     texts = [torch.randint(0, VOCAB, (1 + at,), generator=source).tolist() for at in range(24)]
     many = {"sequences": len(texts), "micro_batch": len(texts), "slots": 2}
@@ -201,6 +204,53 @@ def test_a_compiled_plan_counts_to_the_byte(name, memory, saved, tmp_path, monke
     assert stay == weights_bytes(m, pages) == held.weights_bytes
     assert kv_bytes(m, plan.batch) == held.kv_bytes
     assert workspace_bytes(m, plan.batch, pages) == held.workspace_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("deepseek_v3", {"n_group": 4}, "n_group is 4"),
+        ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank is None, expected a whole number"),
+        ("deepseek_v3", {"kv_lora_rank": 21}, "kv_lora_rank + qk_rope_head_dim is 27, the plan has 26"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("deepseek_v3", {"first_k_dense_replace": 2}, "layers with experts is 1, the plan has 2"),
+        ("deepseek_v3", {"n_shared_experts": 1}, "width of shared experts is 18, the plan has 36"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+        (
+            "phimoe, longrope, window",
+            {"max_position_embeddings": 256},
+            "original_max_position_embeddings is 64",
+        ),
+        ("gpt_oss", {"layer_types": ["sliding_attention"]}, "layer_types has 1 layers"),
+        ("dbrx", {"attn_config": {"kv_n_heads": 2}}, "num_key_value_heads is 2, the plan has 3"),
+        ("llama4", {"text_config": None}, "text_config is None, expected an object"),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window is True"),
+    ],
+)
+def test_a_config_that_is_not_executed_is_refused_by_name(name, change, says, saved, tmp_path):
+    folder, _, counted = saved(name)
+    told = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**told, **change}))
+    with pytest.raises(CheckpointError) as caught:
+        read_config(tmp_path, counted, 65)
+    assert any(problem.startswith(f"{tmp_path / 'config.json'}: {says}") for problem in caught.value.problems)
+
+
+def test_capitals_of_a_class_may_differ(saved, tmp_path):
+    folder, _, counted = saved("phimoe")
+    told = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**told, "architectures": ["PhiMoEForCausalLM"]}))
+    assert read_config(tmp_path, counted, 64) == read_config(folder, counted, 64)
+
+
+def test_rotary_base_of_a_nested_group(saved, tmp_path):
+    """DBRX's published config.json has it among the keys of attention."""
+    folder, _, counted = saved("dbrx")
+    told = json.loads((folder / "config.json").read_text())
+    told.pop("rope_parameters")
+    told["attn_config"]["rope_theta"] = 500000
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert read_config(tmp_path, counted, 64).rope_theta == 500000
 
 
 def test_every_architecture_is_among_the_models():
