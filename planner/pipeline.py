@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +12,9 @@ from moeplan.planner.candidates import candidate_machines, candidate_offers
 from moeplan.planner.capacity import capacity_bound
 from moeplan.planner.catalog import facts_digest
 from moeplan.planner.inputs import Inputs, load_inputs
-from moeplan.planner.ir.fleet import Choice
+from moeplan.planner.ir.fleet import Choice, Fleet
 from moeplan.planner.ir.plan import Plan, Replica
-from moeplan.planner.ir.policy import Policy
+from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import Workload
@@ -82,7 +82,7 @@ def compile_inputs(spec: Spec, inputs: Inputs, trace: Trace | None = None) -> Pl
     rejections = (*(refusal for _, refused in found for refusal in refused), *profiled.rejections)
     for policy in policies:
         verify.verify_policy(policy)
-    fleet = run("fleet", lambda: choose_fleet(spec, workload, policies, rejections, offers))
+    fleet = run("fleet", lambda: find_fleet(spec, inputs, workload, rooflines, policies, rejections))
     verify.verify_fleet(spec, workload, fleet)
 
     replicas = run(
@@ -103,6 +103,18 @@ def compile_inputs(spec: Spec, inputs: Inputs, trace: Trace | None = None) -> Pl
         placement=placement,
         facts_sha256=facts_digest(inputs.model, *machines, *offers),
     )
+
+
+def find_fleet(
+    spec: Spec,
+    inputs: Inputs,
+    workload: Workload,
+    rooflines: Sequence[Roofline],
+    policies: Sequence[Policy],
+    rejections: Sequence[Rejection],
+) -> Fleet:
+    """The fleet of some policies: what the compiler chooses, and what explanations choose anew."""
+    return choose_fleet(spec, workload, policies, rejections, candidate_offers(spec, inputs))
 
 
 def _replica(workload: Workload, rooflines: tuple[Roofline, ...], choice: Choice) -> Replica:
