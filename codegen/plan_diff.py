@@ -144,6 +144,7 @@ def _facts(plan: Plan, labels: Mapping[str, str]) -> dict[tuple[str, str], Fact]
         name = labels.get(site["column"], site["column"])
         found |= {("placement", f"{name}: {what}"): fact for what, fact in _site(site)}
     found["placement", "statement"] = Fact(text=plan["placement"]["statement"])
+    found |= {("prediction", what): fact for what, fact in _simulated(plan)}
     for replica in plan["replicas"]:
         name = labels.get(replica["name"], replica["name"])
         found |= {("policy", f"{name}: {what}"): fact for what, fact in _policy(replica)}
@@ -213,6 +214,9 @@ def _site(site: Plan) -> Iterator[tuple[str, Fact]]:
     ):
         yield what, Fact(text=str(site[field]), number=site[field])
     yield "on-demand fallback", Fact(text="yes" if site["on_demand_fallback"] else "no")
+    if outlook := site.get("outlook"):  # where there is evidence of the zones
+        yield "expected bill, USD per hour", _usd(outlook["usd_per_hour"])
+        yield "enough replicas ready", _share(outlook["availability"]["value"])
 
 
 def _zone(zone: Plan) -> str:
@@ -260,6 +264,13 @@ def _prediction(policy: Plan) -> Iterator[tuple[str, Fact]]:
         yield "ITL, slowest size", _seconds(max(rate["itl_s"] for rate in policy["rates"]))
     bottleneck = policy["bottleneck"]
     yield "bottleneck", Fact(text=f"{bottleneck['lane']} in {bottleneck['phase']}")
+
+
+def _simulated(plan: Plan) -> Iterator[tuple[str, Fact]]:
+    """How many requests keep the SLO, where the plan was simulated with queues."""
+    for found in plan.get("attainment", {}).get("classes", ()):
+        yield f"{found['serves']}: SLO kept, simulated", _share(found["planned"]["attained_share"])
+        yield f"{found['serves']}: P99 TTFT, simulated", _seconds(found["planned"]["ttft"]["p99_s"])
 
 
 def _usd(value: float, digits: int = 2) -> Fact:

@@ -14,9 +14,10 @@ from moeplan.planner.candidates import candidate_machines, candidate_offers
 from moeplan.planner.capacity import capacity_bound
 from moeplan.planner.catalog import facts_digest
 from moeplan.planner.inputs import Inputs, Unrunnable, load_inputs, runs_all
+from moeplan.planner.ir.attainment import Attainment
 from moeplan.planner.ir.fleet import Choice, Fleet
 from moeplan.planner.ir.plan import Plan, Replica
-from moeplan.planner.ir.policy import Policy
+from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import Workload
@@ -93,12 +94,8 @@ def compile_inputs(spec: Spec, inputs: Inputs, trace: Trace | None = None) -> Pl
     rejections = (*(refusal for _, refusals in found for refusal in refusals), *profiled.rejections)
     for policy in policies:
         verify.verify_policy(policy)
-
-    def choose(policies: Sequence[Policy]) -> Fleet:
-        return choose_fleet(spec, workload, policies, rejections, offers, headroom=math.inf)
-
     fleet, attainment = run(
-        "fleet", lambda: attain(spec, workload, rooflines, policies, inputs.trace, choose)
+        "fleet", lambda: find_fleet(spec, inputs, workload, rooflines, policies, rejections)
     )
     verify.verify_fleet(spec, workload, fleet)
     verify.verify_attainment(fleet, attainment)
@@ -123,6 +120,25 @@ def compile_inputs(spec: Spec, inputs: Inputs, trace: Trace | None = None) -> Pl
         placement=placement,
         facts_sha256=facts_digest(inputs.model, *machines, *offers),
     )
+
+
+def find_fleet(
+    spec: Spec,
+    inputs: Inputs,
+    workload: Workload,
+    rooflines: Sequence[Roofline],
+    policies: Sequence[Policy],
+    rejections: Sequence[Rejection],
+) -> tuple[Fleet, Attainment]:
+    """The fleet of some policies, simulated: what the compiler chooses, and what explanations choose anew."""
+    offers = candidate_offers(spec, inputs)
+
+    def choose(policies: Sequence[Policy]) -> Fleet:
+        return choose_fleet(
+            spec, workload, policies, rejections, offers, headroom=math.inf, previous=inputs.previous
+        )
+
+    return attain(spec, workload, rooflines, policies, inputs.trace, choose)
 
 
 def _replica(workload: Workload, rooflines: tuple[Roofline, ...], choice: Choice) -> Replica:

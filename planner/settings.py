@@ -13,6 +13,7 @@ import yaml
 
 from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
 from moeplan.planner.language import SPEC, Block, Field, Kind, Listing, Scalar, Table
+from moeplan.planner.units import TOKENS
 from moeplan.planner.yaml_nodes import read_nodes
 
 _KEY = re.compile(r"[a-z_]+(\.[A-Za-z0-9_+./ -]+?)*")
@@ -69,7 +70,7 @@ class _Edit:
         if not self.value.strip():
             self._remove(node, last)
         elif (factor := relative(self.value)) is not None and (_kind(kind, last) or _child(node, last)):
-            self._scale(node, last, factor)
+            self._scale(node, last, factor, _is_whole(_kind(kind, last)))
         else:
             self._set(node, last, self._composed(self.value))
 
@@ -91,7 +92,7 @@ class _Edit:
         else:
             node.value = [(key, old) for key, old in node.value if key.value != name]
 
-    def _scale(self, node: yaml.Node, name: str, factor: Fraction) -> None:
+    def _scale(self, node: yaml.Node, name: str, factor: Fraction, whole: bool) -> None:
         """The number in the value as it stands, times `factor`; its unit stays."""
         old = _child(node, name)
         found = _NUMBER.search(old.value) if isinstance(old, yaml.ScalarNode) else None
@@ -99,7 +100,7 @@ class _Edit:
             hint = "give the value itself"
             raise self._problem(f"{self.key} has no number in the spec that {self.value} could be of", hint)
         assert old is not None  # it has the number
-        number = _decimal(Fraction(found.group()) * factor, whole="." not in found.group())
+        number = _decimal(Fraction(found.group()) * factor, whole)
         text = old.value[: found.start()] + number + old.value[found.end() :]
         self._set(node, name, self._composed(text))
 
@@ -151,9 +152,14 @@ def _kind(kind: Kind | None, name: str) -> Kind | None:
             return None
 
 
+def _is_whole(kind: Kind | None) -> bool:
+    """Whether values are counts: 26.4 GiB is an amount of memory, 26.4 requests are none."""
+    return isinstance(kind, Scalar) and kind.integral and kind.units in (None, TOKENS)
+
+
 def _decimal(value: Fraction, whole: bool) -> str:
-    """`value` as plain decimal text: rounded where the spec has a whole number and a large one."""
-    if whole and value >= 100:
+    """`value` as plain decimal text."""
+    if whole:
         return str(round(value))
     return f"{float(value):.{_DIGITS}f}".rstrip("0").rstrip(".")
 

@@ -331,10 +331,42 @@ def _alternatives(plan: Plan, analysis: Analysis) -> Iterator[Section]:
         yield Section(title="Refused", tables=[table])
 
 
+def _why(plan: Plan, analysis: Analysis) -> Iterator[Section]:
+    """What the fleet's own record says, where the report has it."""
+    if lines := values(plan).get("why"):
+        yield Section(title="Why this fleet", text=[f"{line[0].upper()}{line[1:]}." for line in lines])
+
+
+def _latency(plan: Plan, analysis: Analysis) -> Iterator[Section]:
+    """What simulation with queues says of each online class, where the report has it."""
+    for found in values(plan).get("attainment", ()):
+        text = [f"{found['requests']}, in a queueing simulation; the SLO is kept for {found['shares']}."]
+        text += [f"{line}." for line in (found["search"], found["warning"]) if line]
+        pools = ("replica, in the surge", "requests", "SLO kept", "engines busy", "full")
+        yield Section(
+            title="Latency, simulated",
+            text=text,
+            tables=[
+                Table(caption="", header=("", "rate", "P50", "P90", "P99"), rows=found["rows"]),
+                Table(caption="", header=pools, rows=found["pools"]),
+            ],
+        )
+
+
 def _availability(plan: Plan, analysis: Analysis) -> Iterator[Section]:
-    placement = plan.placement
-    text = [f"{placement.statement} (evidence: {placement.evidence})."]
-    yield Section(title="Availability", text=[text[0][0].upper() + text[0][1:]])
+    """What is promised on what evidence; of each spot site what is expected, where the report has it."""
+    statement = plan.placement.statement
+    text = [f"{statement[0].upper()}{statement[1:]} (evidence: {plan.placement.evidence})."]
+    yield Section(title="Availability", text=text)
+    for site in values(plan).get("sites", ()):
+        header = ("zone, cheapest first", "spot, USD/h", "on-demand", "fixed target: spot", "on-demand")
+        columns = ("name", "spot", "on_demand", "spot_target", "on_demand_target")
+        zones = [[zone[column] for column in columns] for zone in site["zones"]]
+        tables = [Table(caption="zones", header=header, rows=zones)]
+        if site["figures"]:
+            tables.insert(0, Table(caption="expected", header=("", ""), rows=site["figures"]))
+        title = f"Availability of {site['name']}"
+        yield Section(title=title, text=[f"{site['rule']}.", *site["notes"]], tables=tables)
 
 
 def _measured(plan: Plan, analysis: Analysis) -> Iterator[Section]:
@@ -380,7 +412,9 @@ def _provenance(plan: Plan, analysis: Analysis) -> Iterator[Section]:
 SECTIONS: tuple[Callable[[Plan, Analysis], Iterator[Section]], ...] = (
     _fleet,
     _decisions,
+    _why,
     _frontiers,
+    _latency,
     _replicas,
     _alternatives,
     _availability,

@@ -12,18 +12,16 @@ from moeplan.planner.diagnostics import InfeasibleError
 from moeplan.planner.explain.facts import fact_change, is_fact, require_known, with_changes
 from moeplan.planner.inputs import Inputs, load_inputs
 from moeplan.planner.ir.fleet import Fleet
-from moeplan.planner.ir.machine import Offer
 from moeplan.planner.ir.plan import Plan
 from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import Workload
-from moeplan.planner.passes.fleet import choose_fleet
 from moeplan.planner.passes.policy import find_policies
 from moeplan.planner.passes.profile import apply_profile
 from moeplan.planner.passes.roofline import find_roofline
 from moeplan.planner.passes.workload import build_workload
-from moeplan.planner.pipeline import compile_inputs
+from moeplan.planner.pipeline import compile_inputs, find_fleet
 from moeplan.planner.spec import parse_spec
 from moeplan.planner.strategies.in_memory import in_memory_policy
 
@@ -88,13 +86,13 @@ def decide(case: Case, held: Held | None = None) -> Fleet | InfeasibleError:
         rooflines = tuple(find_roofline(workload, machine) for machine in machines)
         if offers and (found := _in_memory(workload, rooflines) if held is None else held):
             try:
-                return _fleet(case, workload, rooflines, offers, found)
+                return _fleet(case, workload, rooflines, found)
             except InfeasibleError:
                 pass  # perhaps offloading makes one
         limit = spec.machine.memory_bytes if spec.machine else None
         both = [find_policies(workload, roofline, limit) for roofline in rooflines]
         answers = [answer for found in both for part in found for answer in part]
-        return _fleet(case, workload, rooflines, offers, answers)
+        return _fleet(case, workload, rooflines, answers)
     except InfeasibleError as error:
         return error
 
@@ -111,13 +109,13 @@ def _fleet(
     case: Case,
     workload: Workload,
     rooflines: Sequence[Roofline],
-    offers: Sequence[Offer],
     answers: Sequence[Policy | Rejection],
 ) -> Fleet:
     policies = [answer for answer in answers if isinstance(answer, Policy)]
     refused = [answer for answer in answers if isinstance(answer, Rejection)]
     profiled = apply_profile(workload, rooflines, policies, case.inputs.profile)
-    return choose_fleet(case.spec, workload, profiled.policies, (*refused, *profiled.rejections), offers)
+    refusals = (*refused, *profiled.rejections)
+    return find_fleet(case.spec, case.inputs, workload, rooflines, profiled.policies, refusals)[0]
 
 
 def _in_memory(workload: Workload, rooflines: Sequence[Roofline]) -> Held:

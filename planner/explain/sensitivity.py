@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moeplan.planner.diagnostics import CompileError
 from moeplan.planner.explain.outcomes import decision, outcome_of
 from moeplan.planner.explain.study import Study
 from moeplan.planner.ir.explanation import Flip
@@ -69,7 +70,11 @@ def _flip(study: Study, what: str, key: str, probes: tuple[float, ...]) -> Flip:
     """The nearest of `probes` at which the decision differs, bisected towards the one before."""
     same, other = 0.0, None
     for percent in probes:
-        if _differs(study, key, percent):
+        try:
+            differs = _differs(study, key, percent)
+        except CompileError:
+            break  # the spec language has no such value
+        if differs:
             other = percent
             break
         same = percent

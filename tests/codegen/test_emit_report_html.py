@@ -186,3 +186,42 @@ def test_measurements_stand_beside_predictions(compile_text: Callable[[str], Pla
     assert "measured over predicted" in text
     assert f"<td>{corrections[0].factor:.3g}</td>" in text
     assert "No measured run stands behind this plan" not in text
+
+
+def test_what_other_passes_found_gets_sections(
+    market: tuple[Plan, Analysis], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reasons of the fleet, simulated latency and evidence of zones stand in the page where there are any."""
+    told = report_html.values(market[0])
+    attained = {
+        "requests": "5,000 requests of the trace",
+        "shares": "99.4% of the requests",
+        "search": "The first fleet tried attains it",
+        "warning": "",
+        "rows": [("TTFT", "as planned", "100 ms", "200 ms", "300 ms")],
+        "pools": [("pool-of-h100", "5,000", "99.40%", "61%", "40%")],
+    }
+    zone = {"name": "gcp/r1/a", "spot": "1.5", "on_demand": "9", "spot_target": "2", "on_demand_target": "1"}
+    site = {
+        "name": "a-site",
+        "rule": "Two are kept",
+        "zones": [zone],
+        "figures": [("promised", "99.1 %")],
+        "notes": ("a zone was left out",),
+    }
+    more = {**told, "why": ["proven cheapest"], "attainment": [attained], "sites": [site]}
+    monkeypatch.setattr(report_html, "values", lambda plan: more)
+    text = " ".join(Page(report_html.emit(*market)["report.html"]).text)
+    for words in (
+        "Why this fleet",
+        "Proven cheapest.",
+        "Latency, simulated",
+        "5,000 requests of the trace",
+        "300 ms",
+        "pool-of-h100",
+        "Availability of a-site",
+        "gcp/r1/a",
+        "99.1 %",
+        "a zone was left out",
+    ):
+        assert words in text

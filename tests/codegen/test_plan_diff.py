@@ -111,3 +111,17 @@ def test_a_plan_of_other_fields_is_refused_not_a_crash(compile_text: Compile) ->
     del plan["placement"]["sites"]
     with pytest.raises(plan_diff.PlanFileError, match="'sites'"):
         plan_diff.compare(plan, plan)
+
+
+def test_simulated_latency_and_availability_are_compared_where_there_are_any(compile_text: Compile) -> None:
+    before = data(compile_text(ONLINE))
+    after = copy.deepcopy(before)
+    for plan, share in ((before, 0.99), (after, 0.95)):
+        simulated = {"serves": "online", "planned": {"attained_share": share, "ttft": {"p99_s": 1.5}}}
+        plan["attainment"] = {"classes": [simulated]}
+        plan["placement"]["sites"][0]["outlook"] = {"usd_per_hour": 2.0, "availability": {"value": share}}
+    found = changed(plan_diff.compare(before, after))
+    assert found["prediction", "online: SLO kept, simulated"].ratio == pytest.approx(0.95 / 0.99)
+    assert [what for part, what in found if part == "placement"] == [
+        f"{before['fleet']['choices'][0]['column']['name']}: enough replicas ready"
+    ]

@@ -175,3 +175,11 @@ def test_batches_of_an_offloaded_or_streamed_replica(machine: str, tmp_path: Pat
     here = next(point for point in batches.points if point.batch == batches.chosen)
     assert here.excluded == ""
     assert here.tokens_per_s == pytest.approx(found.outcome.tokens_per_s, rel=0.02)
+
+
+def test_inputs_that_cannot_be_scaled_end_the_search(tmp_path: Path) -> None:
+    """Three requests, a deadline near the longest that there is: no probe beyond what a spec can say."""
+    text = batch_spec(machine="cpu-2core", more=", deadline: 300d").replace("2000", "3")
+    found = {(flip.key, flip.unchanged_percent): flip for flip in flips(study(text, tmp_path))}
+    assert ("workload.batch.requests", -75.0) in found
+    assert ("workload.batch.deadline", 10.0) in found
