@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,9 +43,14 @@ class Trace:
 
 
 def compile_plan(
-    text: str | bytes, path: str, machine_file: Path | None = None, trace: Trace | None = None
+    text: str | bytes,
+    path: str,
+    machine_file: Path | None = None,
+    trace: Trace | None = None,
+    previous: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Lower spec text to a Plan; `machine_file` replaces the spec's machine or market.
+    """Lower spec text to a Plan; `machine_file` replaces the spec's machine or market, and `previous` counts
+    the replicas of an earlier plan, from which moves must pay.
 
     The same text and input files give the same Plan. Raises CompileError (bad input) or its subclass
     InfeasibleError (no plan exists), and VerificationError on a bug of ours.
@@ -71,7 +76,9 @@ def compile_plan(
     rejections = (*(refusal for _, refused in found for refusal in refused), *profiled.rejections)
     for policy in policies:
         verify.verify_policy(policy)
-    fleet = run("fleet", lambda: choose_fleet(spec, workload, policies, rejections, offers))
+    fleet = run(
+        "fleet", lambda: choose_fleet(spec, workload, policies, rejections, offers, previous=previous)
+    )
     verify.verify_fleet(spec, workload, fleet)
 
     replicas = run(

@@ -64,7 +64,7 @@ class Market:
                 requests_per_s=Estimate(value=t, sigma=0.1, provenance="measured"),
                 batch=1,
                 ttft_s=0.1,
-                itl_s=0.1,
+                itl_s=0.05,
             )
             for n, t in enumerate(requests_per_s)
         )
