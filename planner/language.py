@@ -298,7 +298,7 @@ MARKET = Block(
             kind=choice("last-resort", "allow"),
             default="last-resort",
             doc="allow: batch work may be planned onto GPUs that do not hold the model, which no engine "
-            "has run yet, wherever that is predicted to be cheaper; last-resort: only where nothing else can do it",
+            "has run yet, wherever that is predicted to be cheaper; last-resort: only where nothing else can",
         ),
         "availability": Field(
             kind=PROMISE,

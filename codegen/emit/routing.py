@@ -10,7 +10,6 @@ from moeplan.planner.ir.plan import Plan
 from moeplan.planner.ir.workload import RequestClass
 
 ROUTING_FORMAT = 1
-_DIGITS = 4
 
 
 def emit(plan: Plan) -> dict[str, str]:
@@ -40,7 +39,7 @@ def _bucket(plan: Plan, requests: RequestClass, number: int) -> dict[str, Any]:
         "share": bucket.share,
         "requests_per_s": requests.rate_per_s * bucket.share if requests.name == "online" else None,
         "requests": requests.requests * bucket.share if requests.name == "batch" else None,
-        "weights": {route.column: round(route.share, _DIGITS) for route in routes},
+        "weights": {route.column: route.share for route in routes},
     }
 
 

@@ -131,8 +131,8 @@ class Fleet:
     class. `cost` is what was minimised, in `cost_unit`: USD per hour, a batch's bill spread over its deadline
     (a day without one), or where there is batch work only the bill. No fleet costs less than `cost_bound`, up
     to a hundredth of a cent that ties are broken with; `gap` is what of `cost` lies above it. An "incumbent"
-    is the best fleet found within the solver's limit in nodes, not proven cheapest. `spot_assumption` says how
-    interruptions are priced into batch work on spot machines; empty where there is none.
+    is the best fleet found within the solver's limit in nodes, not proven cheapest. `spot_assumption` says
+    how interruptions are priced into batch work on spot machines; empty where there is none.
     """
 
     choices: tuple[Choice, ...]

@@ -23,8 +23,8 @@ of continuous batching (steps of 0.1):
 | near, gaps with CV 3 | below 0.6 | 0.6 | 0.8 |
 
 A line through each row, ceiling·copies - reserve, is within 0.05 of it, and needs no size to be known
-before: (1, 0.1), (1, 0.4), (0.9, 0.3), (0.867, 1.07). So where the SLO is near and arrivals are bursty, a pool has two
-copies or none. Between and beyond the two CVs both are taken as linear in CV: an extrapolation.
+before: (1, 0.1), (1, 0.4), (0.9, 0.3), (0.867, 1.07). So where the SLO is near and arrivals are bursty, a
+pool has two copies or none. Between and beyond the two CVs both are taken as linear in CV: an extrapolation.
 """
 
 from __future__ import annotations

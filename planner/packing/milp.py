@@ -35,8 +35,8 @@ _TRICKLE = 0.01  # loads below drown in the solver's tolerance
 _DIRECT = 1500  # pairs of pool and demand that the solver takes as they are
 _STEPS = 250
 _PROMISING = 20
-_LEAST_SHARE = 5e-5
-_DIGITS = 4
+_LEAST_SHARE = 5e-7
+_DIGITS = 6
 _SLACK = 1e-6  # the first solve's own tolerance
 Shares = dict[tuple[int, str], float]
 
@@ -310,7 +310,7 @@ def _balanced(problem: Problem, used: Sequence[Pool], counts: Mapping[str, int],
 
 
 def _rounded(problem: Problem, used: Sequence[Pool], raw: Shares) -> Shares:
-    """Shares of four digits without the solver's noise; what rounding leaves goes to the largest."""
+    """Shares of six digits without the solver's noise; what rounding leaves goes to the largest."""
     shares: Shares = {}
     for k in range(len(problem.online)):
         row = {c.name: raw[k, c.name] for c in used if raw.get((k, c.name), 0.0) > _LEAST_SHARE}

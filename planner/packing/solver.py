@@ -6,11 +6,14 @@ optimum is therefore the same with and without HiGHS.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import math
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pulp
 
@@ -50,18 +53,16 @@ def solve(problem: pulp.LpProblem, effort: Effort | None = None) -> Result | Non
     """
     effort = effort or Effort()
     result = _cbc(problem, effort)
-    if (problem.status == pulp.LpStatusNotSolved or _has_gap(result, effort)) and _has_highs():
-        result = _highs(problem, effort) or result
-    if problem.status == pulp.LpStatusNotSolved:
+    unsolved = result is None and problem.status == pulp.LpStatusNotSolved
+    gap_left = result is not None and result.status == "incumbent" and not effort.gap
+    if (unsolved or gap_left) and effort.seconds is None and _has_highs():
+        result = _highs(problem, effort, result)
+    if unsolved and result is None:
         message = f"the solver found no fleet within {effort.nodes:,} nodes"
         raise InfeasibleError(
             Diagnostic(code="unsolved", span=Span("moeplan"), message=message, hint="allow fewer GPU types")
         )
     return result
-
-
-def _has_gap(result: Result | None, effort: Effort) -> bool:
-    return result is not None and result.status == "incumbent" and effort.seconds is None
 
 
 def _cbc(problem: pulp.LpProblem, effort: Effort) -> Result | None:
@@ -93,16 +94,29 @@ def _has_highs() -> bool:
     return importlib.util.find_spec("highspy") is not None
 
 
-def _highs(problem: pulp.LpProblem, effort: Effort) -> Result | None:
-    solver = pulp.HiGHS(
-        msg=False, threads=1, gapRel=effort.gap, random_seed=_SEED, mip_max_nodes=effort.nodes
-    )
-    problem.solve(solver)
-    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        return None
-    return _result(
-        float(pulp.value(problem.objective) or 0.0), float(problem.solverModel.getInfo().mip_dual_bound)
-    )
+def _highs(problem: pulp.LpProblem, effort: Effort, known: Result | None) -> Result | None:
+    """The better of what HiGHS finds and what is `known`; bounds of both hold. pulp's own interface to HiGHS
+    fails where a limit in nodes ends the search, so the problem goes through a file."""
+    highspy: Any = importlib.import_module("highspy")
+    highs = highspy.Highs()
+    options = {"output_flag": False, "threads": 1, "random_seed": _SEED, "mip_max_nodes": effort.nodes}
+    for name, value in {**options, "mip_rel_gap": effort.gap}.items():
+        highs.setOptionValue(name, value)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "problem.mps")
+        problem.writeMPS(path)
+        highs.readModel(path)
+    highs.run()
+    info = highs.getInfo()
+    if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+        return known
+    bound = max(info.mip_dual_bound, known.bound if known else -math.inf)
+    if known and known.objective <= info.objective_function_value:
+        return _result(known.objective, bound)
+    values = dict(zip(highs.getLp().col_names_, highs.getSolution().col_value, strict=True))
+    for variable in problem.variables():
+        variable.varValue = values[variable.name]
+    return _result(info.objective_function_value, bound)
 
 
 def _result(objective: float, bound: float) -> Result:
