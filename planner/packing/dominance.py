@@ -18,8 +18,8 @@ def undominated(pools: Sequence[Pool], problem: Problem) -> list[Pool]:
 
     b replaces a if k ≥ 1 machines of b do all that one of a does, for no more money and no more of any
     limited resource: k·usd_b ≤ usd_a, load_b ≤ k·load_a for every demand, share_usd_b ≤ share_usd_a,
-    k·amount_b ≤ amount_a, b's target and ceiling at least a's, k·reserve_a ≥ reserve_b, spare_b ≤ spare_a, and
-    b is as steady, in the same region, and unbounded.
+    k·amount_b ≤ amount_a, b's target and ceiling at least a's, k·reserve_a ≥ reserve_b, spare_b ≤ spare_a,
+    and b is as steady, in the same region, and unbounded.
 
     Safe. Take any fleet with n machines of a. Buy k·n more of b instead and route a's shares to b.
     Load: what a carried, L ≤ n·target_a, is at most k·L ≤ k·n·target_b on b's machines; likewise L ≤

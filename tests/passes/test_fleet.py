@@ -169,7 +169,7 @@ def test_limits_say_what_would_be_enough(catalog: Catalog) -> None:
     """The hint's own figure compiles, and a little less does not."""
     quota = {"A100": 0, "A10G": 12}
     with pytest.raises(
-        InfeasibleError, match="raise the quota of A10G to 15, or raise .* A100 to 1"
+        InfeasibleError, match=r"quota of A100 to 1, or raise the quota of A10G to 15"
     ) as caught:
         melange(catalog).choose(replace(ON_DEMAND, quota=quota))
     assert "market.quota" not in str(caught.value)
@@ -418,7 +418,7 @@ def test_floor_and_lost_regions(compile_text: Callable[[str], Plan]) -> None:
 
 
 def test_offloaded_gpus_are_bought_where_allowed(compile_text: Callable[[str], Plan]) -> None:
-    """By default no engine that has never run is chosen; where allowed it is, if cheaper, and every output says
+    """By default no engine that has never run is chosen; where allowed it is, if cheaper, and outputs say
     that it has never run."""
     text = (
         "name: x\nmodel: mixtral-8x7b\nworkload: {{batch: {{requests: 20000, prompt: 77, output: 128}}}}\n"

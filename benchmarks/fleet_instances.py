@@ -1,10 +1,11 @@
-"""Fleet problems for tests, and fleets found by means that share nothing with the code under test."""
+"""Fleet problems, and fleets found by means that share nothing with the planner's solver."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pulp
 
@@ -48,8 +49,20 @@ def random_problem(seed: int, types: int, buckets: int, rate: float) -> Problem:
     return Problem(pools=tuple(pools), online=(True,) * buckets)
 
 
-def slice_ilp(problem: Problem, slices: int) -> float:
-    """Cost by Mélange's own program: each bucket in equal slices, each slice on one type, one binary each."""
+def in_regions(problem: Problem, regions: int, seed: int) -> Problem:
+    """Every pool in several regions, up to 15 % dearer than in the cheapest."""
+    draw = random.Random(seed)
+    pools = tuple(
+        replace(pool, name=f"{pool.name}-r{r}", usd=pool.usd * (1 + 0.15 * r * draw.random() / regions))
+        for pool in problem.pools
+        for r in range(regions)
+    )
+    return replace(problem, pools=pools)
+
+
+def slice_ilp(problem: Problem, slices: int, seconds: float | None = None) -> tuple[float, bool]:
+    """Cost by Mélange's own program, and whether it is proven: each bucket in equal slices, each slice on one
+    type, one binary each. Infinite where `seconds` found nothing."""
     program = pulp.LpProblem("melange", pulp.LpMinimize)
     demands = range(len(problem.online))
     counts = [program.add_variable(f"n{g}", 0, None, pulp.LpInteger) for g in range(len(problem.pools))]
@@ -66,9 +79,11 @@ def slice_ilp(problem: Problem, slices: int) -> float:
     for g, pool in enumerate(problem.pools):
         load = pulp.lpSum(pool.loads[k] / slices * x for (k, _, own), x in chosen.items() if own == g)
         program += load <= pool.target * counts[g]
-    program.solve(pulp.PULP_CBC_CMD(msg=False, threads=1))
-    assert program.sol_status == pulp.LpSolutionOptimal
-    return float(sum(pool.usd * round(n.value()) for pool, n in zip(problem.pools, counts, strict=True)))
+    program.solve(pulp.PULP_CBC_CMD(msg=False, threads=1, timeLimit=seconds))
+    if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+        return math.inf, False
+    usd = sum(pool.usd * round(n.value()) for pool, n in zip(problem.pools, counts, strict=True))
+    return float(usd), program.sol_status == pulp.LpSolutionOptimal
 
 
 def brute_force(problem: Problem, most: int) -> float:
