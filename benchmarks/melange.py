@@ -3,7 +3,8 @@
     python benchmarks/melange.py melange.json
 
 The file holds Tables 3-8 of arXiv 2404.14527 (v4): 36 rows of a dataset, a latency target and a rate, each
-with the mixed fleet and the four single-type fleets. Two printed costs do not follow from their counts: misprints.
+with the mixed fleet and the four single-type fleets. Two printed costs do not follow from their counts:
+misprints.
 """
 
 from __future__ import annotations

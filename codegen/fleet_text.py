@@ -72,7 +72,7 @@ def flip_line(flip: Flip) -> str:
     inside = "inside" if flip.likely else "outside"
     if flip.factor < 1:
         slower = f"{1 - flip.factor:.0%} slower" if flip.factor < 0.995 else "any slower"
-        return f"flips if {flip.gpu} is {slower} than predicted ({inside} the 90 % interval): more is needed"
+        return f"flips if {flip.gpu} is {slower} than predicted ({inside} the 90 % interval)"
     return f"flips if {flip.gpu} is {flip.factor - 1:.0%} faster than predicted ({inside} the 90 % interval)"
 
 

@@ -89,8 +89,8 @@ class ConstraintCost:
 class Flip:
     """How wrong the throughputs of one GPU type must be for another fleet to be the answer.
 
-    `factor` is the true throughput over the predicted one: below 1 the fleet would be overloaded, above 1 a
-    cheaper one would do. `likely`: it lies within the prediction's 90 % interval.
+    `factor` is the true throughput over the predicted one: below 1 the fleet would be too full or too dear,
+    above 1 a cheaper one would do. `likely`: it lies within the prediction's 90 % interval.
     """
 
     gpu: str

@@ -7,7 +7,7 @@ throughputs are tried.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pulp
@@ -24,6 +24,7 @@ _EFFORT = Effort(nodes=500)
 _MOST_GPUS = 3
 _BISECTIONS = 4
 _MOST_DOUBTS = 2
+_LEAST_FACTOR = 1e-3
 _WORTH = 1e-4  # a smaller relative difference in cost is none
 
 
@@ -34,8 +35,8 @@ def find_sensitivity(market: Market, problem: Problem, solution: Solution) -> Se
     used = [pool for pool in near.pools if pool.name in solution.machines]
     runner_up = _runner_up(near, solution)
     single = _single(market, problem)
-    flips = list(_slower(market, problem, used, solution))
-    if not large and problem.before is None:
+    flips = list(_slower(market, near, used, solution))
+    if not large:
         rivals = [*solution.machines, *_names(runner_up), *_names(single)]
         flips += _faster(market, near, solution, rivals)
     return Sensitivity(
@@ -128,12 +129,17 @@ def _sigma(market: Market, name: str) -> float:
 
 
 def _slower(market: Market, problem: Problem, used: list[Pool], solution: Solution) -> Iterable[Flip]:
-    """For each GPU type of the fleet: the factor on its throughputs below which the fleet no longer fits.
+    """For each GPU type of the fleet: the factor on its throughputs below which the fleet is not the answer.
 
-    Until then it stays the answer: slower machines only make fleets dearer, and it costs what it did. The
-    factor is the optimum of one linear program: loads times 1/f fit the capacity where loads fit f times it.
+    Where machines are paid all along it stays the answer until it no longer fits: slower machines only make
+    other fleets dearer, and it costs what it did. That factor is the optimum of one linear program: loads
+    times 1/f fit the capacity where loads fit f times it. Work paid by the hour gets dearer: re-solves.
     """
     for gpu in sorted({_gpu(market, pool) for pool in used}):
+        own = [pool for pool in used if _gpu(market, pool) == gpu]
+        if any(pool.share_usd for pool in own):
+            yield from _bisected(market, problem, solution, gpu, slower=True)
+            continue
         program = pulp.LpProblem("slower", pulp.LpMinimize)
         factor = program.add_variable("factor", 0, 1)
         shares = serve_all(problem, used, program)
@@ -141,45 +147,39 @@ def _slower(market: Market, problem: Problem, used: list[Pool], solution: Soluti
         for pool in used:
             room = pool.capacity(solution.machines[pool.name]) * (1 + 1e-6)
             load = pulp.lpSum(pool.loads[k] * y for (k, name), y in shares.items() if name == pool.name)
-            program += load <= (room * factor if _gpu(market, pool) == gpu else room)
-        if solve(program) is not None and factor.value() > 1e-3:
-            low = max(_sigma(market, p.name) for p in used if _gpu(market, p) == gpu)
+            program += load <= (room * factor if pool in own else room)
+        if solve(program) is not None and factor.value() > _LEAST_FACTOR:
+            low = math.exp(-Z90 * max(_sigma(market, pool.name) for pool in own))
             value = min(1.0, float(factor.value()))
-            yield Flip(gpu=gpu, factor=value, likely=value >= math.exp(-Z90 * low))
+            yield Flip(gpu=gpu, factor=value, likely=value >= low)
 
 
 def _faster(market: Market, problem: Problem, solution: Solution, rivals: list[str]) -> Iterable[Flip]:
-    """For the GPU types of the fleet and of its rivals: the least factor within the 90 % interval at which a
-    cheaper fleet exists, by bisection."""
+    """For the GPU types of the fleet and of its rivals: how much faster makes another fleet the answer."""
     pools = {pool.name: pool for pool in problem.pools}
     gpus = list(dict.fromkeys(_gpu(market, pools[name]) for name in rivals if name in pools))
     for gpu in gpus[:_MOST_GPUS]:
-        own = [name for name, pool in pools.items() if _gpu(market, pool) == gpu]
-        most = math.exp(Z90 * max(_sigma(market, name) for name in own))
-        cheaper = _is_cheaper(problem, solution, set(own))
-        if not cheaper(most):
-            continue
-        low, high = 1.0, most
-        for _ in range(_BISECTIONS):
-            middle = math.sqrt(low * high)
-            low, high = (low, middle) if cheaper(middle) else (middle, high)
-        yield Flip(gpu=gpu, factor=high, likely=True)
+        yield from _bisected(market, problem, solution, gpu, slower=False)
 
 
-def _is_cheaper(problem: Problem, solution: Solution, names: set[str]) -> Callable[[float], bool]:
-    """Whether a fleet is cheaper when the pools `names` are so many times as fast.
+def _bisected(market: Market, problem: Problem, solution: Solution, gpu: str, slower: bool) -> Iterable[Flip]:
+    """The factor nearest to 1 at which a re-solve has other machines, if it is within the 90 % interval."""
+    names = {pool.name for pool in problem.pools if _gpu(market, pool) == gpu}
+    sigma = max(_sigma(market, name) for name in names)
+    most = math.exp(-Z90 * sigma if slower else Z90 * sigma)
 
-    A fleet with batch work becomes cheaper with any speed; it counts where the machines differ too.
-    """
-
-    def cheaper(factor: float) -> bool:
+    def flips(factor: float) -> bool:
         pools = tuple(_sped_up(p, factor) if p.name in names else p for p in problem.pools)
         other = solve_fleet(replace(problem, pools=pools), _EFFORT)
-        if other is None or other.machines == solution.machines:
-            return False
-        return other.usd < solution.usd * (1 - _WORTH)
+        return other is None or other.machines != solution.machines
 
-    return cheaper
+    if not flips(most):
+        return
+    same, other = 1.0, most
+    for _ in range(_BISECTIONS):
+        middle = math.sqrt(same * other)
+        same, other = (same, middle) if flips(middle) else (middle, other)
+    yield Flip(gpu=gpu, factor=other, likely=True)
 
 
 def _sped_up(pool: Pool, factor: float) -> Pool:
