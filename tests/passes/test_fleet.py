@@ -390,6 +390,9 @@ def test_batch_work_fills_idle_hours(compile_text: Callable[[str], Plan]) -> Non
     assert alone.fleet.choices[0].utilisation < choice.utilisation <= choice.target
     routing = json.loads(emit_all(plan)["routing.json"])
     assert routing["replicas"][0]["takes_batch_work_when_idle"]
+    # Its longest request is now one of the batch, 800 + 300 tokens.
+    service = next(text for path, text in emit_all(plan).items() if path.startswith("skypilot/"))
+    assert "--max-model-len 1100 --scheduling-policy priority" in service
 
 
 def test_hurried_batch_work_buys_machines(compile_text: Callable[[str], Plan]) -> None:
