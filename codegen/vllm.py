@@ -18,9 +18,10 @@ def vllm_arguments(plan: Plan, policy: Policy) -> tuple[str, str]:
     longest = max(plan.workload.request_class(name).context_tokens_max for name in served)
     fp8 = " --quantization fp8_per_tensor" if policy.weights_dtype == "fp8" else ""
     mixed = " --scheduling-policy priority" if len(served) > 1 else ""
+    numbers = f"--max-num-seqs {policy.sequences} --max-model-len {longest}"
     return (
         f"--tensor-parallel-size {policy.gpus} --data-parallel-size {policy.data_parallel}",
-        f"--dtype {_DTYPES[policy.dtype]} --max-num-seqs {policy.sequences} --max-model-len {longest}{fp8}{mixed}",
+        f"--dtype {_DTYPES[policy.dtype]} {numbers}{fp8}{mixed}",
     )
 
 

@@ -14,7 +14,7 @@ from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.spec import MarketSpec, Purchase, Spec
 from moeplan.planner.ir.workload import Workload
 
-_MOST_REGIONS = 4  # of one machine in one market, where regions matter
+_MOST_REGIONS = 3  # of one machine in one market, where regions matter
 
 
 def find_columns(policies: Sequence[Policy], offers: Sequence[Offer], market: MarketSpec) -> list[Column]:

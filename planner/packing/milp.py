@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pulp
 
+from moeplan.planner.diagnostics import InfeasibleError
 from moeplan.planner.ir.fleet import SolverStatus
 from moeplan.planner.packing.dominance import undominated
 from moeplan.planner.packing.pricing import price
@@ -35,6 +36,7 @@ _TRICKLE = 0.01  # loads below drown in the solver's tolerance
 _DIRECT = 1500  # pairs of pool and demand that the solver takes as they are
 _STEPS = 250
 _PROMISING = 20
+_LARGE_EFFORT = Effort(nodes=2_000)
 _LEAST_SHARE = 5e-7
 _DIGITS = 6
 _SLACK = 1e-6  # the first solve's own tolerance
@@ -45,12 +47,14 @@ Shares = dict[tuple[int, str], float]
 class Solution:
     """Machines by pool, spares not counted; shares by (demand, pool), each demand's summing to 1.
 
-    `usd` is what they cost over the horizon, moves not counted. No fleet costs less than 1 - `gap` of that.
+    `usd` is what they cost over the horizon, `objective` with the price of moves and ties. No fleet's
+    objective is less than 1 - `gap` of that.
     """
 
     machines: dict[str, int]
     shares: Shares
     usd: float
+    objective: float
     gap: float
     status: SolverStatus
 
@@ -72,6 +76,8 @@ def solve_fleet(problem: Problem, effort: Effort | None = None, prune: bool = Tr
     Raises InfeasibleError where the limit of the search left neither a fleet nor a proof that there is none.
     """
     pools = sorted(problem.pools, key=lambda pool: pool.name)
+    if not all(any(pool.serves(k) for pool in pools) for k in range(len(problem.online))):
+        return None
     pools = undominated(pools, problem) if prune else pools
     if prune and len(pools) * len(problem.online) > _DIRECT:
         return _solve_large(problem, pools, effort)
@@ -116,19 +122,22 @@ def _solve_large(problem: Problem, pools: Sequence[Pool], effort: Effort | None)
 
     Where none could, that fleet is the cheapest of all. What is left out is proven dearer (`pricing`).
     """
+    effort = effort or _LARGE_EFFORT
     first = price(pools, _guess(pools), _STEPS)
-    promising = [pools[i] for i in sorted(np.argsort(first.extra, kind="stable")[:_PROMISING])]
-    known = _solve(problem, promising, effort)
+    best = [pools[i] for i in sorted(np.argsort(first.extra, kind="stable")[:_PROMISING])]
+    known = _solve(problem, best, effort)
     if known is None:
         return _solve(problem, pools, effort)
-    pools = [c for c, extra in zip(pools, first.extra, strict=True) if first.bound + extra <= known.usd]
-    if not pools:
+    pools = [c for c, extra in zip(pools, first.extra, strict=True) if first.bound + extra <= known.objective]
+    again = price(pools, known.objective, _STEPS, first.prices)
+    left = [c for c, extra in zip(pools, again.extra, strict=True) if again.bound + extra <= known.objective]
+    if {c.name for c in left} <= {c.name for c in best}:
         return known
-    again = price(pools, known.usd, _STEPS, first.prices)
-    left = [c for c, extra in zip(pools, again.extra, strict=True) if again.bound + extra <= known.usd]
-    if {c.name for c in left} <= {c.name for c in promising}:
-        return known
-    return _better(known, _solve(problem, left, effort), again.bound)
+    try:
+        found = _solve(problem, left, effort)
+    except InfeasibleError:  # the limit came before any fleet: the one at hand stands
+        found = None
+    return _better(known, found, again.bound)
 
 
 def _guess(pools: Sequence[Pool]) -> float:
@@ -138,12 +147,17 @@ def _guess(pools: Sequence[Pool]) -> float:
 
 
 def _better(known: Solution, found: Solution | None, bound: float) -> Solution:
-    """The cheaper of two fleets; the second one's bound and the relaxation's both hold for every fleet."""
-    if found is None or (known.usd < found.usd and found.status != "optimal"):
-        found, bound = known, max(bound, found.usd * (1 - found.gap) if found else bound)
-    if found.status == "optimal":
+    """The cheaper of a fleet of the promising pools and one of all that are left, with the best gap known.
+
+    Only a search of all that are left can prove a fleet the cheapest.
+    """
+    if found is not None and found.status == "optimal":
         return found
-    return replace(found, gap=min(found.gap, max(0.0, 1.0 - bound / found.usd)))
+    best = replace(known, status="incumbent", gap=1.0)
+    if found is not None:
+        bound = max(bound, found.objective * (1 - found.gap))
+        best = min(best, found, key=lambda solution: solution.objective)
+    return replace(best, gap=max(0.0, 1.0 - bound / best.objective))
 
 
 def _solution(
@@ -161,6 +175,7 @@ def _solution(
         machines={c.name: counts[c.name] for c in used},
         shares=shares,
         usd=machines + served,
+        objective=result.objective,
         gap=0.0 if result.status == "optimal" else max(0.0, 1.0 - result.bound / result.objective),
         status=result.status,
     )

@@ -118,6 +118,15 @@ def test_order_of_pools_does_not_matter(seed: int) -> None:
     assert solved(problem) == solved(replace(problem, pools=tuple(shuffled)))
 
 
+def test_an_unproven_search_of_the_rest_proves_nothing() -> None:
+    """A fleet that is the cheapest of some pools only is an incumbent until all that is left was searched."""
+    known = Solution(machines={"a": 1}, shares={}, usd=10.0, objective=10.0, gap=0.0, status="optimal")
+    worse = replace(known, usd=11.0, objective=11.0, gap=0.2, status="incumbent")
+    assert milp._better(known, None, 9.0) == replace(known, status="incumbent", gap=pytest.approx(0.1))
+    assert milp._better(known, worse, 8.0) == replace(known, status="incumbent", gap=pytest.approx(0.12))
+    assert milp._better(known, replace(worse, status="optimal"), 8.0).status == "optimal"
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_cost_grows_with_load_and_shrinks_with_limits(seed: int) -> None:
     problem = random_problem(seed, 6, 6, 8.0)
