@@ -249,7 +249,7 @@ def test_what_cannot_be_executed_is_not_rented(spec: Path) -> None:
 
 
 def test_compile_from_an_earlier_plan(tmp_path: Path) -> None:
-    """What runs is read from a plan whose digest is in the lock; where there is none, that it is wrong."""
+    """The fleet of an earlier plan is read and its digest locked; a folder without a plan is bad input."""
     spec = tmp_path / "spec.yaml"
     spec.write_text(ONLINE + "market: {clouds: [gcp], gpus: [H100, A100-80GB], purchase: on-demand}\n")
     old, new = tmp_path / "old", tmp_path / "new"
