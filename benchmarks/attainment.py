@@ -31,7 +31,6 @@ from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.spec import Slo, Spec
 from moeplan.planner.ir.workload import RequestClass, Workload
 from moeplan.planner.packing.columns import find_columns
-from moeplan.planner.packing.common import executable
 from moeplan.planner.passes.attainment import attain, pool_of
 from moeplan.planner.passes.fleet import choose_fleet
 from moeplan.planner.passes.policy import find_policies
@@ -105,7 +104,8 @@ def fleet_of(spec: Spec, inputs: Inputs) -> Case:
     seconds = time.perf_counter() - started - sum(solves)
     requests = workload.request_class("online")
     assert requests.slo is not None
-    columns = executable(find_columns(policies, offers, spec.market))
+    offered = find_columns(policies, offers, spec.market)
+    columns = [column for column in offered if not column.policy.rehearsed_only] or offered
     roofs = {roofline.machine.name: roofline for roofline in rooflines}
     laws = {c.name: serving_law(workload, roofs[c.policy.machine.name], c.policy) for c in columns}
     pools = {c.name: pool_of(c.name, c.policy, 1, laws[c.name], 1.0) for c in columns}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from moeplan.codegen.decisions import decision_text
 from moeplan.codegen.emit.report import attained, caution, interval, latency, why_unrun
+from moeplan.codegen.fleet_text import NEVER_RUN, flip_line, status_line
 from moeplan.codegen.placement import bill_lines
 from moeplan.planner.ir.analysis import Decision
 from moeplan.planner.ir.fleet import Choice
@@ -33,6 +34,7 @@ def summary(
         lines += [f"  placement   {line}" for site in plan.placement.sites for line in bill_lines(site)]
     lines += [f"  next best   {line}" for line in _alternative_lines(plan)]
     lines += [f"  decided     {decision_text(decision)}" for decision in decisions]
+    lines += [f"  changes     {flip_line(flip)}" for flip in plan.fleet.sensitivity.flips[:1]]
     written = f"{changed} file{'s' * (changed > 1)} changed" if changed else "nothing changed"
     lines.append(f"  files       {folder} ({written}); read {folder}/{report}")
     lines += [
@@ -50,8 +52,10 @@ def _choice_lines(choice: Choice, site: Site) -> list[str]:
     if policy.engine == "runtime_min" and not policy.gpus:
         engine = "from disk" if policy.weights_on == "disk" else "in memory"
     machine = f"{policy.machine.name} ({column.market}{price})"
+    predicted = [f"              {NEVER_RUN}"] if policy.rehearsed_only else []
     lines = [
         f"  deploy      {count} × {machine}{spare}, {engine}",
+        *predicted,
         f"  in flight   {policy.sequences} sequences, micro-batches of {policy.micro_batch}, {policy.dtype}",
         f"  reaches     {interval(policy.generated_tokens_per_s, '', ' tokens/s generated')} per replica"
         f" [{policy.generated_tokens_per_s.provenance}]",
@@ -64,7 +68,7 @@ def _choice_lines(choice: Choice, site: Site) -> list[str]:
 def _cost_lines(plan: Plan) -> list[str]:
     if plan.fleet.usd_per_hour == 0:
         return ["none: the machine is yours"]
-    lines = [f"{plan.fleet.usd_per_hour:.2f} USD/h while everything runs"]
+    lines = [f"{plan.fleet.usd_per_hour:.2f} USD/h while everything runs; {status_line(plan.fleet)}"]
     for choice in plan.fleet.choices:
         if choice.column.policy.serves == "batch":
             hours = format_duration(choice.hours * 3600)

@@ -39,6 +39,13 @@ MachineFile = Annotated[
     Path | None, typer.Option("--machine", help="compile for this machine file instead of the spec's machine")
 ]
 
+PreviousPlan = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", help="the plan folder that runs now: move away from its fleet only where that pays"
+    ),
+]
+
 
 NoHtml = Annotated[
     bool, typer.Option("--no-html", help="leave report.html out: about a second, and matplotlib, less")
@@ -94,6 +101,7 @@ def compile_command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace files edited by hand")] = False,
     no_html: NoHtml = False,
+    previous: PreviousPlan = None,
 ) -> None:
     """Compile SPEC into its plan folder.
 
@@ -106,7 +114,7 @@ def compile_command(
 
     with terminal.Status() as status:
         trace = Trace(status.show)
-        plan, files = _compile(spec, machine, trace, not no_html)
+        plan, files = _compile(spec, machine, trace, not no_html, previous)
         found = () if json else _decisions(plan, trace)
     folder = output or _default_folder(spec, plan)
     try:
@@ -147,6 +155,7 @@ def check(
         bool, typer.Option("--strict", help="other prices in the catalog count, though the plan be the same")
     ] = False,
     no_html: NoHtml = False,
+    previous: PreviousPlan = None,
 ) -> None:
     """Compare plan folders with their specs, for CI.
 
@@ -164,7 +173,7 @@ def check(
     worst = 0
     for spec in found:
         try:
-            code = 0 if _is_current(spec, output, machine, diff, strict, no_html) else 1
+            code = 0 if _is_current(spec, output, machine, diff, strict, no_html, previous) else 1
         except CompileError as error:
             print(error, file=sys.stderr)
             code = error.exit_code
@@ -181,13 +190,19 @@ def _specs_with_plans(folder: Path) -> list[Path]:
 
 
 def _is_current(
-    spec: Path, output: Path | None, machine: Path | None, diff: bool, strict: bool, no_html: bool
+    spec: Path,
+    output: Path | None,
+    machine: Path | None,
+    diff: bool,
+    strict: bool,
+    no_html: bool,
+    previous: Path | None,
 ) -> bool:
     from moeplan.codegen.write import LOCK, older_catalog
     from moeplan.codegen.write import check as compare
     from moeplan.planner.pipeline import Trace
 
-    plan, files = _compile(spec, machine, Trace(), not no_html)
+    plan, files = _compile(spec, machine, Trace(), not no_html, previous)
     folder = output or _default_folder(spec, plan)
     drifts = compare(files, folder)
     for drift in drifts:
@@ -548,20 +563,22 @@ def update(
         print(f"left out {len(found.unknown)} machine types that machines.yaml does not have")
 
 
-def _compile(spec: Path, machine: Path | None, trace: Trace, html: bool) -> tuple[Plan, dict[str, str]]:
+def _compile(
+    spec: Path, machine: Path | None, trace: Trace, html: bool, previous: Path | None
+) -> tuple[Plan, dict[str, str]]:
     """The plan of a spec file and every file of its plan folder."""
     from moeplan.codegen.emit import emit_all
     from moeplan.codegen.write import with_lock
     from moeplan.planner.inputs import catalog_prices, input_digests
     from moeplan.planner.pipeline import compile_plan
+    from moeplan.planner.previous_plan import read_fleet
 
     text = spec.read_bytes()
-    plan = compile_plan(text, str(spec), machine, trace, _unrunnable)
-    digests = {**input_digests(plan.spec, text, machine), "facts": plan.facts_sha256}
-    solver = {
-        "status": plan.fleet.solver_status,
-        "gap": 0.0 if plan.fleet.solver_status == "optimal" else None,
-    }
+    replicas, digest = read_fleet(previous) if previous else (None, {})
+    plan = compile_plan(text, str(spec), machine, trace, _unrunnable, replicas)
+    digests = {**input_digests(plan.spec, text, machine), **digest, "facts": plan.facts_sha256}
+    fleet = plan.fleet
+    solver = {"status": fleet.solver_status, "gap": fleet.gap, "bound": fleet.cost_bound}
     files = emit_all(plan)
     if html:
         files |= _html_report(plan, trace)

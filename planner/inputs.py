@@ -41,7 +41,10 @@ def runs_all(checkpoint: Path, workload: Workload) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """Everything outside the spec text that a plan depends on. `machine` is the pinned one, if any."""
+    """Everything outside the spec text that a plan depends on. `machine` is the pinned one, if any.
+
+    `previous` counts the replicas that run now, by column.
+    """
 
     catalog: Catalog
     model: Model
@@ -53,6 +56,7 @@ class Inputs:
     spot_trace: SpotTrace | None = None
     interruptions: tuple[Interruption, ...] = ()
     unrunnable: Unrunnable = runs_all
+    previous: Mapping[str, int] | None = None
 
 
 def load_inputs(spec: Spec, machine_file: Path | None = None) -> Inputs:

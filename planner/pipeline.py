@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,8 +58,10 @@ def compile_plan(
     machine_file: Path | None = None,
     trace: Trace | None = None,
     unrunnable: Unrunnable = runs_all,
+    previous: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Lower spec text to a Plan; `machine_file` replaces the spec's machine or market.
+    """Lower spec text to a Plan; `machine_file` replaces the spec's machine or market, and `previous` counts
+    the replicas of an earlier plan, from which moves must pay.
 
     `unrunnable` says why the bundled runtime refuses the spec's checkpoint: then no policy is for that
     runtime. The same text and input files give the same Plan. Raises CompileError (bad input) or its subclass
@@ -68,8 +70,11 @@ def compile_plan(
     trace = trace or Trace()
     spec = trace.run("spec", lambda: parse_spec(text, path))
     verify.verify_spec(spec)
-    inputs = trace.run("inputs", lambda: replace(load_inputs(spec, machine_file), unrunnable=unrunnable))
-    return compile_inputs(spec, inputs, trace)
+
+    def read() -> Inputs:
+        return replace(load_inputs(spec, machine_file), unrunnable=unrunnable, previous=previous)
+
+    return compile_inputs(spec, trace.run("inputs", read), trace)
 
 
 def compile_inputs(spec: Spec, inputs: Inputs, trace: Trace | None = None) -> Plan:

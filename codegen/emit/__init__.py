@@ -11,6 +11,7 @@ from moeplan.codegen.emit import (
     llama_cpp,
     plan_json,
     report,
+    routing,
     runtime,
     skypilot,
     terraform,
@@ -20,6 +21,7 @@ from moeplan.planner.ir.plan import Plan
 EMITTERS: tuple[Callable[[Plan], dict[str, str]], ...] = (
     plan_json.emit,
     report.emit,
+    routing.emit,
     runtime.emit,
     chart.emit,
     skypilot.emit,

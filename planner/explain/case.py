@@ -75,7 +75,7 @@ def decide(case: Case, held: Held | None = None) -> Fleet | InfeasibleError:
     """The fleet of a case as `solve` would have it, micro-batches aside, in a fraction of the time.
 
     Offloaded policies are looked for only where those that hold the model make no fleet: elsewhere no fleet
-    has them (see `packing/common.executable`), and the search for them takes nearly all of a compilation.
+    has them unless `market.offload` allows it, and the search for them takes nearly all of a compilation.
     `held` are the answers of `holding` for a case that differs only in its rate, on which none depends.
     """
     spec, inputs = case.spec, case.inputs
@@ -84,13 +84,15 @@ def decide(case: Case, held: Held | None = None) -> Fleet | InfeasibleError:
         offers = candidate_offers(spec, inputs)
         machines = candidate_machines(spec, inputs, offers)
         rooflines = tuple(find_roofline(workload, machine) for machine in machines)
-        if offers and (found := _in_memory(workload, rooflines) if held is None else held):
+        if offers and (found := _in_memory(spec, workload, rooflines) if held is None else held):
             try:
                 return _fleet(case, workload, rooflines, found)
             except InfeasibleError:
                 pass  # perhaps offloading makes one
         limit = spec.machine.memory_bytes if spec.machine else None
-        both = [find_policies(workload, roofline, limit) for roofline in rooflines]
+        checkpoint = Path(spec.path).parent / spec.model.path
+        refused = inputs.unrunnable(checkpoint, workload) if spec.model.path else ()
+        both = [find_policies(workload, roofline, limit, refused) for roofline in rooflines]
         answers = [answer for found in both for part in found for answer in part]
         return _fleet(case, workload, rooflines, answers)
     except InfeasibleError as error:
@@ -102,7 +104,8 @@ def holding(case: Case) -> Held:
     workload = build_workload(case.spec, case.inputs)
     offers = candidate_offers(case.spec, case.inputs)
     machines = candidate_machines(case.spec, case.inputs, offers)
-    return _in_memory(workload, tuple(find_roofline(workload, machine) for machine in machines))
+    rooflines = tuple(find_roofline(workload, machine) for machine in machines)
+    return _in_memory(case.spec, workload, rooflines)
 
 
 def _fleet(
@@ -118,8 +121,10 @@ def _fleet(
     return find_fleet(case.spec, case.inputs, workload, rooflines, profiled.policies, refusals)[0]
 
 
-def _in_memory(workload: Workload, rooflines: Sequence[Roofline]) -> Held:
+def _in_memory(spec: Spec, workload: Workload, rooflines: Sequence[Roofline]) -> Held:
     """Where every machine has a GPU and every class is served so; else nothing."""
+    if spec.market.offload == "allow":
+        return ()
     if not all(roofline.has("gpu") and roofline.roofs[0].flops_per_s for roofline in rooflines):
         return ()
     answers = [in_memory_policy(workload, r, roofline) for roofline in rooflines for r in workload.classes]

@@ -25,7 +25,6 @@ from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import RequestClass, Workload
-from moeplan.planner.packing.online import SPOT_OVERPROVISION
 from moeplan.planner.strategies.laws import serving_law
 from moeplan.planner.traces import RequestTrace
 from moeplan.planner.units import format_duration
@@ -251,7 +250,7 @@ def pool_of(column: str, policy: Policy, replicas: int, law: ServingLaw, capacit
 
 def serving_replicas(choice: Choice) -> int:
     """Replicas that serve: a spot pool's spare one stands in for those that are reclaimed."""
-    return choice.replicas - (SPOT_OVERPROVISION if choice.column.market == "spot" else 0)
+    return choice.replicas - choice.spare
 
 
 def _missed(spec: Spec, requests: RequestClass, replays: Sequence[Replay]) -> InfeasibleError:

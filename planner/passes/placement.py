@@ -22,7 +22,6 @@ from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.spot import Interruption, SpotTrace
 from moeplan.planner.ir.workload import Workload
-from moeplan.planner.packing.online import SPOT_OVERPROVISION
 from moeplan.planner.spot_traces import covers
 from moeplan.planner.units import format_duration
 
@@ -71,14 +70,13 @@ def place(
 def _by_rules(workload: Workload, choice: Choice, offers: Sequence[Offer]) -> Site:
     column = choice.column
     online_spot = column.market == "spot" and column.policy.serves == "online"
-    extra = SPOT_OVERPROVISION if online_spot else 0
     return Site(
         column=column.name,
         serves=column.policy.serves,
         market=column.market,
-        replicas=choice.replicas - extra,
+        replicas=choice.replicas - choice.spare,
         zones=_regions(choice, offers),
-        spot_overprovision=extra,
+        spot_overprovision=choice.spare,
         on_demand_base=0,
         on_demand_fallback=online_spot,
         cold_start_s=cold_start(workload, column.policy.machine).seconds,
@@ -93,7 +91,8 @@ def _regions(choice: Choice, offers: Sequence[Offer]) -> tuple[Zone, ...]:
     zones = []
     for offer in offers:
         price = offer.spot_usd_per_hour if market == "spot" else offer.on_demand_usd_per_hour
-        if offer.machine == machine and price is not None:
+        here = choice.column.region in ("", f"{offer.cloud}/{offer.region}")
+        if offer.machine == machine and here and price is not None:
             zones.append(
                 Zone(
                     cloud=offer.cloud,
