@@ -209,7 +209,7 @@ def cheapest(case: Case, surge: bool) -> tuple[float, dict[str, int], int]:
         result = replay(parts, pools, case.slo, surge)
         if result.attained_share >= case.slo.attainment:
             return usd, {c.name: n for c, n in zip(columns, counts, strict=True) if n}, simulated
-    return math.inf, {}, simulated
+    return case.fleet.usd_per_hour, {"the plan itself": 1}, simulated
 
 
 def described(counts: dict[str, int]) -> str:

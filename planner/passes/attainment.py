@@ -1,9 +1,10 @@
 """Workload, policies, requests -> Fleet, Attainment: the cheapest fleet that keeps its SLO in simulation.
 
 The solver knows throughputs, not queues. Its fleet is simulated on the class's own arrivals; of each pool
-that misses the SLO the simulation tells how many engines would keep it, and so what share of its throughput
-queues leave. First each policy alone learns its share, as small pools teach worse ones than large ones have;
-then mixes are solved with what is known, simulated and taught again, as long as they are cheaper.
+that misses the SLO the simulation tells how many engines would keep it, how much one fewer would bear, and so
+what share of its throughput queues leave. First each policy alone learns its share, as small pools teach
+worse ones than large ones have; then mixes are solved with what is known, simulated and taught again, as long
+as they are cheaper.
 
 Throughputs are estimates. So what counts is the simulation of a surge: requests come faster by one standard
 error of the throughput, but by no more than 15 %, since to be surer measuring is cheaper than renting. Where
@@ -210,17 +211,19 @@ class _Search:
     def _learn(self, tried: _Tried, number: int, shares: dict[Key, float]) -> bool:
         """Of a pool that misses: the share with which the solver buys as many engines as keep the SLO.
 
-        It is of half an engine less, so that one fewer is too few. False where no number helps.
+        One fewer bear a part of its requests: that is what they can do. False where no number helps.
         """
-        from moeplan.planner.simulate.fleet import engines_needed
+        from moeplan.planner.simulate.fleet import bearable_share, engines_needed
 
         choice, pool, part = tried.choices[number], tried.pools[number], tried.parts[number]
-        needed = engines_needed(part, pool, self.slo, self.slo.attainment, _MOST_TIMES * pool.engines)
+        wanted, copies = self.slo.attainment, choice.column.policy.data_parallel
+        needed = engines_needed(part, pool, self.slo, wanted, _MOST_TIMES * pool.engines)
         if needed is None:
             return False
+        fewer = max(pool.engines, needed - copies)
+        borne = bearable_share(part, replace(pool, engines=fewer), self.slo, wanted)
         load = choice.utilisation * pool.engines * pool.capacity_share
-        copies = choice.column.policy.data_parallel
-        shares[_key(choice.column.policy)] = load / (needed - 0.5 * copies)
+        shares[_key(choice.column.policy)] = load * borne / fewer
         return True
 
 
