@@ -31,7 +31,6 @@ from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.spec import Slo, Spec
 from moeplan.planner.ir.workload import RequestClass, Workload
 from moeplan.planner.packing.columns import find_columns
-from moeplan.planner.packing.common import executable
 from moeplan.planner.passes.attainment import attain, pool_of
 from moeplan.planner.passes.fleet import choose_fleet
 from moeplan.planner.passes.policy import find_policies
@@ -94,9 +93,9 @@ def fleet_of(spec: Spec, inputs: Inputs) -> Case:
     refused = [refusal for _, refusals in found for refusal in refusals]
     solves: list[float] = []
 
-    def choose(left: Sequence[Policy]) -> Fleet:
+    def choose(left: Sequence[Policy], explain: bool) -> Fleet:
         started = time.perf_counter()
-        fleet = choose_fleet(spec, workload, left, refused, offers, headroom=math.inf)
+        fleet = choose_fleet(spec, workload, left, refused, offers, headroom=math.inf, explain=explain)
         solves.append(time.perf_counter() - started)
         return fleet
 
@@ -105,7 +104,7 @@ def fleet_of(spec: Spec, inputs: Inputs) -> Case:
     seconds = time.perf_counter() - started - sum(solves)
     requests = workload.request_class("online")
     assert requests.slo is not None
-    columns = executable(find_columns(policies, offers, spec.market))
+    columns = [c for c in find_columns(policies, offers, spec.market) if not c.policy.rehearsed_only]
     roofs = {roofline.machine.name: roofline for roofline in rooflines}
     laws = {c.name: serving_law(workload, roofs[c.policy.machine.name], c.policy) for c in columns}
     pools = {c.name: pool_of(c.name, c.policy, 1, laws[c.name], 1.0) for c in columns}

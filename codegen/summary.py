@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moeplan.codegen.emit.report import attained, caution, interval, latency, why_unrun
+from moeplan.codegen.fleet_text import NEVER_RUN, flip_line, status_line
 from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan, Replica
@@ -19,6 +20,7 @@ def summary(plan: Plan, folder: str, changed: int, checkpoint_option: str) -> st
     if any(site.market == "spot" for site in plan.placement.sites):
         lines.append(f"  placement   {plan.placement.statement}")
     lines += [f"  next best   {line}" for line in _alternative_lines(plan)]
+    lines += [f"  changes     {flip_line(flip)}" for flip in plan.fleet.sensitivity.flips[:1]]
     written = f"{changed} file{'s' * (changed > 1)} changed" if changed else "nothing changed"
     lines.append(f"  files       {folder} ({written}); read {folder}/report.md")
     lines += [
@@ -35,8 +37,10 @@ def _choice_lines(choice: Choice, site: Site) -> list[str]:
     if policy.engine == "runtime_min" and not policy.gpus:
         engine = "from disk" if policy.weights_on == "disk" else "in memory"
     machine = f"{policy.machine.name} ({column.market}{price})"
+    predicted = [f"              {NEVER_RUN}"] if policy.rehearsed_only else []
     lines = [
         f"  deploy      {choice.replicas} × {machine}{spare}, {engine}",
+        *predicted,
         f"  in flight   {policy.sequences} sequences, micro-batches of {policy.micro_batch}, {policy.dtype}",
         f"  reaches     {interval(policy.generated_tokens_per_s, '', ' tokens/s generated')} per replica"
         f" [{policy.generated_tokens_per_s.provenance}]",
@@ -49,7 +53,7 @@ def _choice_lines(choice: Choice, site: Site) -> list[str]:
 def _cost_lines(plan: Plan) -> list[str]:
     if plan.fleet.usd_per_hour == 0:
         return ["none: the machine is yours"]
-    lines = [f"{plan.fleet.usd_per_hour:.2f} USD/h while everything runs"]
+    lines = [f"{plan.fleet.usd_per_hour:.2f} USD/h while everything runs; {status_line(plan.fleet)}"]
     for choice in plan.fleet.choices:
         if choice.column.policy.serves == "batch":
             hours = format_duration(choice.hours * 3600)

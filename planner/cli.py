@@ -34,6 +34,13 @@ MachineFile = Annotated[
     Path | None, typer.Option("--machine", help="compile for this machine file instead of the spec's machine")
 ]
 
+PreviousPlan = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", help="the plan folder that runs now: move away from its fleet only where that pays"
+    ),
+]
+
 
 def main() -> None:
     """Console script. Exit codes: 0 done, 1 drift, 2 bad input, 3 infeasible, 70 internal error."""
@@ -83,6 +90,7 @@ def compile_command(
         Path | None, typer.Option("--dump-ir", help="write every level to this folder")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace files edited by hand")] = False,
+    previous: PreviousPlan = None,
 ) -> None:
     """Compile SPEC into its plan folder.
 
@@ -93,7 +101,7 @@ def compile_command(
     from moeplan.planner.pipeline import Trace
 
     trace = Trace()
-    plan, files = _compile(spec, machine, trace)
+    plan, files = _compile(spec, machine, trace, previous)
     folder = output or _default_folder(spec, plan)
     try:
         changed = write(files, folder, force)
@@ -122,6 +130,7 @@ def check(
     output: OutFolder = None,
     machine: MachineFile = None,
     diff: Annotated[bool, typer.Option("--diff", help="show the differences")] = False,
+    previous: PreviousPlan = None,
 ) -> None:
     """Compare the plan folder with SPEC, for CI.
 
@@ -129,7 +138,7 @@ def check(
     """
     from moeplan.codegen.write import check as compare
 
-    plan, files = _compile(spec, machine, None)
+    plan, files = _compile(spec, machine, None, previous)
     folder = output or _default_folder(spec, plan)
     drifts = compare(files, folder)
     for drift in drifts:
@@ -349,20 +358,22 @@ def catalog(
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _compile(spec: Path, machine: Path | None, trace: Trace | None) -> tuple[Plan, dict[str, str]]:
+def _compile(
+    spec: Path, machine: Path | None, trace: Trace | None, previous: Path | None = None
+) -> tuple[Plan, dict[str, str]]:
     """The plan of a spec file and every file of its plan folder."""
     from moeplan.codegen.emit import emit_all
     from moeplan.codegen.write import with_lock
     from moeplan.planner.inputs import input_digests
     from moeplan.planner.pipeline import compile_plan
+    from moeplan.planner.previous_plan import read_fleet
 
     text = spec.read_bytes()
-    plan = compile_plan(text, str(spec), machine, trace)
-    digests = {**input_digests(plan.spec, text, machine), "facts": plan.facts_sha256}
-    solver = {
-        "status": plan.fleet.solver_status,
-        "gap": 0.0 if plan.fleet.solver_status == "optimal" else None,
-    }
+    replicas, digest = read_fleet(previous) if previous else (None, {})
+    plan = compile_plan(text, str(spec), machine, trace, replicas)
+    digests = {**input_digests(plan.spec, text, machine), **digest, "facts": plan.facts_sha256}
+    fleet = plan.fleet
+    solver = {"status": fleet.solver_status, "gap": fleet.gap, "bound": fleet.cost_bound}
     return plan, with_lock(emit_all(plan), digests, solver)
 
 

@@ -286,6 +286,21 @@ MARKET = Block(
         ),
         "budget": Field(kind=MONEY, doc="what everything together may cost per hour"),
         "quota": Field(kind=Table(key=GPU_NAME, value=GPUS), doc="most GPUs of a type that may be rented"),
+        "on_demand_floor": Field(
+            kind=SHARE,
+            doc="share of every size of online requests planned onto on-demand machines; default none",
+        ),
+        "survive": Field(
+            kind=SHARE,
+            doc="share of every size of online requests that can still be served when any one region "
+            "is lost; default none",
+        ),
+        "offload": Field(
+            kind=choice("last-resort", "allow"),
+            default="last-resort",
+            doc="allow: batch work may be planned onto GPUs that do not hold the model, which no engine "
+            "has run yet, wherever that is predicted to be cheaper; last-resort: only where nothing else can",
+        ),
         "availability": Field(
             kind=PROMISE,
             default="99%",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,9 +45,14 @@ class Trace:
 
 
 def compile_plan(
-    text: str | bytes, path: str, machine_file: Path | None = None, trace: Trace | None = None
+    text: str | bytes,
+    path: str,
+    machine_file: Path | None = None,
+    trace: Trace | None = None,
+    previous: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Lower spec text to a Plan; `machine_file` replaces the spec's machine or market.
+    """Lower spec text to a Plan; `machine_file` replaces the spec's machine or market, and `previous` counts
+    the replicas of an earlier plan, from which moves must pay.
 
     The same text and input files give the same Plan. Raises CompileError (bad input) or its subclass
     InfeasibleError (no plan exists), and VerificationError on a bug of ours.
@@ -74,8 +79,11 @@ def compile_plan(
     for policy in policies:
         verify.verify_policy(policy)
 
-    def choose(policies: Sequence[Policy]) -> Fleet:
-        return choose_fleet(spec, workload, policies, rejections, offers, headroom=math.inf)
+    def choose(policies: Sequence[Policy], explain: bool) -> Fleet:
+        full = math.inf  # how full is left to simulation
+        return choose_fleet(
+            spec, workload, policies, rejections, offers, headroom=full, previous=previous, explain=explain
+        )
 
     fleet, attainment = run(
         "fleet", lambda: attain(spec, workload, rooflines, policies, inputs.trace, choose)

@@ -319,5 +319,8 @@ def _market(data: Mapping[str, Any]) -> MarketSpec:
         purchase=data.get("purchase", "any"),
         budget_usd_per_hour=data.get("budget"),
         quota=data.get("quota", {}),
+        on_demand_floor=float(data.get("on_demand_floor", 0.0)),
+        survive=float(data.get("survive", 0.0)),
+        offload=data.get("offload", "last-resort"),
         availability=float(data.get("availability", 0.99)),
     )

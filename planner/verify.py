@@ -96,15 +96,14 @@ def verify_policy(policy: Policy) -> None:
 
 
 def verify_fleet(spec: Spec, workload: Workload, fleet: Fleet) -> None:
-    """Everything is routed, nothing is overloaded, nothing exceeds quota or budget."""
+    """Everything is routed, nothing is overloaded, nothing exceeds quota or budget, floors are kept."""
     for requests in workload.classes:
         for bucket in range(len(requests.buckets)):
             routed = sum(r.share for r in fleet.routes if (r.serves, r.bucket) == (requests.name, bucket))
             _require(math.isclose(routed, 1.0, abs_tol=_SLACK), f"{requests.name} bucket {bucket} is routed")
     for choice in fleet.choices:
-        timed = choice.column.policy.serves == "online"
-        bound = fleet.target_utilisation if timed else 1.0
-        _require(choice.utilisation <= bound * (1 + _SOLVER_SLACK), f"{choice.column.name} is not overloaded")
+        bound = choice.target * (1 + _SOLVER_SLACK)
+        _require(choice.utilisation <= bound, f"{choice.column.name} is not overloaded")
         _require(choice.replicas > 0, f"{choice.column.name} has replicas")
     for gpu, most in spec.market.quota.items():
         used = sum(
@@ -115,6 +114,18 @@ def verify_fleet(spec: Spec, workload: Workload, fleet: Fleet) -> None:
         _require(used <= most, f"the fleet keeps the {gpu} quota")
     budget = spec.market.budget_usd_per_hour
     _require(budget is None or fleet.usd_per_hour <= budget + _SLACK, "the fleet keeps the budget")
+    _require(0 <= fleet.cost_bound <= fleet.cost * (1 + _SLACK), "no fleet is cheaper than the bound")
+    _verify_floor(spec, workload, fleet)
+
+
+def _verify_floor(spec: Spec, workload: Workload, fleet: Fleet) -> None:
+    """Enough of every online size goes to machines that are not spot."""
+    steady = {c.column.name for c in fleet.choices if c.column.market != "spot"}
+    for requests in workload.classes:
+        for bucket in range(len(requests.buckets) if requests.name == "online" else 0):
+            own = [r for r in fleet.routes if (r.serves, r.bucket) == ("online", bucket)]
+            share = sum(r.share for r in own if r.column in steady)
+            _require(share >= spec.market.on_demand_floor - _SOLVER_SLACK, f"bucket {bucket} keeps the floor")
 
 
 def verify_attainment(fleet: Fleet, attainment: Attainment) -> None:

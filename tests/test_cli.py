@@ -260,3 +260,20 @@ def test_what_cannot_be_executed_is_not_rented(spec: Path) -> None:
     report = (spec.parent / "job.plan" / "report.md").read_text()
     assert "-offload" in report
     assert "predicted only" in report
+
+
+def test_compile_from_an_earlier_plan(tmp_path: Path) -> None:
+    """What runs is read from a plan whose digest is in the lock; where there is none, that it is wrong."""
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(ONLINE + "market: {clouds: [gcp], gpus: [H100, A100-80GB], purchase: on-demand}\n")
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert moeplan("compile", spec, "-o", old).returncode == 0
+    assert moeplan("compile", spec, "-o", new, "--from", old).returncode == 0
+    locks = [json.loads((folder / "moeplan.lock").read_text()) for folder in (old, new)]
+    assert locks[1]["inputs"].keys() - locks[0]["inputs"].keys() == {"previous"}
+    assert [lock["solver"]["gap"] for lock in locks] == [0.0, 0.0]
+    fleets = [json.loads((folder / "plan.json").read_text())["fleet"]["choices"] for folder in (old, new)]
+    assert fleets[0] == fleets[1]
+    missing = moeplan("compile", spec, "--from", tmp_path / "nowhere")
+    assert missing.returncode == 2
+    assert "nowhere/plan.json: no plan can be read here: FileNotFoundError" in missing.stderr

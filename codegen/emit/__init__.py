@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moeplan.codegen.emit import chart, plan_json, report, runtime, skypilot
+from moeplan.codegen.emit import chart, plan_json, report, routing, runtime, skypilot
 from moeplan.planner.ir.plan import Plan
 
 EMITTERS: tuple[Callable[[Plan], dict[str, str]], ...] = (
     plan_json.emit,
     report.emit,
+    routing.emit,
     runtime.emit,
     chart.emit,
     skypilot.emit,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeplan.codegen.emit.chart import chart_path
+from moeplan.codegen.fleet_text import NEVER_RUN, fleet_lines, status_line
 from moeplan.codegen.render import render
 from moeplan.codegen.vllm import vllm_arguments
 from moeplan.planner.ir.attainment import ClassAttainment, Percentiles
@@ -29,6 +30,8 @@ def emit(plan: Plan) -> dict[str, str]:
         "model": plan.workload.model,
         "classes": [_class_line(requests) for requests in plan.workload.classes],
         "deploy": [_deploy_row(c, s) for c, s in zip(plan.fleet.choices, plan.placement.sites, strict=True)],
+        "why": fleet_lines(plan),
+        "solver": status_line(plan.fleet),
         "rented": plan.fleet.usd_per_hour > 0,
         "usd_per_hour": f"{plan.fleet.usd_per_hour:.2f}",
         "token_prices": [
@@ -121,7 +124,7 @@ def _class_line(requests: RequestClass) -> str:
 def _deploy_row(choice: Choice, site: Site) -> dict[str, str]:
     regions = ", ".join(f"{zone.cloud}/{zone.region}" for zone in site.zones) or "yours"
     return {
-        "name": site.column,
+        "name": f"{site.column} ({NEVER_RUN})" if choice.column.policy.rehearsed_only else site.column,
         "replicas": _count(site),
         "machine": choice.column.policy.machine.name,
         "market": site.market,

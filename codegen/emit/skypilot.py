@@ -66,6 +66,6 @@ def _target_qps(plan: Plan, choice: Choice, site: Site) -> float:
     routed = sum(
         route.share * requests.buckets[route.bucket].share
         for route in plan.fleet.routes
-        if route.column == choice.column.name
+        if (route.column, route.serves) == (choice.column.name, site.serves)
     )
     return float(format(requests.rate_per_s * routed / site.replicas, ".4g")) if requests.rate_per_s else 0.0

@@ -12,6 +12,7 @@ Dtype = Literal["bf16", "fp16", "float32"]
 Quantize = Literal["never", "fp8"]
 Cloud = Literal["aws", "gcp", "azure"]
 Purchase = Literal["any", "spot", "on-demand"]
+Offload = Literal["last-resort", "allow"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,11 @@ class MachineRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarketSpec:
-    """Where machines may be taken from. Empty tuples mean no restriction."""
+    """Where machines may be taken from. Empty tuples mean no restriction.
+
+    Of every size of online requests, the share `on_demand_floor` goes to machines that are not spot, and the
+    share `survive` can still be served after the loss of any one region.
+    """
 
     clouds: tuple[Cloud, ...] = ()
     regions: tuple[str, ...] = ()
@@ -94,6 +99,9 @@ class MarketSpec:
     purchase: Purchase = "any"
     budget_usd_per_hour: float | None = None
     quota: Mapping[str, int] = field(default_factory=dict)
+    on_demand_floor: float = 0.0
+    survive: float = 0.0
+    offload: Offload = "last-resort"
     availability: float = 0.99
 
 

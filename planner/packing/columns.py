@@ -4,32 +4,52 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from moeplan.planner.diagnostics import Diagnostic, InfeasibleError
 from moeplan.planner.ir.fleet import Column, Market
 from moeplan.planner.ir.machine import Offer
 from moeplan.planner.ir.policy import Policy, Rejection
-from moeplan.planner.ir.spec import MarketSpec, Spec
+from moeplan.planner.ir.spec import MarketSpec, Purchase, Spec
 from moeplan.planner.ir.workload import Workload
+
+_MOST_REGIONS = 3  # of one machine in one market, where regions matter
 
 
 def find_columns(policies: Sequence[Policy], offers: Sequence[Offer], market: MarketSpec) -> list[Column]:
-    """Each policy in each market that sells its machine, at the cheapest region; sorted by name."""
+    """Each policy in each market that sells its machine, sorted by name.
+
+    At the cheapest region; where online work must survive the loss of one, in each of the cheapest few.
+    """
     columns = []
     for policy in policies:
         own = [offer for offer in offers if offer.machine == policy.machine.name]
         if not own:
-            columns.append(_column(policy, "owned", None, 0.0))
-        if own and market.purchase != "spot":
-            best = min(own, key=lambda o: (o.on_demand_usd_per_hour, o.region))
-            columns.append(_column(policy, "on-demand", best, best.on_demand_usd_per_hour))
-        priced = [(o.spot_usd_per_hour, o.region, o) for o in own if o.spot_usd_per_hour is not None]
-        if priced and market.purchase != "on-demand":
-            price, _, offer = min(priced, key=lambda item: item[:2])
-            columns.append(_column(policy, "spot", offer, price))
+            columns.append(_column(policy, "owned", None, 0.0, ""))
+        spread = bool(market.survive) and policy.serves == "online"
+        for kind in _MARKETS[market.purchase]:
+            for price, offer in _cheapest(own, kind, _MOST_REGIONS if spread else 1):
+                region = f"{offer.cloud}/{offer.region}" if spread else ""
+                columns.append(_column(policy, kind, offer, price, region))
     return _distinct(sorted(columns, key=lambda column: (column.name, column.policy.machine.name)))
+
+
+_MARKETS: Mapping[Purchase, tuple[Market, ...]] = {
+    "any": ("on-demand", "spot"),
+    "on-demand": ("on-demand",),
+    "spot": ("spot",),
+}
+
+
+def _cheapest(offers: Sequence[Offer], kind: Market, most: int) -> list[tuple[float, Offer]]:
+    """The prices of the cheapest offers of one kind, one per region."""
+    priced = [(o.spot_usd_per_hour if kind == "spot" else o.on_demand_usd_per_hour, o) for o in offers]
+    sold = sorted(
+        ((price, offer) for price, offer in priced if price is not None),
+        key=lambda item: (item[0], item[1].region, item[1].cloud),
+    )
+    return sold[:most]
 
 
 def _distinct(columns: list[Column]) -> list[Column]:
@@ -43,16 +63,19 @@ def _distinct(columns: list[Column]) -> list[Column]:
     return named
 
 
-def _column(policy: Policy, market: Market, offer: Offer | None, price: float) -> Column:
+def _column(policy: Policy, market: Market, offer: Offer | None, price: float, region: str) -> Column:
     parts = [policy.serves, re.sub("[^a-z0-9]+", "-", policy.machine.name.lower()).strip("-"), market]
     if policy.engine == "runtime_min" and policy.gpus:
         parts.append("offload")
+    if region:
+        parts.append(region.replace("/", "-"))
     return Column(
         name="-".join(parts),
         policy=policy,
         market=market,
         cloud=offer.cloud if offer else "",
         usd_per_hour=price,
+        region=region,
     )
 
 

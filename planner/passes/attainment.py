@@ -26,7 +26,6 @@ from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import RequestClass, Workload
-from moeplan.planner.packing.online import SPOT_OVERPROVISION
 from moeplan.planner.strategies.laws import serving_law
 from moeplan.planner.traces import RequestTrace
 from moeplan.planner.units import format_duration
@@ -37,7 +36,7 @@ _MOST_FLEETS = 16  # solved with ever better shares
 _MOST_TIMES = 16  # as many engines are tried for a pool that misses its SLO
 _CHEAPER = 0.98  # of another fleet's cost, to be worth a simulation
 
-Choose = Callable[[Sequence[Policy]], Fleet]
+Choose = Callable[[Sequence[Policy], bool], Fleet]  # whether it is to be explained
 
 
 def attain(
@@ -56,7 +55,7 @@ def attain(
     """
     requests = next((r for r in workload.classes if r.slo is not None), None)
     if requests is None:
-        return choose(policies), Attainment()
+        return choose(policies, True), Attainment()
     search = _Search(workload, rooflines, policies, requests, request_stream(requests, trace), choose)
     best = search.cheapest()
     if best is None:
@@ -76,13 +75,14 @@ def attain(
         unsimulated_usd_per_hour=first.fleet.usd_per_hour,
         unsimulated_share=first.surge.attained_share,
     )
-    return best.fleet, Attainment(classes=(online,), pools=best.pools)
+    return choose(best.policies, True), Attainment(classes=(online,), pools=best.pools)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
     """A fleet and its simulation in a surge; `parts` are its pools' requests."""
 
+    policies: Sequence[Policy]
     fleet: Fleet
     choices: tuple[Choice, ...]
     pools: tuple[Pool, ...]
@@ -189,7 +189,10 @@ class _Search:
 
     def _solved(self, shares: Mapping[Key, float]) -> Fleet:
         """The cheapest fleet of policies with what queues leave of their rates."""
-        return self.choose([*self.others, *(_left(self.own[key], s) for key, s in shares.items() if s)])
+        return self.choose(self._policies(shares), False)
+
+    def _policies(self, shares: Mapping[Key, float]) -> list[Policy]:
+        return [*self.others, *(_left(self.own[key], share) for key, share in shares.items() if share)]
 
     def _simulated(self, fleet: Fleet, shares: Mapping[Key, float]) -> _Tried:
         from moeplan.planner.simulate.fleet import replay, split  # take Numba, which batch work does not need
@@ -199,7 +202,7 @@ class _Search:
         routes: list[Route] = [route for route in fleet.routes if route.serves == self.requests.name]
         parts = split(self.stream, self.requests.buckets, routes, pools)
         surge = replay(parts, pools, self.slo, surge=True)
-        self.tried.append(_Tried(fleet, choices, pools, parts, surge))
+        self.tried.append(_Tried(self._policies(shares), fleet, choices, pools, parts, surge))
         return self.tried[-1]
 
     def _pool(self, choice: Choice, shares: Mapping[Key, float]) -> Pool:
@@ -254,7 +257,7 @@ def pool_of(column: str, policy: Policy, replicas: int, law: ServingLaw, capacit
 
 def serving_replicas(choice: Choice) -> int:
     """Replicas that serve: a spot pool's spare one stands in for those that are reclaimed."""
-    return choice.replicas - (SPOT_OVERPROVISION if choice.column.market == "spot" else 0)
+    return choice.replicas - choice.spare
 
 
 def _missed(spec: Spec, requests: RequestClass, replays: Sequence[Replay]) -> InfeasibleError:

@@ -13,7 +13,6 @@ from moeplan.planner.ir.machine import Offer
 from moeplan.planner.ir.placement import Placement, Site, Zone
 from moeplan.planner.ir.spec import Spec
 from moeplan.planner.ir.workload import Workload
-from moeplan.planner.packing.online import SPOT_OVERPROVISION
 
 _MOST_REGIONS = 5
 # A dearer zone collects replicas that never move back: price caps cost 0.1-0.3 points of availability and
@@ -47,14 +46,13 @@ def _statement(spec: Spec, sites: Sequence[Site]) -> str:
 def _site(workload: Workload, choice: Choice, offers: Sequence[Offer]) -> Site:
     column = choice.column
     online_spot = column.market == "spot" and column.policy.serves == "online"
-    extra = SPOT_OVERPROVISION if online_spot else 0
     return Site(
         column=column.name,
         serves=column.policy.serves,
         market=column.market,
-        replicas=choice.replicas - extra,
+        replicas=choice.replicas - choice.spare,
         zones=_zones(choice, offers),
-        spot_overprovision=extra,
+        spot_overprovision=choice.spare,
         on_demand_base=0,
         on_demand_fallback=online_spot,
         cold_start_s=costs.cold_start_s(workload),
@@ -69,7 +67,8 @@ def _zones(choice: Choice, offers: Sequence[Offer]) -> tuple[Zone, ...]:
     zones = []
     for offer in offers:
         price = offer.spot_usd_per_hour if market == "spot" else offer.on_demand_usd_per_hour
-        if offer.machine == machine and price is not None:
+        here = choice.column.region in ("", f"{offer.cloud}/{offer.region}")
+        if offer.machine == machine and here and price is not None:
             zones.append(
                 Zone(
                     cloud=offer.cloud,

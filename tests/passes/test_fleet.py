@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from conftest import ONLINE, batch_spec
@@ -64,7 +66,7 @@ class Market:
                 requests_per_s=Estimate(value=t, sigma=0.1, provenance="measured"),
                 batch=1,
                 ttft_s=0.1,
-                itl_s=0.1,
+                itl_s=0.05,
             )
             for n, t in enumerate(requests_per_s)
         )
@@ -161,6 +163,74 @@ def test_spot_pays_for_the_replica_to_spare(catalog: Catalog) -> None:
         market.add("x", 1.0, [4.0], spot=spot)
         (choice,) = market.choose(MarketSpec()).choices
         assert choice.column.market == expected
+
+
+def test_limits_say_what_would_be_enough(catalog: Catalog) -> None:
+    """The hint's own figure compiles, and a little less does not."""
+    quota = {"A100": 0, "A10G": 12}
+    with pytest.raises(
+        InfeasibleError, match=r"quota of A100 to 1, or raise the quota of A10G to 15"
+    ) as caught:
+        melange(catalog).choose(replace(ON_DEMAND, quota=quota))
+    assert "market.quota" not in str(caught.value)
+    for more in ({"A100": 0, "A10G": 15}, {"A100": 1, "A10G": 12}):
+        melange(catalog).choose(replace(ON_DEMAND, quota=more))
+    with pytest.raises(InfeasibleError):
+        melange(catalog).choose(replace(ON_DEMAND, quota={"A100": 0, "A10G": 14}))
+    with pytest.raises(InfeasibleError, match=r"raise the budget to \$6.70/h"):
+        melange(catalog).choose(replace(ON_DEMAND, budget_usd_per_hour=6.69))
+    melange(catalog).choose(replace(ON_DEMAND, budget_usd_per_hour=6.70))
+
+
+def test_a_size_that_nothing_serves_is_named(catalog: Catalog) -> None:
+    market = Market(catalog, 4.0, [0.5, 0.5])
+    market.add("small", 0.1, [10.0, 0.0])
+    with pytest.raises(InfeasibleError, match=r"requests of 200 \+ 100 tokens .50.0% of the online work"):
+        market.choose()
+
+
+def test_headroom_and_a_previous_plan(catalog: Catalog) -> None:
+    """At 0.8/0.85 of the room two A100 are cheapest (7.34); from them on a move that saves 9 % of 7.34 pays,
+    counted with the 5 % of each machine moved: three A10G, and one A100 less."""
+    market = melange(catalog)
+
+    def counts(**options: Any) -> dict[str, int]:
+        spec = replace(market.spec, market=ON_DEMAND)
+        fleet = choose_fleet(spec, market.workload, market.policies, (), market.offers, **options)
+        return {c.column.policy.machine.name: c.replicas for c in fleet.choices}
+
+    assert counts(headroom=0.8 / 0.85) == {"A100": 2}
+    assert counts(previous={"online-a100-on-demand": 2}) == {"A10G": 3, "A100": 1}
+    assert counts(previous={"online-a100-on-demand": 2}, headroom=0.8 / 0.85) == {"A100": 2}
+
+
+def test_why_this_fleet(catalog: Catalog) -> None:
+    """Best single type 2 A100 = 7.34; without A10G the same; A100 used at 0.85 of what it may."""
+    fleet = melange(catalog).choose(replace(ON_DEMAND, budget_usd_per_hour=9.0))
+    why = fleet.sensitivity
+    assert why.single is not None
+    assert why.single.cost == pytest.approx(7.34)
+    assert why.runner_up is not None
+    assert why.runner_up.cost == pytest.approx(7.34)
+    assert [(c.constraint, c.saving) for c in why.constraints] == [("budget", 0.0)]
+    assert fleet.cost == pytest.approx(fleet.cost_bound) == pytest.approx(6.70)
+
+
+@pytest.mark.parametrize("gpu", ["A10G", "A100"])
+def test_flips_are_where_they_are_said_to_be(catalog: Catalog, gpu: str) -> None:
+    """Rates a little better than the factor keep the fleet, a little worse ones change it."""
+    fleet = melange(catalog).choose()
+    (slower,) = (f for f in fleet.sensitivity.flips if f.gpu == gpu and f.factor < 1)
+
+    def chosen(factor: float) -> dict[str, int]:
+        market = Market(catalog, 30.0, [0.2, 0.1, 0.5, 0.2])
+        for name, usd, rates in (("A10G", 1.01, [2, 1, 5, 2]), ("A100", 3.67, [20, 20, 40, 20])):
+            market.add(name, usd, [r * (factor if name == gpu else 1.0) for r in rates])
+        return {c.column.name: c.replicas for c in market.choose().choices}
+
+    here = {c.column.name: c.replicas for c in fleet.choices}
+    assert chosen(slower.factor * 1.01) == here
+    assert chosen(slower.factor * 0.99) != here
 
 
 def test_quota_and_budget_bind(catalog: Catalog) -> None:
@@ -297,6 +367,75 @@ def test_random_specs_end_in_a_plan_or_an_answer(seed: int) -> None:
     text = f"name: x\nmodel: {model}\nworkload: {{{work}}}\nmarket: {{{', '.join(parts)}}}\n"
     with contextlib.suppress(CompileError):
         emit_all(compile_plan(text, "spec.yaml"))
+
+
+BOTH = """\
+name: x
+model: qwen3-30b-a3b
+workload:
+  batch: {{requests: 20000, prompt: 800, output: 300, deadline: {deadline}}}
+  online: {{rate: 10/s, sizes: [{{prompt: 600, output: 200}}], slo: {{ttft: 2s, itl: 60ms}}}}
+market: {{clouds: [gcp], gpus: [H100, A100-80GB]{more}}}
+"""
+
+
+def test_batch_work_fills_idle_hours(compile_text: Callable[[str], Plan]) -> None:
+    """With two days to go all of it fits what the online fleet leaves idle, and costs nothing more."""
+    plan = compile_text(BOTH.format(deadline="2d", more=""))
+    alone = compile_text(BOTH.format(deadline="2d", more="").replace("  batch", "  # batch"))
+    assert plan.fleet.usd_per_hour == pytest.approx(alone.fleet.usd_per_hour)
+    filled = [r for r in plan.fleet.routes if r.serves == "batch"]
+    assert {r.column for r in filled} <= {c.column.name for c in alone.fleet.choices}
+    choice = plan.fleet.choices[0]
+    assert alone.fleet.choices[0].utilisation < choice.utilisation <= choice.target
+    routing = json.loads(emit_all(plan)["routing.json"])
+    assert routing["replicas"][0]["takes_batch_work_when_idle"]
+    # Its longest request is now one of the batch, 800 + 300 tokens.
+    service = next(text for path, text in emit_all(plan).items() if path.startswith("skypilot/"))
+    assert "--max-model-len 1100 --scheduling-policy priority" in service
+
+
+def test_hurried_batch_work_buys_machines(compile_text: Callable[[str], Plan]) -> None:
+    plan = compile_text(BOTH.format(deadline="1h", more=""))
+    bought = [c for c in plan.fleet.choices if c.column.policy.serves == "batch"]
+    assert bought
+    assert all(c.hours <= 1.0 for c in bought)
+
+
+def test_floor_and_lost_regions(compile_text: Callable[[str], Plan]) -> None:
+    more = ", on_demand_floor: 50%, survive: 40%"
+    plan = compile_text(BOTH.format(deadline="2d", more=more))
+    steady = {c.column.name for c in plan.fleet.choices if c.column.market == "on-demand"}
+    online = [r for r in plan.fleet.routes if r.serves == "online"]
+    assert sum(r.share for r in online if r.column in steady) >= 0.5 - 1e-3
+    regions = {c.column.region for c in plan.fleet.choices if c.column.policy.serves == "online"}
+    assert len(regions) > 1
+    for choice, site in zip(plan.fleet.choices, plan.placement.sites, strict=True):
+        if choice.column.region:
+            assert [f"{z.cloud}/{z.region}" for z in site.zones] == [choice.column.region]
+    assert {c.constraint for c in plan.fleet.sensitivity.constraints} == {"on_demand_floor", "survive"}
+    with pytest.raises(InfeasibleError, match="the on-demand floor leaves no fleet"):
+        compile_text(BOTH.format(deadline="2d", more=f", purchase: spot{more}"))
+    with pytest.raises(InfeasibleError, match="the loss of a region leaves no fleet"):
+        compile_text(BOTH.format(deadline="2d", more=", regions: [gcp/us-central1], survive: 10%"))
+
+
+def test_offloaded_gpus_are_bought_where_allowed(compile_text: Callable[[str], Plan]) -> None:
+    """By default no engine that has never run is chosen; where allowed it is, if cheaper, and outputs say
+    that it has never run."""
+    text = (
+        "name: x\nmodel: mixtral-8x7b\nworkload: {{batch: {{requests: 20000, prompt: 77, output: 128}}}}\n"
+        "market: {{gpus: [T4, L4, A100-80GB], purchase: on-demand{more}}}\n"
+    )
+    default = compile_text(text.format(more=""))
+    allowed = compile_text(text.format(more=", offload: allow"))
+    assert not any(c.column.policy.rehearsed_only for c in default.fleet.choices)
+    assert allowed.fleet.cost <= default.fleet.cost + 1e-6
+    for choice in allowed.fleet.choices:
+        if choice.column.policy.rehearsed_only:
+            files = emit_all(allowed)
+            assert "never run on a GPU" in files["report.md"]
+            assert json.loads(files["routing.json"])["replicas"][0]["predicted_never_run_on_a_gpu"]
 
 
 def test_one_owned_machine_that_is_too_slow_says_by_how_much() -> None:
