@@ -93,9 +93,9 @@ def fleet_of(spec: Spec, inputs: Inputs) -> Case:
     refused = [refusal for _, refusals in found for refusal in refusals]
     solves: list[float] = []
 
-    def choose(left: Sequence[Policy]) -> Fleet:
+    def choose(left: Sequence[Policy], explain: bool) -> Fleet:
         started = time.perf_counter()
-        fleet = choose_fleet(spec, workload, left, refused, offers, headroom=math.inf)
+        fleet = choose_fleet(spec, workload, left, refused, offers, headroom=math.inf, explain=explain)
         solves.append(time.perf_counter() - started)
         return fleet
 
@@ -104,8 +104,7 @@ def fleet_of(spec: Spec, inputs: Inputs) -> Case:
     seconds = time.perf_counter() - started - sum(solves)
     requests = workload.request_class("online")
     assert requests.slo is not None
-    offered = find_columns(policies, offers, spec.market)
-    columns = [column for column in offered if not column.policy.rehearsed_only] or offered
+    columns = [c for c in find_columns(policies, offers, spec.market) if not c.policy.rehearsed_only]
     roofs = {roofline.machine.name: roofline for roofline in rooflines}
     laws = {c.name: serving_law(workload, roofs[c.policy.machine.name], c.policy) for c in columns}
     pools = {c.name: pool_of(c.name, c.policy, 1, laws[c.name], 1.0) for c in columns}
@@ -209,7 +208,7 @@ def cheapest(case: Case, surge: bool) -> tuple[float, dict[str, int], int]:
         result = replay(parts, pools, case.slo, surge)
         if result.attained_share >= case.slo.attainment:
             return usd, {c.name: n for c, n in zip(columns, counts, strict=True) if n}, simulated
-    return math.inf, {}, simulated
+    return case.fleet.usd_per_hour, {"the plan itself": 1}, simulated
 
 
 def described(counts: dict[str, int]) -> str:

@@ -3,13 +3,15 @@
 usage: python benchmarks/buckets.py TRACE ... (CSV or JSON lines, as for `trace:` in a spec)
 
 Load is machine seconds under the cost law of vLLM (predicted): qwen3-30b-a3b on one A100-80GB with an ITL of
-200 ms and on two H100 with 50 ms. 1,500 requests of each trace are drawn; longer than 40,000 tokens are left
-out. "cells" is the mean error of single buckets, weighted by load; "right edges" puts each request at the
-upper corner of its bucket, as Mélange does; "one mean" takes all requests at one size.
+200 ms and on two H100 with 50 ms. 1,500 requests of each trace are drawn; those longer than 40,000 tokens, or
+that alone break the SLO, are left out. "cells" is the mean error of single buckets, weighted by load; "right
+edges" puts each request at the upper corner of its bucket, as Mélange does; "one mean" takes all requests at
+one size.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +23,7 @@ from moeplan.planner.buckets import nearest_buckets, size_buckets
 from moeplan.planner.catalog import load_catalog
 from moeplan.planner.diagnostics import Span
 from moeplan.planner.inputs import Inputs
+from moeplan.planner.ir.policy import Rejection
 from moeplan.planner.ir.spec import Slo
 from moeplan.planner.ir.workload import Bucket
 from moeplan.planner.passes.roofline import find_roofline
@@ -51,14 +54,16 @@ def load_law(machine: str, itl_s: float) -> Load:
 
     def seconds(prompt: float, output: float) -> float:
         bucket = Bucket(prompt_tokens=prompt, output_tokens=output, share=1.0)
-        policy = in_memory_policy(workload, replace(requests, buckets=(bucket,)), roofline)
-        return 1.0 / policy.rates[0].requests_per_s.value
+        found = in_memory_policy(workload, replace(requests, buckets=(bucket,)), roofline)
+        return math.nan if isinstance(found, Rejection) else 1.0 / found.rates[0].requests_per_s.value
 
     return seconds
 
 
 def row(name: str, machine: str, load: Load, prompt: np.ndarray, output: np.ndarray) -> str:
     each = np.array([load(p, o) for p, o in zip(prompt, output, strict=True)])
+    served = np.isfinite(each)
+    each, prompt, output = each[served], prompt[served], output[served]
     buckets = size_buckets(prompt, output)
     found = np.array([len(prompt) * b.share * load(b.prompt_tokens, b.output_tokens) for b in buckets])
     own = nearest_buckets(buckets, prompt, output)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moeplan.planner.ir.workload import Bucket
 
 Ints = NDArray[np.int64]
-# Twelve buckets: on Azure's and Mooncake's traces the load of their means is within 2 % of the load of every
+# Twelve buckets: on Azure's and Mooncake's traces the load of their means is within 5 % of the load of every
 # request by itself (benchmarks/buckets.py; other shapes and token-weighted bands were no better).
 _PROMPT_BANDS, _OUTPUT_BANDS = 4, 3
 

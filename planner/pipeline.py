@@ -138,9 +138,10 @@ def find_fleet(
     """The fleet of some policies, simulated: what the compiler chooses, and what explanations choose anew."""
     offers = candidate_offers(spec, inputs)
 
-    def choose(policies: Sequence[Policy]) -> Fleet:
+    def choose(policies: Sequence[Policy], explain: bool) -> Fleet:
+        full, now = math.inf, inputs.previous  # how full is left to simulation
         return choose_fleet(
-            spec, workload, policies, rejections, offers, headroom=math.inf, previous=inputs.previous
+            spec, workload, policies, rejections, offers, headroom=full, previous=now, explain=explain
         )
 
     return attain(spec, workload, rooflines, policies, inputs.trace, choose)

@@ -123,6 +123,9 @@ class Sensitivity:
     doubts: tuple[Doubt, ...]
 
 
+UNEXPLAINED = Sensitivity(single=None, runner_up=None, constraints=(), flips=(), doubts=())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
     """The cheapest replicas that serve every class.

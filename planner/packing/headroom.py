@@ -54,10 +54,10 @@ class Headroom:
 def headroom_of(policy: Policy, requests: RequestClass, factor: float = 1.0) -> Headroom:
     """Return how full machines under `policy` may be planned; `factor` scales it.
 
-    At an infinite factor the rates of online policies are what queues leave, and nothing is kept back.
-    Only online work needs room for bursts. One machine is `data_parallel` copies of the model.
+    Only online work needs room for bursts. One machine is `data_parallel` copies of the model. An infinite
+    `factor` fills online machines to the brim: rates are then what simulated queues leave.
     """
-    if math.isinf(factor):
+    if factor == math.inf:
         if requests.slo is not None:
             return Headroom(target=1.0, ceiling=1.0, reserve=0.0)
         factor = 1.0

@@ -1,9 +1,10 @@
 """Workload, policies, requests -> Fleet, Attainment: the cheapest fleet that keeps its SLO in simulation.
 
 The solver knows throughputs, not queues. Its fleet is simulated on the class's own arrivals; of each pool
-that misses the SLO the simulation tells how many engines would keep it, and so what share of its throughput
-queues leave. First each policy alone learns its share, as small pools teach worse ones than large ones have;
-then mixes are solved with what is known, simulated and taught again, as long as they are cheaper.
+that misses the SLO the simulation tells how many engines would keep it, how much one fewer would bear, and so
+what share of its throughput queues leave. First each policy alone learns its share, as small pools teach
+worse ones than large ones have; then mixes are solved with what is known, simulated and taught again, as long
+as they are cheaper.
 
 Throughputs are estimates. So what counts is the simulation of a surge: requests come faster by one standard
 error of the throughput, but by no more than 15 %, since to be surer measuring is cheaper than renting. Where
@@ -35,7 +36,7 @@ _MOST_FLEETS = 16  # solved with ever better shares
 _MOST_TIMES = 16  # as many engines are tried for a pool that misses its SLO
 _CHEAPER = 0.98  # of another fleet's cost, to be worth a simulation
 
-Choose = Callable[[Sequence[Policy]], Fleet]
+Choose = Callable[[Sequence[Policy], bool], Fleet]  # whether it is to be explained
 
 
 def attain(
@@ -54,7 +55,7 @@ def attain(
     """
     requests = next((r for r in workload.classes if r.slo is not None), None)
     if requests is None:
-        return choose(policies), Attainment()
+        return choose(policies, True), Attainment()
     search = _Search(workload, rooflines, policies, requests, request_stream(requests, trace), choose)
     best = search.cheapest()
     if best is None:
@@ -74,13 +75,14 @@ def attain(
         unsimulated_usd_per_hour=first.fleet.usd_per_hour,
         unsimulated_share=first.surge.attained_share,
     )
-    return best.fleet, Attainment(classes=(online,), pools=best.pools)
+    return choose(best.policies, True), Attainment(classes=(online,), pools=best.pools)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
     """A fleet and its simulation in a surge; `parts` are its pools' requests."""
 
+    policies: Sequence[Policy]
     fleet: Fleet
     choices: tuple[Choice, ...]
     pools: tuple[Pool, ...]
@@ -187,7 +189,10 @@ class _Search:
 
     def _solved(self, shares: Mapping[Key, float]) -> Fleet:
         """The cheapest fleet of policies with what queues leave of their rates."""
-        return self.choose([*self.others, *(_left(self.own[key], s) for key, s in shares.items() if s)])
+        return self.choose(self._policies(shares), False)
+
+    def _policies(self, shares: Mapping[Key, float]) -> list[Policy]:
+        return [*self.others, *(_left(self.own[key], share) for key, share in shares.items() if share)]
 
     def _simulated(self, fleet: Fleet, shares: Mapping[Key, float]) -> _Tried:
         from moeplan.planner.simulate.fleet import replay, split  # take Numba, which batch work does not need
@@ -197,7 +202,7 @@ class _Search:
         routes: list[Route] = [route for route in fleet.routes if route.serves == self.requests.name]
         parts = split(self.stream, self.requests.buckets, routes, pools)
         surge = replay(parts, pools, self.slo, surge=True)
-        self.tried.append(_Tried(fleet, choices, pools, parts, surge))
+        self.tried.append(_Tried(self._policies(shares), fleet, choices, pools, parts, surge))
         return self.tried[-1]
 
     def _pool(self, choice: Choice, shares: Mapping[Key, float]) -> Pool:
@@ -209,17 +214,19 @@ class _Search:
     def _learn(self, tried: _Tried, number: int, shares: dict[Key, float]) -> bool:
         """Of a pool that misses: the share with which the solver buys as many engines as keep the SLO.
 
-        It is of half an engine less, so that one fewer is too few. False where no number helps.
+        One fewer bear a part of its requests: that is what they can do. False where no number helps.
         """
-        from moeplan.planner.simulate.fleet import engines_needed
+        from moeplan.planner.simulate.fleet import bearable_share, engines_needed
 
         choice, pool, part = tried.choices[number], tried.pools[number], tried.parts[number]
-        needed = engines_needed(part, pool, self.slo, self.slo.attainment, _MOST_TIMES * pool.engines)
+        wanted, copies = self.slo.attainment, choice.column.policy.data_parallel
+        needed = engines_needed(part, pool, self.slo, wanted, _MOST_TIMES * pool.engines)
         if needed is None:
             return False
+        fewer = max(pool.engines, needed - copies)
+        borne = bearable_share(part, replace(pool, engines=fewer), self.slo, wanted)
         load = choice.utilisation * pool.engines * pool.capacity_share
-        copies = choice.column.policy.data_parallel
-        shares[_key(choice.column.policy)] = load / (needed - 0.5 * copies)
+        shares[_key(choice.column.policy)] = load * borne / fewer
         return True
 
 

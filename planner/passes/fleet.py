@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from moeplan.planner.ir.estimate import Estimate
-from moeplan.planner.ir.fleet import Choice, Column, Fleet, Route
+from moeplan.planner.ir.fleet import UNEXPLAINED, Choice, Column, Fleet, Route
 from moeplan.planner.ir.machine import Offer
 from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.spec import Spec
@@ -43,12 +43,13 @@ def choose_fleet(
     *,
     headroom: float = 1.0,
     previous: Mapping[str, int] | None = None,
+    explain: bool = True,
 ) -> Fleet:
     """Return the cheapest fleet. Raises InfeasibleError naming the constraint that binds.
 
-    `headroom` scales how full replicas may be planned; at infinity the policies' rates are what queues leave,
-    and online replicas are filled. `previous` counts the replicas that run now, by
-    column: moving away from them must pay.
+    `headroom` scales how full replicas may be planned, see `headroom_of`. `previous` counts the replicas that
+    run now, by column: moving away from them must pay. Without `explain` it is not asked what would change
+    the answer: for fleets that are only tried.
     """
     columns = find_columns(policies, offers, spec.market)
     require_columns(spec, workload, policies, columns, rejections)
@@ -79,7 +80,7 @@ def choose_fleet(
         cost_bound=solution.usd * (1 - solution.gap),
         gap=solution.gap,
         spot_assumption=_spot_assumption(market, choices),
-        sensitivity=find_sensitivity(market, problem, solution),
+        sensitivity=find_sensitivity(market, problem, solution) if explain else UNEXPLAINED,
     )
 
 

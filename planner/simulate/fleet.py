@@ -110,6 +110,19 @@ def engines_needed(part: RequestTrace, pool: Pool, slo: Slo, wanted: float, most
     return high
 
 
+def bearable_share(part: RequestTrace, pool: Pool, slo: Slo, wanted: float) -> float:
+    """The largest share of its requests, drawn at random, for which the pool keeps the SLO in a surge: to a
+    thirty-second, which is also the least."""
+    drawn = np.random.RandomState(_SEED).random_sample(part.requests)
+    low, high = 1 / 32, 1.0
+    while high - low > 1 / 32:
+        middle = (low + high) / 2
+        some = part.part(drawn < middle)
+        keeps = run_pool(some, pool, slo, surge=True).attained >= wanted * some.requests
+        low, high = (middle, high) if keeps else (low, middle)
+    return low
+
+
 def _routed(bucket: Ints, routes: Sequence[Route], columns: Sequence[str], buckets: int) -> Ints:
     """The number of each request's pool."""
     shares = np.zeros((buckets, len(columns)))
