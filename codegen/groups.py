@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moeplan.codegen.vllm import vllm_arguments
+from moeplan.codegen.vllm import VERSION, vllm_arguments
 from moeplan.planner.ir.machine import Machine
 from moeplan.planner.ir.placement import Site, Zone
 from moeplan.planner.ir.plan import Plan
@@ -16,9 +16,12 @@ from moeplan.planner.ir.policy import Policy
 from moeplan.planner.ir.spec import Cloud
 
 PORT = 8000
-# Named, never pulled here.
-ENGINE_IMAGE = "vllm/vllm-openai:v0.33.0"
 _GRACE = 1.5  # cold starts vary; a check that gives up early kills healthy replicas
+
+
+def engine_image(plan: Plan) -> str:
+    """The image that vLLM runs from: the spec's, or vLLM's own of the pinned version. Never pulled here."""
+    return plan.spec.image or f"vllm/vllm-openai:v{VERSION}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +49,11 @@ def replica_groups(plan: Plan) -> tuple[ReplicaGroup, ...]:
     """
     return tuple(
         ReplicaGroup(
-            name=short_name(f"{site.column}-{zone.region}", 52),
+            name=short_name(f"{site.column}-{zone.zone or zone.region}", 52),
             policy=choice.column.policy,
             cloud=zone.cloud,
             region=zone.region,
-            zone="",
+            zone=zone.zone,
             spot=spot,
             on_demand=on_demand,
             grace_s=grace_s(site),
@@ -62,7 +65,14 @@ def replica_groups(plan: Plan) -> tuple[ReplicaGroup, ...]:
 
 
 def _spread(site: Site) -> Iterator[tuple[Zone, int, int]]:
-    """Each zone that gets replicas, with its spot and on-demand ones: dealt out evenly, cheapest first."""
+    """Each zone that gets replicas, with its spot and on-demand ones.
+
+    The plan's targets; where it has none, for want of evidence, dealt out evenly, cheapest first.
+    """
+    if site.static:
+        fixed = [(zone, zone.spot_target, zone.on_demand_target) for zone in site.zones]
+        yield from ((zone, spot, on_demand) for zone, spot, on_demand in fixed if spot or on_demand)
+        return
     on_demand = site.replicas if site.market == "on-demand" else site.on_demand_base
     spot = site.replicas - on_demand + site.spot_overprovision
     zones = len(site.zones)

@@ -364,7 +364,8 @@ SPEC = Block(
         "catalog": Field(kind=FOLDER, doc="a folder with own or replacing catalog entries"),
         "image": Field(
             kind=IMAGE,
-            doc="the container image that vLLM runs from on rented machines; default: installed with pip",
+            doc="the container image that vLLM runs from; default: installed with pip under SkyPilot, "
+            "vllm/vllm-openai of the pinned version elsewhere",
         ),
         "profile": Field(
             kind=PROFILE_PATH,

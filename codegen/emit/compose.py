@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeplan.codegen.groups import ENGINE_IMAGE, PORT, grace_s, serve_arguments
+from moeplan.codegen.groups import PORT, engine_image, grace_s, serve_arguments
 from moeplan.codegen.render import expanded_scalar, render
 from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan
@@ -69,7 +69,7 @@ def _service(plan: Plan, policy: Policy, site: Site) -> Service:
     words = ["serve"] if online else ["run-batch", "-i", _INPUT, "-o", _OUTPUT, "--model"]
     return Service(
         column=site.column,
-        image=expanded_scalar(ENGINE_IMAGE),
+        image=expanded_scalar(engine_image(plan)),
         entrypoint="vllm",
         command=(*_words(words), _setting(_MODEL), *_words(serve_arguments(plan, policy))),
         volumes=(cache,) if online else (cache, _bound(_REQUESTS, "/requests")),

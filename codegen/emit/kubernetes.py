@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from moeplan.codegen.groups import (
-    ENGINE_IMAGE,
     PORT,
     ReplicaGroup,
     disk_gb,
+    engine_image,
     google_accelerator,
     google_machine_type,
     letter_first,
@@ -49,7 +49,7 @@ def _text(plan: Plan, group: ReplicaGroup) -> str:
         region=group.region,
         service=group.name,
         deployments=_deployments(group),
-        image=ENGINE_IMAGE,
+        image=engine_image(plan),
         arguments=serve_arguments(plan, policy),
         gpus=policy.gpus * policy.data_parallel,
         port=PORT,

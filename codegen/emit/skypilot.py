@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from moeplan.codegen.emit.report import caution, why_unrun
+from moeplan.codegen.groups import disk_gb
 from moeplan.codegen.render import render
 from moeplan.codegen.vllm import VERSION, vllm_arguments
 from moeplan.planner.ir.fleet import Choice
@@ -73,7 +74,7 @@ def _values(plan: Plan, choice: Choice, site: Site) -> dict[str, Any]:
         "readiness_s": math.ceil(site.cold_start_s * _READINESS_MARGIN / 60) * 60,
         "qps": _target_qps(plan, choice, site) if site.serves == "online" else 0.0,
         "parts": _parts(choice) * site.replicas,
-        "disk_gb": math.ceil(plan.workload.model.weight_bytes() * 1.2 / 1e9) + 100,
+        "disk_gb": disk_gb(plan),
         "port": _PORT,
         "notice_s": _NOTICE_S,
         "image": plan.spec.image,

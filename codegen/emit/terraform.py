@@ -10,9 +10,9 @@ from typing import Any
 
 from moeplan.codegen.data import to_json
 from moeplan.codegen.groups import (
-    ENGINE_IMAGE,
     ReplicaGroup,
     disk_gb,
+    engine_image,
     google_accelerator,
     google_machine_type,
     letter_first,
@@ -68,7 +68,7 @@ def _variables(plan: Plan, region: str, groups: Sequence[ReplicaGroup]) -> str:
             "name": short_name(letter_first(plan.spec.name), _LONGEST_NAME),
             "plan": plan.spec.name,
             "region": region,
-            "engine_image": ENGINE_IMAGE,
+            "engine_image": engine_image(plan),
             "groups": {
                 name: {**values, "disk_gb": disk_gb(plan), "arguments": serve_arguments(plan, group.policy)}
                 for group in groups

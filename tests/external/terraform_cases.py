@@ -64,6 +64,10 @@ class Case:
         """Machines of each market, by plan.json."""
         spot = on_demand = 0
         for site in self._served():
+            if site["static"]:
+                spot += sum(zone["spot_target"] for zone in site["zones"])
+                on_demand += sum(zone["on_demand_target"] for zone in site["zones"])
+                continue
             base = site["replicas"] if site["market"] == "on-demand" else site["on_demand_base"]
             on_demand += base
             spot += site["replicas"] - base + site["spot_overprovision"]
