@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeplan.runtime_min import amx
+from moeplan.runtime_min import amx, vectors
 from moeplan.runtime_min.model_config import RopeScaling
+from moeplan.runtime_min.packing import Matrix, Packed, unpack
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -21,10 +22,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None, eps).to(weight.dtype).mul_(weight)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, in] times weight [out, in]."""
-    on_tiles = amx.linear(x, weight)
-    return F.linear(pad_rows(x), weight)[: x.shape[0]] if on_tiles is None else on_tiles
+def linear(x: Tensor, weight: Matrix) -> Tensor:
+    """x [T, in] times weight [out, in], by the fastest way that this CPU has."""
+    for way in (amx.linear, vectors.linear):
+        if (done := way(x, weight)) is not None:
+            return done
+    plain = unpack(weight).to(x.dtype) if isinstance(weight, Packed) else weight
+    return F.linear(pad_rows(x), plain)[: x.shape[0]]
 
 
 def pad_rows(x: Tensor) -> Tensor:
@@ -46,14 +50,10 @@ def round_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def expert(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+def expert(x: Tensor, w1: Matrix, w2: Matrix, w3: Matrix) -> Tensor:
     """w2 · (silu(w1 · x) * (w3 · x)) for x [T, H], w1 and w3 [I, H], w2 [H, I]."""
-    gate = amx.linear(x, w1)  # [T, I]
-    if gate is not None:
-        return linear(F.silu(gate, inplace=True).mul_(linear(x, w3)), w2)
-    padded = pad_rows(x)
-    inner = F.silu(F.linear(padded, w1), inplace=True)  # [T, I]
-    return F.linear(inner.mul_(F.linear(padded, w3)), w2)[: x.shape[0]]
+    inner = F.silu(linear(x, w1), inplace=True)  # [T, I]
+    return linear(inner.mul_(linear(x, w3)), w2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,233 @@
+"""Weights in fewer bits: how a matrix is packed, and what it stands for when unpacked.
+
+A packed matrix is a flat tensor of bytes. Each row of `inner` values is cut into blocks of 64: first the data
+of all blocks, then the scales of all of them. What it stands for are bf16 values, the same on every path.
+
+bf12  lossless: a byte of sign and mantissa for each value, 4 bits of its exponent's distance to the block's
+      base; distance 15 marks an exception. After the rows follow the exceptions, 8 bytes each: row (4),
+      column (2), value (2), in order.
+int8  a signed byte for each value, a bf16 scale for each block
+int4  4 bits for each value, a bf16 scale for each half block; a value is (bits - 8) · scale
+
+Bits of 4 come in pairs: byte i of a block's 32 has value i below and value 32 + i above.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeplan.runtime_min import team
+from moeplan.runtime_min.plan_file import BLOCK_VALUES, STORED_BYTES
+
+HALF = BLOCK_VALUES // 2
+EXCEPTION_BYTES = 8
+_FAR = 15  # the distance that marks an exception
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Bytes of a block of 64 values: its data and its scales. `code` is the kernels' number for it."""
+
+    name: str
+    code: int
+    data_bytes: int
+    scale_bytes: int
+
+    def row_bytes(self, inner: int) -> int:
+        return inner // BLOCK_VALUES * (self.data_bytes + self.scale_bytes)
+
+    def least_bytes(self, shape: tuple[int, ...]) -> int:
+        """A matrix [outer, inner] without exceptions."""
+        return shape[0] * self.row_bytes(shape[1])
+
+    def most_bytes(self, shape: tuple[int, ...]) -> int:
+        """What a plan has room for."""
+        return int(STORED_BYTES[self.name] * shape[0] * shape[1])
+
+
+PACKINGS = {
+    packing.name: packing
+    for packing in (
+        Packing("bf12", 0, BLOCK_VALUES + HALF, 1),
+        Packing("int8", 1, BLOCK_VALUES, 2),
+        Packing("int4", 2, HALF, 4),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A packed matrix [outer, inner] in memory: `data` are its bytes."""
+
+    data: Tensor
+    shape: tuple[int, int]
+    packing: Packing
+
+    def exceptions(self) -> int:
+        return (len(self.data) - self.packing.least_bytes(self.shape)) // EXCEPTION_BYTES
+
+
+Matrix = Tensor | Packed
+
+
+def fits(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape can be packed."""
+    return len(shape) == 2 and shape[1] % BLOCK_VALUES == 0 and shape[1] <= 1 << 16
+
+
+def pack(weight: Tensor, packing: Packing, first_row: int = 0) -> tuple[Tensor, Tensor]:
+    """The rows of bf16 `weight` [outer, inner] as bytes [outer, row bytes], and the exceptions [n, 8].
+
+    Exceptions count rows from `first_row`. Values that are not finite survive in bf12 only.
+    """
+    blocks = weight.reshape(weight.shape[0], -1, BLOCK_VALUES)  # [outer, blocks, 64]
+    data, scales, far = {"bf12": _pack_bf12, "int8": _pack_int8, "int4": _pack_int4}[packing.name](blocks)
+    rows = torch.cat((data.flatten(1), scales.flatten(1)), dim=1)
+    return rows, _exceptions(weight, far.flatten(1) if far is not None else None, first_row)
+
+
+def packed(weight: Tensor, packing: Packing) -> Packed:
+    """All of a bf16 matrix."""
+    rows, exceptions = pack(weight, packing)
+    data = torch.cat((rows.flatten(), exceptions.flatten()))
+    return Packed(data, (weight.shape[0], weight.shape[1]), packing)
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The matrix, bf16 [outer, inner]; compiled where Numba is installed."""
+    kernel = _kernel()
+    if kernel is None or packed.data.device.type != "cpu":
+        return plain(packed)
+    outer, inner = packed.shape
+    out = torch.empty(packed.shape, dtype=torch.bfloat16)
+    parts, code = -(-outer // kernel.ROWS), packed.packing.code
+    address = packed.data.data_ptr()
+    team.run(kernel.unpack, [0, parts, address, code, outer, inner, packed.exceptions(), out.data_ptr()])
+    return out
+
+
+@functools.cache
+def _kernel() -> Any | None:
+    """The module of the compiled kernel, or None without Numba."""
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return None
+    folder = Path(__file__).parent
+    with team.kept(str(folder / "packed_kernel.py"), str(folder / "kernel_parts.py")):
+        from moeplan.runtime_min import packed_kernel
+    return packed_kernel
+
+
+def plain(packed: Packed) -> Tensor:
+    """The same in torch alone."""
+    (outer, inner), packing = packed.shape, packed.packing
+    size = packing.least_bytes(packed.shape)
+    rows = packed.data[:size].view(outer, -1)
+    cut = inner // BLOCK_VALUES * packing.data_bytes
+    data, scales = rows[:, :cut].view(outer, -1, packing.data_bytes), rows[:, cut:]
+    values = {"bf12": _unpack_bf12, "int8": _unpack_int8, "int4": _unpack_int4}[packing.name](data, scales)
+    out = values.reshape(outer, inner)
+    if len(packed.data) > size:
+        row, column, value = read_exceptions(packed)
+        out[row, column] = value
+    return out
+
+
+def read_exceptions(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns and values of those that follow the rows."""
+    tail = packed.data[packed.packing.least_bytes(packed.shape) :].clone().view(-1, EXCEPTION_BYTES)
+    row = tail[:, :4].contiguous().view(torch.int32)[:, 0].long()
+    column = tail[:, 4:6].contiguous().view(torch.int16)[:, 0].long() & 0xFFFF
+    return row, column, tail[:, 6:].contiguous().view(torch.bfloat16)[:, 0]
+
+
+def _exceptions(weight: Tensor, far: Tensor | None, first_row: int) -> Tensor:
+    if far is None:
+        return torch.empty(0, EXCEPTION_BYTES, dtype=torch.uint8)
+    row, column = far.nonzero(as_tuple=True)
+    parts = (
+        (row + first_row).to(torch.int32).view(-1, 1).view(torch.uint8),
+        column.to(torch.int16).view(-1, 1).view(torch.uint8),
+        weight[row, column].view(-1, 1).view(torch.uint8),
+    )
+    return torch.cat(parts, dim=1)
+
+
+def _pack_bf12(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    bits = blocks.view(torch.int16)
+    signs = ((bits >> 8) & 0x80 | bits & 0x7F).to(torch.uint8)
+    exponents = (bits >> 7) & 0xFF
+    base = (exponents.amax(-1, keepdim=True) - (_FAR - 1)).clamp_(min=0)
+    distance = exponents - base
+    far = distance < 0
+    nibbles = distance.masked_fill_(far, _FAR).to(torch.uint8)
+    return torch.cat((signs, _pairs(nibbles)), dim=-1), base.to(torch.uint8), far
+
+
+def _unpack_bf12(data: Tensor, base: Tensor) -> Tensor:
+    signs = data[..., :BLOCK_VALUES].to(torch.int16)
+    exponents = _nibbles(data[..., BLOCK_VALUES:]).to(torch.int16) + base.to(torch.int16)[..., None]
+    return ((signs & 0x80) << 8 | (exponents & 0xFF) << 7 | signs & 0x7F).view(torch.bfloat16)
+
+
+def _pack_int8(blocks: Tensor) -> tuple[Tensor, Tensor, None]:
+    values = blocks.float()
+    scale = (values.abs().amax(-1, keepdim=True) / 127).bfloat16()
+    whole = (values / _divisor(scale)).round_().clamp_(-127, 127).to(torch.int8)
+    return whole.view(torch.uint8), scale.view(torch.uint8), None
+
+
+def _unpack_int8(data: Tensor, scales: Tensor) -> Tensor:
+    scale = _bf16(scales).view(len(data), -1, 1)
+    return (data.view(torch.int8).float() * scale).bfloat16()
+
+
+def _pack_int4(blocks: Tensor) -> tuple[Tensor, Tensor, None]:
+    halves = blocks.float().view(*blocks.shape[:2], 2, HALF)  # [outer, blocks, 2, 32]
+    scale = _least_error(halves)
+    whole = (halves / _divisor(scale)).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
+    return _pairs(whole.flatten(-2)), scale.squeeze(-1).contiguous().view(torch.uint8), None
+
+
+def _least_error(halves: Tensor) -> Tensor:
+    """Of a few scales about that which maps the largest value to -8 the one with the least squared error."""
+    largest = halves.gather(-1, halves.abs().argmax(-1, keepdim=True))
+    best = scale = (largest / -8).bfloat16()
+    least = torch.full_like(largest, torch.inf)
+    for factor in (1.0, 0.95, 0.9, 0.85, 0.8, 1.05, -1.0, -1.07):
+        scale = (largest / -8 * factor).bfloat16()
+        divisor = _divisor(scale)
+        rounded = (halves / divisor).round_().clamp_(-8, 7).mul_(scale)
+        error = rounded.sub_(halves).square_().sum(-1, keepdim=True)
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def _unpack_int4(data: Tensor, scales: Tensor) -> Tensor:
+    scale = _bf16(scales).view(len(data), -1, 2, 1)
+    whole = _nibbles(data).float().view(*data.shape[:2], 2, HALF) - 8
+    return (whole * scale).bfloat16().flatten(-2)
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 1.0, scale.float())
+
+
+def _bf16(scales: Tensor) -> Tensor:
+    return scales.contiguous().view(torch.bfloat16).float()
+
+
+def _pairs(nibbles: Tensor) -> Tensor:
+    return nibbles[..., :HALF] | nibbles[..., HALF:] << 4
+
+
+def _nibbles(pairs: Tensor) -> Tensor:
+    return torch.cat((pairs & 15, pairs >> 4), dim=-1)
