@@ -11,10 +11,20 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 
-from moeplan.runtime_min.kernel_parts import draw, intrinsic
+from moeplan.runtime_min.kernel_parts import (
+    F32,
+    FLOATS,
+    I16,
+    I32,
+    I64,
+    INTS,
+    POINTER,
+    draw,
+    intrinsic,
+    rounded,
+)
 
-I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-F32, POINTER = ir.FloatType(), ir.PointerType()
+I8 = ir.IntType(8)
 BYTES, HALF_BYTES = ir.VectorType(I8, 64), ir.VectorType(I8, 32)
 SHORTS = ir.VectorType(I16, 64)
 BF12, INT8, INT4 = range(3)  # packing.Packing.code
@@ -55,15 +65,12 @@ def _scale(builder: Any, address: Any) -> Any:
     return builder.bitcast(builder.shl(bits, I32(16)), F32)
 
 
-def _scaled(builder: Any, whole: Any, scale: Any) -> Any:
-    """Whole numbers (int32) times `scale`, rounded to the nearest bf16, ties to even, as int16."""
-    count = whole.type.count
-    floats, ints = ir.VectorType(F32, count), ir.VectorType(I32, count)
-    value = builder.fmul(builder.sitofp(whole, floats), _splat(builder, scale, count))
-    bits = builder.bitcast(value, ints)
-    odd = builder.and_(builder.lshr(bits, _constant(ints, 16)), _constant(ints, 1))
-    rounded = builder.add(bits, builder.add(odd, _constant(ints, 0x7FFF)))
-    return builder.trunc(builder.lshr(rounded, _constant(ints, 16)), ir.VectorType(I16, count))
+def _scaled(builder: Any, whole: Any, scale: Any, least: Any = None) -> Any:
+    """16 whole numbers (int32) times `scale`, plus `least`, as the nearest bf16."""
+    value = builder.fmul(builder.sitofp(whole, FLOATS), _splat(builder, scale, 16))
+    if least is not None:
+        value = builder.fadd(value, _splat(builder, least, 16))
+    return rounded(builder, builder.bitcast(value, INTS))
 
 
 @intrinsic
@@ -95,7 +102,7 @@ def int8_block(typingctx, data, scale, out):
         factor = _scale(builder, scale)
         for i in range(0, 64, 16):
             some = _load(builder, builder.add(data, I64(i)), ir.VectorType(I8, 16))
-            whole = builder.sext(some, ir.VectorType(I32, 16))
+            whole = builder.sext(some, INTS)
             _store(builder, _scaled(builder, whole, factor), builder.add(out, I64(2 * i)))
         return context.get_dummy_value()
 
@@ -104,18 +111,18 @@ def int8_block(typingctx, data, scale, out):
 
 @intrinsic
 def int4_block(typingctx, data, scales, out):
-    """64 values of four bits, less 8, times two bf16 at `scales`, one for each 32."""
+    """64 values of four bits at `data`; `scales`: the bf16 step and least value of each 32."""
 
     def codegen(context, builder, signature, args):
         data, scales, out = args
         for half, bits in enumerate(_halves(builder, data)):
-            factor = _scale(builder, builder.add(scales, I64(2 * half)))
+            step = _scale(builder, builder.add(scales, I64(4 * half)))
+            least = _scale(builder, builder.add(scales, I64(4 * half + 2)))
             for i in range(0, 32, 16):
-                order = ir.Constant(ir.VectorType(I32, 16), list(range(i, i + 16)))
-                some = builder.zext(builder.shuffle_vector(bits, bits, order), ir.VectorType(I32, 16))
-                whole = builder.sub(some, _constant(ir.VectorType(I32, 16), 8))
+                order = ir.Constant(INTS, list(range(i, i + 16)))
+                whole = builder.zext(builder.shuffle_vector(bits, bits, order), INTS)
                 place = builder.add(out, I64(2 * (32 * half + i)))
-                _store(builder, _scaled(builder, whole, factor), place)
+                _store(builder, _scaled(builder, whole, step, least), place)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), codegen
@@ -151,7 +158,7 @@ def row_bytes(code, inner):
     blocks = inner // 64
     if code == BF12:
         return blocks * 97
-    return blocks * 66 if code == INT8 else blocks * 36
+    return blocks * 66 if code == INT8 else blocks * 40
 
 
 @njit(error_model="numpy")
@@ -168,7 +175,7 @@ def unpack_rows(data, code, outer, inner, far, first, end, out):
                 int8_block(source + 64 * i, source + 64 * blocks + 2 * i, to + 128 * i)
         else:
             for i in range(blocks):
-                int4_block(source + 32 * i, source + 32 * blocks + 4 * i, to + 128 * i)
+                int4_block(source + 32 * i, source + 32 * blocks + 8 * i, to + 128 * i)
     if far:
         _place_exceptions(data + outer * stride, inner, far, first, end, out)
 

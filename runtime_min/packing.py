@@ -7,7 +7,7 @@ bf12  lossless: a byte of sign and mantissa for each value, 4 bits of its expone
       base; distance 15 marks an exception. After the rows follow the exceptions, 8 bytes each: row (4),
       column (2), value (2), in order.
 int8  a signed byte for each value, a bf16 scale for each block
-int4  4 bits for each value, a bf16 scale for each half block; a value is (bits - 8) · scale
+int4  4 bits for each value, a bf16 step and a bf16 least value for each half block: bits · step + least
 
 Bits of 4 come in pairs: byte i of a block's 32 has value i below and value 32 + i above.
 """
@@ -56,7 +56,7 @@ PACKINGS = {
     for packing in (
         Packing("bf12", 0, BLOCK_VALUES + HALF, 1),
         Packing("int8", 1, BLOCK_VALUES, 2),
-        Packing("int4", 2, HALF, 4),
+        Packing("int4", 2, HALF, 8),
     )
 }
 
@@ -190,31 +190,32 @@ def _unpack_int8(data: Tensor, scales: Tensor) -> Tensor:
 
 
 def _pack_int4(blocks: Tensor) -> tuple[Tensor, Tensor, None]:
-    halves = blocks.float().view(*blocks.shape[:2], 2, HALF)  # [outer, blocks, 2, 32]
-    scale = _least_error(halves)
-    whole = (halves / _divisor(scale)).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
-    return _pairs(whole.flatten(-2)), scale.squeeze(-1).contiguous().view(torch.uint8), None
+    halves = blocks.float().view(*blocks.shape[:2], 2, HALF)
+    step, least = _least_error(halves)
+    whole = ((halves - least) / _divisor(step)).round_().clamp_(0, 15).to(torch.uint8)
+    scales = torch.cat((step, least), dim=-1).bfloat16()  # [outer, blocks, 2, 2]
+    return _pairs(whole.flatten(-2)), scales.flatten(2).view(torch.uint8), None
 
 
-def _least_error(halves: Tensor) -> Tensor:
-    """Of a few scales about that which maps the largest value to -8 the one with the least squared error."""
-    largest = halves.gather(-1, halves.abs().argmax(-1, keepdim=True))
-    best = scale = (largest / -8).bfloat16()
-    least = torch.full_like(largest, torch.inf)
-    for factor in (1.0, 0.95, 0.9, 0.85, 0.8, 1.05, -1.0, -1.07):
-        scale = (largest / -8 * factor).bfloat16()
-        divisor = _divisor(scale)
-        rounded = (halves / divisor).round_().clamp_(-8, 7).mul_(scale)
-        error = rounded.sub_(halves).square_().sum(-1, keepdim=True)
-        best = torch.where(error < least, scale, best)
-        least = torch.minimum(error, least)
+def _least_error(halves: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a few grids of 16 values in the range of each half block, the one with the least squared error."""
+    low, high = halves.amin(-1, keepdim=True), halves.amax(-1, keepdim=True)
+    best = step, least = torch.zeros_like(low), low
+    error = torch.full_like(low, torch.inf)
+    for cut in (0.0, 0.03, 0.06, 0.1, 0.15):  # of the range, at both ends
+        shift = (high - low) * cut
+        step, least = ((high - low - 2 * shift) / 15).bfloat16().float(), (low + shift).bfloat16().float()
+        whole = ((halves - least) / _divisor(step)).round_().clamp_(0, 15)
+        found = whole.mul_(step).add_(least).sub_(halves).square_().sum(-1, keepdim=True)
+        best = torch.where(found < error, step, best[0]), torch.where(found < error, least, best[1])
+        error = torch.minimum(found, error)
     return best
 
 
 def _unpack_int4(data: Tensor, scales: Tensor) -> Tensor:
-    scale = _bf16(scales).view(len(data), -1, 2, 1)
-    whole = _nibbles(data).float().view(*data.shape[:2], 2, HALF) - 8
-    return (whole * scale).bfloat16().flatten(-2)
+    grids = _bf16(scales).view(len(data), -1, 2, 2, 1)  # step and least value of each half
+    whole = _nibbles(data).float().view(*data.shape[:2], 2, HALF)
+    return whole.mul_(grids[:, :, :, 0]).add_(grids[:, :, :, 1]).bfloat16().flatten(-2)
 
 
 def _divisor(scale: Tensor) -> Tensor:

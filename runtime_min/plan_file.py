@@ -31,7 +31,7 @@ KV_BLOCK_TOKENS = 32  # tokens of one block of the KV cache of a stream plan
 ALIGNMENT_BYTES = 4096  # of direct reads: their file offset, length and place in memory
 BLOCK_VALUES = 64  # of a row of a packed matrix, which have scales of their own
 # Bytes of a value of a packed matrix, scales included; in bf12 with room for exceptions, see packing.py.
-STORED_BYTES = {"bf12": (97 / 64) * (1 + 1 / 256), "int8": 66 / 64, "int4": 36 / 64}
+STORED_BYTES = {"bf12": (97 / 64) * (1 + 1 / 256), "int8": 66 / 64, "int4": 40 / 64}
 
 
 class PlanFileError(RunError):

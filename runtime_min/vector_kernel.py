@@ -35,7 +35,7 @@ ROWS = 6  # of the weight, multiplied at once: their sums for 16 tokens fill the
 LINE = 64  # bytes of 16 float32
 
 # The table of a call. CODE and FAR: of a packed weight, as packed_kernel has them; CODE is -1 for a plain
-# one. THREADS counts threads: each has room for ROWS rows of bf16 and of float32 and ROWS lines, from ROOM on.
+# one. THREADS counts threads: each has room for ROWS rows of bf16 and float32, and ROWS lines, from ROOM on.
 NEXT, PARTS, X, PACKED, WEIGHT, OUT, T, INNER, OUTER, CHUNK, CODE, FAR, THREADS, ROOM, TABLE_SIZE = range(15)
 
 _SHORTS = ir.VectorType(I16, 16)

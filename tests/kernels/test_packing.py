@@ -45,7 +45,7 @@ def test_the_kernel_unpacks_as_torch_does(packing: Packing, shape: tuple[int, in
     assert same_bits(unpack(small), plain(small))
 
 
-@pytest.mark.parametrize(("name", "most"), [("int8", 0.5 / 127), ("int4", 1.0 / 8)])
+@pytest.mark.parametrize(("name", "most"), [("int8", 0.5 / 127), ("int4", 1.0 / 15)])
 def test_rounding_errors_are_within_a_step_of_the_block(name: str, most: float) -> None:
     """int8 rounds to the nearest of 255 steps; int4 may cut its largest value for the sake of the others."""
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def test_rounding_errors_are_within_a_step_of_the_block(name: str, most: float) 
     width = 64 if name == "int8" else 32
     error = (unpack(packed(weight, PACKINGS[name])).double() - weight.double()).view(64, -1, width)
     largest = weight.double().view(64, -1, width).abs().amax(-1)
-    assert (error.abs().amax(-1) <= (most * 1.02 + 2**-8) * largest * (2 if name == "int4" else 1)).all()
+    assert (error.abs().amax(-1) <= (most * 1.02 + 2**-8) * largest * (5 if name == "int4" else 1)).all()
     assert (error.square().mean().sqrt() <= 0.6 * most * largest.mean()).all()
 
 
