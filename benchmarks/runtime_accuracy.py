@@ -31,6 +31,7 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from moeplan.runtime_min.engine import Generation  # noqa: E402
+from moeplan.runtime_min.model_config import ModelConfig  # noqa: E402
 from moeplan.runtime_min.models.tensors import tensor_shapes  # noqa: E402
 from moeplan.runtime_min.plan_file import ModelPlan, RuntimePlan, load  # noqa: E402
 from moeplan.runtime_min.sampling import Sampling  # noqa: E402
@@ -68,6 +69,13 @@ class Model:
             experts=self.experts,
             experts_per_token=self.top,
             expert_intermediate=self.inner,
+            moe_layers=self.layers,
+            dense_intermediate=0,
+            shared_intermediate=0,
+            latent_dim=0,
+            attention_parameters=0,
+            expert_parameters=0,
+            router_corrections=0,
             parameters=0,
         )
 
@@ -76,6 +84,7 @@ class Model:
         return BUILD / f"{self.hidden}-{self.inner}-{self.layers}-{self.experts}-{self.top}"
 
 
+PLAIN = ModelConfig(norm_eps=1e-5, rope_theta=1e4, tied=False, eos=frozenset())
 TINY, SMALL = Model(256, 512, 4, 4), Model(384, 768, 6, 8)
 MIDDLE, WIDE, BIG = Model(512, 1024, 8, 8), Model(768, 1536, 8, 16), Model(1024, 2560, 12, 8)
 
@@ -160,7 +169,7 @@ def write_checkpoint(model: Model) -> None:
         name: torch.ones(shape, dtype=torch.bfloat16)
         if len(shape) == 1
         else (torch.randn(shape, generator=numbers) / shape[-1] ** 0.5).bfloat16()
-        for name, shape in tensor_shapes(plan, tied=False).items()
+        for name, shape in tensor_shapes(plan, PLAIN).items()
     }
     config = {
         "architectures": ["MixtralForCausalLM"],

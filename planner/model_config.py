@@ -8,8 +8,8 @@ the routers' score-correction buffers (one number per expert) are not in them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
@@ -75,6 +75,8 @@ def model_from_config(config: Mapping[str, object], name: str, source: str, wher
         stored_bytes_per_expert_parameter=experts_bytes,
         stored_bytes_per_other_parameter=other_bytes,
         max_context_tokens=architecture.frame.max_context_tokens,
+        router_corrections=architecture.moe_layers * architecture.experts * architecture.router_correction,
+        not_executed=tuple(_not_executed(keys)),
     )
 
 
@@ -122,6 +124,8 @@ class _Architecture:
     expert_intermediate: int = 0
     expert_bias: bool = False
     router_bias: bool = False
+    router_correction: bool = False
+    shared_gate: bool = False
     shared_intermediate: int = 0
     lm_head_bias: bool = False
 
@@ -134,7 +138,8 @@ class _Architecture:
             attention=layers * self.attention_per_layer,
             router=self.moe_layers * self.experts * (self.hidden + self.router_bias),
             routed_experts=self.moe_layers * self.experts * self.expert_parameters(),
-            shared_experts=self.moe_layers * self._mlp(self.shared_intermediate, self.mlp_bias),
+            shared_experts=self.moe_layers
+            * (self._mlp(self.shared_intermediate, self.mlp_bias) + self.hidden * self.shared_gate),
             dense_mlp=self.dense_layers * self._mlp(self.dense_intermediate, self.mlp_bias),
             norms=layers * self.norms_per_layer + self.hidden * (1 + self.norm_bias),
         )
@@ -322,6 +327,39 @@ def _qwen3_moe(keys: _Keys) -> _Architecture:
     )
 
 
+def _qwen2_moe(keys: _Keys) -> _Architecture:
+    """Qwen2-MoE: biases on the inputs only, a shared expert with width and gate. arXiv 2407.10671."""
+    hidden, layers = keys.size("hidden_size"), keys.size("num_hidden_layers")
+    heads = keys.size("num_attention_heads")
+    sparse_step = keys.optional_size("decoder_sparse_step") or 1
+    dense_ids = set(keys.layer_ids("mlp_only_layers", layers))
+    moe_layers = sum(i not in dense_ids and (i + 1) % sparse_step == 0 for i in range(layers))
+    attention, count = _gqa(
+        keys,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=keys.optional_size("num_key_value_heads") or heads,
+        head_dim=_head_dim(keys, hidden, heads),
+        bias=keys.flag("qkv_bias", True),
+        output_bias=False,
+    )
+    return _Architecture(
+        frame=_frame(keys),
+        hidden=hidden,
+        attention=attention,
+        attention_per_layer=count,
+        norms_per_layer=2 * hidden,
+        dense_layers=layers - moe_layers,
+        dense_intermediate=keys.size("intermediate_size") if moe_layers < layers else 0,
+        moe_layers=moe_layers,
+        experts=keys.size("num_experts", "num_local_experts"),
+        experts_per_token=keys.size("num_experts_per_tok"),
+        expert_intermediate=keys.size("moe_intermediate_size"),
+        shared_intermediate=keys.size("shared_expert_intermediate_size"),
+        shared_gate=True,
+    )
+
+
 def _olmoe(keys: _Keys) -> _Architecture:
     """OLMoE: one norm over all query heads and one over all key heads. arXiv 2409.02060."""
     hidden, layers = keys.size("hidden_size"), keys.size("num_hidden_layers")
@@ -401,6 +439,11 @@ def _deepseek(keys: _Keys) -> _Architecture:
     )
 
 
+def _deepseek_v3(keys: _Keys) -> _Architecture:
+    """DeepSeek-V2's form with routers whose choices are corrected."""
+    return replace(_deepseek(keys), router_correction=True)
+
+
 def _glm4_moe(keys: _Keys) -> _Architecture:
     """GLM-4.5: biases on the inputs only, optional head norms, dense first layers, shared experts."""
     hidden, layers = keys.size("hidden_size"), keys.size("num_hidden_layers")
@@ -430,6 +473,7 @@ def _glm4_moe(keys: _Keys) -> _Architecture:
         experts_per_token=keys.size("num_experts_per_tok"),
         expert_intermediate=expert,
         shared_intermediate=expert * keys.size("n_shared_experts", least=0),
+        router_correction=True,
     )
 
 
@@ -581,10 +625,10 @@ def _dense(
 _ADAPTERS: dict[str, Callable[[_Keys], _Architecture]] = {
     "dbrx": _dbrx,
     "deepseek_v2": _deepseek,
-    "deepseek_v3": _deepseek,
+    "deepseek_v3": _deepseek_v3,
     "glm4_moe": _glm4_moe,
     "gpt_oss": _gpt_oss,
-    "kimi_k2": _deepseek,
+    "kimi_k2": _deepseek_v3,
     "llama": _llama,
     "llama4": _llama4,
     "llama4_text": _llama4_text,
@@ -592,9 +636,33 @@ _ADAPTERS: dict[str, Callable[[_Keys], _Architecture]] = {
     "mixtral": _mixtral,
     "olmoe": _olmoe,
     "phimoe": _phimoe,
+    "qwen2_moe": _qwen2_moe,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
 }
+
+
+# What the bundled runtime does not compute ------------------------------------------------------------------
+
+_ROPE_TYPES = (None, "default", "llama3", "yarn", "longrope")
+
+
+def _not_executed(keys: _Keys) -> Iterator[str]:
+    """What of a model runtime_min refuses, in words: as runtime_min.model_config has it."""
+    if keys.value("text_config") is not None:
+        keys = keys.group("text_config")
+    rope = keys.value("rope_parameters") or keys.value("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else rope
+    if keys.value("quantization_config") is not None:
+        yield "quantised checkpoints"
+    if keys.value("mlp_bias"):
+        yield "biases in MLPs"
+    if keys.value("hidden_act") not in (None, "silu"):
+        yield f"the activation {_shown(keys.value('hidden_act'))}"
+    if rope_type not in _ROPE_TYPES:
+        yield f"rotary positions of type {_shown(rope_type)}"
+    if keys.value("use_sliding_window") and keys.value("model_type") == "qwen2_moe":
+        yield "sliding windows of qwen2_moe"
 
 
 # Bytes in the checkpoint ------------------------------------------------------------------------------------
@@ -661,6 +729,10 @@ class _Keys:
         elif not isinstance(value, Mapping):
             self._ill_typed(key, value, "a group of keys")
         return self._nested(key, value)
+
+    def value(self, key: str) -> object:
+        """Whatever `key` holds, None where it is absent."""
+        return self._config.get(key)
 
     def optional_group(self, key: str) -> _Keys | None:
         """The nested group `key`, or None where it is absent or null."""

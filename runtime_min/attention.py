@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeplan.runtime_min.model_config import Sight
+
+EVERYTHING = Sight()
 SIMILAR = 0.75  # a decode call spans sequences whose lengths differ by less: the longest sets the work of all
 
 
@@ -74,35 +77,127 @@ class KvCache:
         )
 
 
-def attend(layer: int, batch: MicroBatch, cache: KvCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(
+    layer: int,
+    batch: MicroBatch,
+    cache: KvCache,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sight: Sight = EVERYTHING,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Store k and v [T, V, D]; return the attention of q [T, Q, D] over each sequence: [T, Q * D]."""
     cache.store(layer, batch, k, v)
     if batch.prefill:
-        return attend_prompts(batch, q, k, v)
-    return _joined([_decode(q[s.tokens], *cache.load(layer, s), s.mask) for s in batch.spans])
+        return attend_prompts(batch, q, k, v, sight, sinks)
+    parts = [
+        _decode(q[s.tokens], *cache.load(layer, s), _seen_of(batch, s, sight), sinks) for s in batch.spans
+    ]
+    return _joined(parts)
 
 
-def attend_prompts(batch: MicroBatch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_prompts(
+    batch: MicroBatch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sight: Sight = EVERYTHING,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """The attention of q [T, Q, D] of whole prompts over k and v [T, V, D]: [T, Q * D]."""
-    return _joined([prompt_attention(q[s.tokens], k[s.tokens], v[s.tokens], s.new) for s in batch.spans])
+    return _joined(
+        [prompt_attention(q[s.tokens], k[s.tokens], v[s.tokens], s.new, sight, sinks) for s in batch.spans]
+    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def prompt_attention(q: Tensor, k: Tensor, v: Tensor, new: int) -> Tensor:
-    """Causal attention of whole prompts of `new` tokens each, given flat."""
+def prompt_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    new: int,
+    sight: Sight = EVERYTHING,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of whole prompts of `new` tokens each, given flat. Scores are multiplied by `scale`,
+    1 / sqrt(D) if it is None. Values may be narrower than keys."""
+    width = v.shape[2]
+    if width < k.shape[2]:
+        v = F.pad(v, (0, k.shape[2] - width))  # torch has its fast form for equal widths only
     q, k, v = (x.reshape(-1, new, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # [B, heads, S, D]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    mask = None if new <= (sight.window or sight.chunk or new) else seen(sight, 0, 0, new, q.device)
+    out = scored(q, k, v, mask, sinks, mask is None, scale)[..., :width]
     return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def seen(sight: Sight, first_key: int, start: int, new: int, device: torch.device) -> Tensor:
+    """Which keys from `first_key` on each of `new` queries from position `start` on sees: [new, keys]."""
+    positions = torch.arange(start, start + new, device=device)[:, None]
+    keys = torch.arange(first_key, start + new, device=device)
+    return (keys <= positions) & (keys >= first_seen(sight, positions))
+
+
+def first_seen(sight: Sight, positions: Tensor) -> Tensor:
+    """The first key that queries at `positions` see."""
+    if sight.chunk:
+        return positions // sight.chunk * sight.chunk
+    return (positions - sight.window + 1).clamp(min=0) if sight.window else torch.zeros_like(positions)
+
+
+def scored(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of q [B, Q, S, D] over k and v [B, V, keys, D], with a sink for each query head.
+
+    A sink is a key before all others, whose value is 0 and whose score is the same for each query: queries
+    get a further dimension for it, that other keys have at 0.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if sinks is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    score = (sinks / scale).to(q.dtype).view(1, -1, 1, 1).expand(*q.shape[:3], 1)
+    first = int(causal)  # a query before all others, so that a sink is not after the first
+    q = F.pad(torch.cat((q, score), dim=3), (0, 0, first, 0))
+    k, v = F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 1, 1, 0))
+    k[:, :, 0, -1] = 1
+    mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+    return out[:, :, first:, :-1]
+
+
+def _seen_of(batch: MicroBatch, span: Span, sight: Sight) -> Tensor | None:
+    """What the new tokens of a span see of their keys: [B, 1, 1, length]."""
+    if not sight.window and not sight.chunk:
+        return span.mask
+    first = first_seen(sight, batch.positions[span.tokens])[:, None, None, None]
+    visible = torch.arange(span.length, device=first.device) >= first
+    return visible if span.mask is None else visible & span.mask
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
     """Attention of one token [B, Q, D] per sequence.
 
     The G query heads that share keys stand where a sequence would: no key is copied, each is read once.
+    With sinks, which differ between them, they cannot.
     """
+    if sinks is not None:
+        return scored(q[:, :, None], k, v, mask, sinks).flatten(1)
     grouped = q.reshape(len(q), k.shape[1], -1, q.shape[2])  # [B, V, G, D]
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1)
 

@@ -25,7 +25,8 @@ KEYS = 16  # keys whose scores are one vector
 
 # The table of a call. SCRATCH: of each part G * (2 D + block_tokens + 2) + 2 * G * (D + 2) floats.
 NEXT, DONE, PARTS, Q, K, V, TABLES, TABLE_STRIDE, LENGTHS, B = range(10)
-VALUE_HEADS, G, D, BLOCK_TOKENS, BF16, OUT, SCRATCH, OPEN, TOTAL, TABLE_SIZE = range(10, 20)
+VALUE_HEADS, G, D, BLOCK_TOKENS, BF16, OUT, SCRATCH, OPEN, TOTAL = range(10, 19)
+STARTS, SINKS, TABLE_SIZE = range(19, 22)  # addresses, 0 where there are none
 
 
 def _at(builder: Any, base: Any, offset: Any = None) -> Any:
@@ -245,6 +246,15 @@ def _score_block(a, q, keys, count, scores):
 
 
 @njit(error_model="numpy")
+def _hide(a, begin, scores):
+    """Keys before `begin` of a block get no weight."""
+    values = carray(floats_at(scores), (a[G] * a[BLOCK_TOKENS],))
+    for g in range(a[G]):
+        for t in range(begin):
+            values[g * a[BLOCK_TOKENS] + t] = -3.0e38
+
+
+@njit(error_model="numpy")
 def _soften(a, count, scores, tops, totals, sums):
     """Scores become weights against the greatest so far; what was summed before is scaled to it."""
     size, tokens = a[D], a[BLOCK_TOKENS]
@@ -313,24 +323,37 @@ def _piece(a, sequence, head, first, last, space):
         for d in range(size):
             q[g * size + _place(d, a[BF16])] = given[g * size + d]
     sums[:] = 0.0
+    begin = carray(longs_at(a[STARTS]), (a[B],))[sequence] if a[STARTS] else 0
     bytes_ = tokens * size * (2 if a[BF16] else 4)
     for block in range(first, last):
         count = min(tokens, length - block * tokens)
         offset = (table[block] * a[VALUE_HEADS] + head) * bytes_
         _score_block(a, q_at, a[K] + offset, count, scores_at)
+        if block == 0 and begin > 0:
+            _hide(a, begin, scores_at)
         _soften(a, count, scores_at, tops, totals, sums)
         _weigh_block(a, a[V] + offset, count, scores_at, sums_at)
 
 
 @njit(error_model="numpy")
-def _finish(a, sequence, head, totals, sums):
+def _finish(a, sequence, head, tops, totals, sums):
     g_count, size = a[G], a[D]
     out = carray(
         floats_at(a[OUT] + 4 * (sequence * a[VALUE_HEADS] + head) * g_count * size), (g_count * size,)
     )
     for g in range(g_count):
+        total = totals[g] + _sink(a, head * g_count + g, tops[g])
         for d in range(size):
-            out[g * size + d] = sums[g * size + _place(d, a[BF16])] / totals[g]
+            out[g * size + d] = sums[g * size + _place(d, a[BF16])] / total
+
+
+@njit(error_model="numpy")
+def _sink(a, query, top):
+    """The weight of a query head's sink against the greatest score."""
+    if not a[SINKS]:
+        return types.float32(0.0)
+    sinks = carray(floats_at(a[SINKS]), (a[VALUE_HEADS] * a[G],))
+    return types.float32(math.exp(min(sinks[query] - top, types.float32(87.0))))
 
 
 @njit(error_model="numpy")
@@ -359,7 +382,7 @@ def _join(a):
                 for d in range(g * size, (g + 1) * size):
                     sums[d] = sums[d] * mine + sums0[d] * theirs
         before = i
-        _finish(a, item // a[VALUE_HEADS], item % a[VALUE_HEADS], totals, sums)
+        _finish(a, item // a[VALUE_HEADS], item % a[VALUE_HEADS], tops, totals, sums)
 
 
 @njit(error_model="numpy")
@@ -393,7 +416,7 @@ def _part(a, part):
             _piece(a, sequence, head, first, last, space)
             whole = carray(floats_at(space), (share,))
             if first == 0 and last == blocks:
-                _finish(a, sequence, head, whole[a[G] : 2 * a[G]], whole[2 * a[G] :])
+                _finish(a, sequence, head, whole[: a[G]], whole[a[G] : 2 * a[G]], whole[2 * a[G] :])
                 continue
             i = 2 * part + kept
             kept += 1

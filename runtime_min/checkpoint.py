@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from moeplan.runtime_min.errors import RunError
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_STRANGE = "is none of the tensors that this runtime knows of the architecture"
 MAX_HEADER_BYTES = 100 << 20  # as the safetensors library has it
 
 
@@ -54,15 +55,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def find_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorRef]:
-    """Locate every tensor of `shapes` in `folder`; raises CheckpointError with all that is wrong."""
+def find_tensors(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    unused: Callable[[str], bool] = lambda name: False,
+) -> dict[str, TensorRef]:
+    """Locate every tensor of `shapes` in `folder`; raises CheckpointError with all that is wrong.
+
+    A tensor that is not among them is wrong too, unless `unused` says that the model does without: it may
+    stand for something that the runtime does not compute.
+    """
     problems: list[str] = []
     found: dict[str, TensorRef] = {}
-    for path in _shards(folder, shapes, problems):
+    for path in _shards(folder, shapes, unused, problems):
         refs = read_header(path, problems)
         problems += [f"{path}: {n}: is also in {found[n].path.name}" for n in refs if n in found]
         found.update(refs)
     readable = not problems
+    strange = [name for name in found if readable and name not in shapes and not unused(name)]
+    problems += [f"{found[name].path}: {name}: {_STRANGE}" for name in strange]
     for name, shape in shapes.items():
         if name not in found and readable:
             problems.append(f"{folder}: {name}: is missing")
@@ -73,7 +84,20 @@ def find_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     return {name: found[name] for name in shapes}
 
 
-def _shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], problems: list[str]) -> list[Path]:
+def cut(ref: TensorRef, name: str, first: int, shape: tuple[int, ...]) -> TensorRef:
+    """The elements of a tensor from `first` on, as the tensor `name` of their own."""
+    item = ITEM_BYTES[ref.dtype]
+    return replace(
+        ref, name=name, offset=ref.offset + first * item, nbytes=math.prod(shape) * item, shape=shape
+    )
+
+
+def _shards(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    unused: Callable[[str], bool],
+    problems: list[str],
+) -> list[Path]:
     """The files that hold the tensors, each existing."""
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).exists():
@@ -85,6 +109,8 @@ def _shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], problems: list[
         problems.append(f"{folder / INDEX}: weight_map does not map tensors to files")
         return []
     problems += [f"{folder / INDEX}: {name}: is missing" for name in shapes if name not in where]
+    strange = [name for name in where if name not in shapes and not unused(name)]
+    problems += [f"{folder / INDEX}: {name}: {_STRANGE}" for name in strange]
     names = sorted({where[name] for name in shapes if name in where})
     for name in names:
         if Path(name).name != name:

@@ -27,30 +27,52 @@ def prepare() -> None:
     _kernel()
 
 
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention of q [B, Q, D] over the first `lengths` [B] tokens of each sequence, one or more: [B, Q * D].
 
-    Products and sums are float32, the result has q's dtype. `tables` is int32. Compiled by Numba where it is
-    installed, for bf16 and float32 caches whose rows are multiples of 64 bytes, in blocks of a multiple of 16
-    tokens; `plain` computes the rest.
+    Tokens before `starts` [B], which lie in the first block, are left out. `sinks` [Q] are scores of a key
+    that every query has besides, of value 0. Products and sums are float32, the result has q's dtype.
+    `tables` is int32. Compiled by Numba where it is installed, for bf16 and float32 caches whose rows are
+    multiples of 64 bytes, in blocks of a multiple of 16 tokens; `plain` computes the rest.
     """
     kernel = _kernel() if _fits(q, k_cache, v_cache) else None
     if kernel is None:
-        return plain(q, k_cache, v_cache, tables, lengths)
+        return plain(q, k_cache, v_cache, tables, lengths, starts, sinks)
     lengths = lengths.to(torch.int64).contiguous()
     tables = tables.to(torch.int32).contiguous()
-    return _compiled(kernel, q, k_cache, v_cache, tables, lengths)
+    return _compiled(kernel, q, k_cache, v_cache, tables, lengths, starts, sinks)
 
 
-def plain(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
+def plain(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """The same in torch alone, one sequence at a time."""
-    rows = []
-    for i, length in enumerate(lengths.tolist()):
+    rows, begins = [], [0] * len(q) if starts is None else starts.tolist()
+    for i, (begin, length) in enumerate(zip(begins, lengths.tolist(), strict=True)):
         blocks = tables[i, : -(-length // k_cache.shape[2])].long()
-        k = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]  # [V, length, D]
-        v = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]
+        k = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, begin:length]  # [V, tokens, D]
+        v = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, begin:length]
         grouped = q[i].reshape(k.shape[0], -1, q.shape[2])  # [V, G, D]
-        rows.append(F.scaled_dot_product_attention(grouped.float(), k.float(), v.float()).flatten())
+        if sinks is None:
+            rows.append(F.scaled_dot_product_attention(grouped.float(), k.float(), v.float()).flatten())
+            continue
+        scores = grouped.float() @ k.float().transpose(1, 2) / q.shape[2] ** 0.5  # [V, G, tokens]
+        scores = torch.cat((scores, sinks.float().view(*scores.shape[:2], 1)), dim=2)
+        rows.append((scores.softmax(dim=2)[..., :-1] @ v.float()).flatten())
     return torch.stack(rows).to(q.dtype)
 
 
@@ -81,12 +103,21 @@ def _kernel() -> Any | None:
 
 
 def _compiled(
-    kernel: Any, q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor
+    kernel: Any,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     heads, block_tokens, size = k_cache.shape[1:]
     group = q.shape[1] // heads
     given = q.float().contiguous()
     out = torch.empty_like(given)
+    begins = None if starts is None else starts.to(torch.int64).contiguous()
+    extra = None if sinks is None else sinks.float().contiguous()
     total = int(lengths.add(block_tokens - 1).div(block_tokens, rounding_mode="floor").sum()) * heads
     parts = min(total, PARTS_PER_THREAD * torch.get_num_threads())
     space = group * (2 * size + block_tokens + 2) + 2 * group * (size + 2)
@@ -96,6 +127,7 @@ def _compiled(
         *(0, 0, parts, given.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()),
         *(tables.data_ptr(), tables.shape[1], lengths.data_ptr(), len(q), heads, group, size, block_tokens),
         *(k_cache.dtype == torch.bfloat16, out.data_ptr(), scratch.data_ptr(), opened.data_ptr(), total),
+        *(0 if given is None else given.data_ptr() for given in (begins, extra)),
     ]
     team.run(kernel.attend, table)
     return out.flatten(1).to(q.dtype)

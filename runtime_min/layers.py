@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeplan.runtime_min import amx, vectors
-from moeplan.runtime_min.model_config import RopeScaling
 from moeplan.runtime_min.packing import Matrix, Packed, unpack
+from moeplan.runtime_min.rope_scaling import Llama3Scaling, LongScaling, Scaling, YarnScaling
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -22,13 +22,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None, eps).to(weight.dtype).mul_(weight)
 
 
-def linear(x: Tensor, weight: Matrix) -> Tensor:
-    """x [T, in] times weight [out, in], by the fastest way that this CPU has."""
-    for way in (amx.linear, vectors.linear):
-        if (done := way(x, weight)) is not None:
-            return done
-    plain = unpack(weight).to(x.dtype) if isinstance(weight, Packed) else weight
-    return F.linear(pad_rows(x), plain)[: x.shape[0]]
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Centre and normalise float32 `x` [T, H]; the result has the dtype of `weight` [H]."""
+    normed = F.layer_norm(x, x.shape[-1:], None, None, eps).to(weight.dtype).mul_(weight)
+    return normed if bias is None else normed.add_(bias)
+
+
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] times weight [out, in], plus bias [out], by the fastest way that this CPU has."""
+    out = amx.linear(x, weight)
+    if out is None:
+        out = vectors.linear(x, weight)
+    if out is None:
+        plain = unpack(weight).to(x.dtype) if isinstance(weight, Packed) else weight
+        out = F.linear(pad_rows(x), plain)[: x.shape[0]]
+    return out if bias is None else out.add_(bias)
 
 
 def pad_rows(x: Tensor) -> Tensor:
@@ -56,6 +64,26 @@ def expert(x: Tensor, w1: Matrix, w2: Matrix, w3: Matrix) -> Tensor:
     return linear(inner.mul_(linear(x, w3)), w2)
 
 
+def fused_expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The same of x [T, H] with gates and ups [H, 2 I] side by side and down [I, H], both transposed."""
+    gate, up = linear(x, gate_up.T).chunk(2, dim=1)
+    return linear(F.silu(gate).mul_(up), down.T)
+
+
+def clamped_expert(
+    x: Tensor, gate_up: Tensor, gate_up_bias: Tensor, down: Tensor, bias: Tensor, limit: float, gain: float
+) -> Tensor:
+    """down · ((up + 1) · gate · sigmoid(gain · gate)) of x [T, H], gates cut above and ups on both sides.
+
+    Gates and ups alternate in gate_up [H, 2 I]; down is [I, H].
+    Source: gpt-oss, arXiv 2508.10925, section 2.2, and transformers 5.23.0, `modeling_gpt_oss.py`.
+    """
+    both = linear(x, gate_up.T, gate_up_bias)  # [T, 2 I]
+    gate, up = both[:, ::2].clamp_(max=limit), both[:, 1::2].clamp_(-limit, limit)
+    inner = torch.sigmoid_(gate * gain).mul_(gate).mul_(up.add_(1))
+    return linear(inner, down.T, bias)
+
+
 @dataclass(frozen=True, slots=True)
 class Routing:
     """The choices of all tokens, sorted by expert: expert e has those from starts[e] to starts[e + 1]."""
@@ -65,18 +93,10 @@ class Routing:
     starts: list[int]  # [E + 1]
 
 
-def choose_experts(x: Tensor, gate: Tensor, top: int, renormalise: bool) -> tuple[Tensor, Tensor]:
-    """The `top` experts of each token and their weights: [T, K] float32, [T, K].
-
-    Weights are the experts' shares among all; where `renormalise`, among those chosen, so that they sum to 1.
-    """
-    scores = F.softmax(linear(x, gate).float(), dim=-1)  # [T, E]
-    weights, experts = scores.topk(top, dim=-1)
-    return (weights.div_(weights.sum(dim=-1, keepdim=True)) if renormalise else weights), experts
-
-
 def sort_by_expert(weights: Tensor, experts: Tensor, count: int) -> Routing:
-    """Group the choices [T, K] of all tokens by expert, tokens in order within each."""
+    """Group the choices [T, K] of all tokens by expert, tokens in order within each; there may be none."""
+    if not experts.numel():
+        return Routing(experts.flatten(), weights.flatten(), [0] * (count + 1))
     if count == 1:
         every = torch.arange(len(experts), device=experts.device)
         return Routing(every, weights.flatten(), [0, len(experts)])
@@ -86,31 +106,67 @@ def sort_by_expert(weights: Tensor, experts: Tensor, count: int) -> Routing:
     return Routing(order // experts.shape[1], weights.flatten()[order], [0, *ends])
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Radians per position of each pair of dimensions: [D / 2].
+def rope_frequencies(dim: int, theta: float, scaling: Scaling | None) -> Tensor:
+    """Radians per position of each pair of `dim` rotated dimensions: [dim / 2].
 
-    Scaled as Llama 3.1 is: waves longer than the old context / `low_freq_factor` get `factor` times longer,
-    those shorter than it over `high_freq_factor` stay, between them the stretch is blended.
-    Source: transformers 5.23.0, `_compute_llama3_parameters`.
+    Llama 3.1: waves longer than the old context / `low_freq_factor` get `factor` times longer, those shorter
+    than it over `high_freq_factor` stay, between them the stretch is blended. Others: see `rope_scaling`.
+    Source: transformers 5.23.0, `modeling_rope_utils.py`.
     """
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if scaling is None:
-        return inverse
-    turns = scaling.original_context_tokens * inverse / (2 * math.pi)  # in the old context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * inverse / scaling.factor + kept * inverse
+    inverse = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    match scaling:
+        case Llama3Scaling():
+            turns = scaling.original_context_tokens * inverse / (2 * math.pi)  # in the old context
+            low, high = scaling.low_freq_factor, scaling.high_freq_factor
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+            return (1 - kept) * inverse / scaling.factor + kept * inverse
+        case YarnScaling():
+            return _yarn(inverse, dim, theta, scaling)
+        case LongScaling():
+            return inverse / torch.tensor(scaling.factors)
+    return inverse
+
+
+def _yarn(inverse: Tensor, dim: int, theta: float, scaling: YarnScaling) -> Tensor:
+    def place(turns: float) -> float:
+        """The pair, in parts, that turns so often in the old context."""
+        return dim * math.log(scaling.original_context_tokens / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = place(scaling.fast), place(scaling.slow)
+    if scaling.rounded:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 * (low == high)
+    stretched = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return inverse / scaling.factor * stretched + inverse * (1 - stretched)
 
 
 class Rope:
-    """Rotary position embedding for up to `context` positions."""
+    """Rotary position embedding for up to `context` positions, of the first dimensions if not of all.
 
-    def __init__(self, frequencies: Tensor, context: int, dtype: torch.dtype) -> None:
+    Pairs are half a head apart, or `neighbours`. Neighbours do not return to their places: queries and keys
+    are permuted alike, which scores do not see.
+    """
+
+    def __init__(
+        self,
+        frequencies: Tensor,
+        context: int,
+        dtype: torch.dtype,
+        factor: float = 1.0,
+        neighbours: bool = False,
+    ) -> None:
         angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies).repeat(1, 2)
-        self._cos, self._sin = angles.cos().to(dtype), angles.sin().to(dtype)  # [context, D]
+        self._cos = (angles.cos() * factor).to(dtype)  # [context, dim]
+        self._sin = (angles.sin() * factor).to(dtype)
+        self._neighbours = neighbours
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x [T, heads, D] to its positions [T]."""
-        low, high = x.chunk(2, dim=-1)
-        cos, sin = self._cos[positions, None], self._sin[positions, None]  # [T, 1, D]
-        return x * cos + torch.cat((-high, low), dim=-1) * sin
+        dim = self._cos.shape[1]
+        if dim < x.shape[2]:
+            return torch.cat((self(x[..., :dim], positions), x[..., dim:]), dim=-1)
+        low, high = (x[..., ::2], x[..., 1::2]) if self._neighbours else x.chunk(2, dim=-1)
+        cos, sin = self._cos[positions, None], self._sin[positions, None]  # [T, 1, dim]
+        straight = torch.cat((low, high), dim=-1) if self._neighbours else x
+        return straight * cos + torch.cat((-high, low), dim=-1) * sin

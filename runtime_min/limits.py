@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from moeplan.runtime_min.models.tensors import CORRECTION
 from moeplan.runtime_min.plan_file import (
     ALIGNMENT_BYTES,
     ARCHITECTURES,
@@ -28,6 +29,12 @@ def check_supported(path: Path, plan: RuntimePlan) -> None:
             f"{path}: spans {offload.gpus} GPUs in {offload.copies} copies of the model (tensor and data "
             "parallelism); this version executes one copy on one GPU",
             "compile the spec for a machine with one GPU",
+        )
+    if plan.model.latent_dim and kind == "offload":
+        raise PlanFileError(
+            f"{path}: offload plans of {plan.model.architecture} are not supported: the cache of latent "
+            "attention is kept by stream plans only",
+            "compile the spec for a machine without a GPU",
         )
     if plan.model.architecture not in ARCHITECTURES:
         raise PlanFileError(
@@ -108,15 +115,32 @@ def check_memory(
 ) -> None:
     """Raise PlanFileError where a need exceeds its item of the plan, or all together the budget."""
     memory, pages = plan.memory, plan.pages
-    stay = sum(math.prod(shape) for name, shape in shapes.items() if name not in moving)
+    check_parameters(path, plan, shapes)
+    stay = sum(stay_bytes(plan, name, shape) for name, shape in shapes.items() if name not in moving)
     items = {
-        "weights": (stay * ITEM_BYTES[plan.model.compute_dtype], memory.weights_bytes),
+        "weights": (stay, memory.weights_bytes),
         "slots": (pages.slots * pages.slot_bytes if moving else 0, memory.slots_bytes),
         "kv": (kv_bytes(plan.model, plan.batch), memory.kv_bytes),
         "workspace": (workspace_bytes(plan.model, plan.batch, pages), memory.workspace_bytes),
     }
     total = sum(need for need, _ in items.values()) + memory.process_bytes
     check_items(path, {**items, "all": (total, memory.budget_bytes)})
+
+
+def check_parameters(path: Path, plan: RuntimePlan, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise PlanFileError where the checkpoint has not as many parameters as the plan counts."""
+    found = sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(CORRECTION))
+    if found != plan.model.parameters:
+        raise PlanFileError(
+            f"{path}: the checkpoint has {found:,} parameters, the plan counts {plan.model.parameters:,}",
+            "compile the spec again with this checkpoint",
+        )
+
+
+def stay_bytes(plan: RuntimePlan, name: str, shape: tuple[int, ...]) -> int:
+    """What a tensor takes that stays in memory."""
+    item = 4 if name.endswith(CORRECTION) else ITEM_BYTES[plan.model.compute_dtype]
+    return math.prod(shape) * item
 
 
 def check_items(path: Path, items: Mapping[str, tuple[int, int]]) -> None:

@@ -4,31 +4,56 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moeplan.runtime_min.checkpoint import CheckpointError, read_json
+from moeplan.runtime_min.config_keys import Keys
 from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.architecture import Architecture
 from moeplan.runtime_min.plan_file import ModelPlan
+from moeplan.runtime_min.rope_scaling import Scaling, read_scaling
 
 # Keys that change what is computed, and the values at which they do not.
 _TRIVIAL: dict[str, tuple[object, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "mlp_only_layers": ([], None),
-    "decoder_sparse_step": (1, None),
+    "mlp_bias": (False,),
     "hidden_act": ("silu",),
+    "quantization_config": (None,),
 }
+_SCORING = {"grouped softmax": "softmax", "sigmoid": "sigmoid"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """The keys that a query sees: the `window` latest up to its own, or those of its `chunk`; at 0 all."""
+
+    window: int = 0
+    chunk: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """Llama 3.1's way to longer contexts than the `original_context_tokens`."""
+class Latent:
+    """The widths of latent attention (DeepSeek-V2, section 2.1). At `query` 0 queries are not compressed.
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context_tokens: float
+    A head's query has `plain` values and `rotated` ones. Scores are multiplied by `score_scale`.
+    """
+
+    query: int
+    kv: int
+    plain: int
+    rotated: int
+    value: int
+    score_scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """How experts are chosen: of the best `kept` of `groups` groups; weights are multiplied by `scale`.
+    `jitter`: sparsemixer weighs an expert against those whose scores are within twice this part of it."""
+
+    groups: int = 1
+    kept: int = 1
+    scale: float = 1.0
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +61,10 @@ class ModelConfig:
     """`eos` are the token numbers that end an answer; `tied` means that the head is the embedding.
 
     `renormalise`: the weights of a token's experts sum to 1. Queries, keys and values are cut to ±`clip_qkv`.
+    The first `rotary_dim` dimensions of a head are rotated (0: all), but not in the layers `unrotated`, where
+    `temperature` (a, tokens) multiplies queries by a · log(1 + position / tokens) + 1. All that is rotated is
+    multiplied by `rope_factor`. Layers `dense` have no experts. `sights` is empty where all layers see all.
+    `clamp` (limit, gain) are those of a clamped SwiGLU.
     """
 
     norm_eps: float
@@ -44,131 +73,276 @@ class ModelConfig:
     eos: frozenset[int]
     renormalise: bool = True
     clip_qkv: float | None = None
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Scaling | None = None
+    rope_factor: float = 1.0
+    rotary_dim: int = 0
+    unrotated: frozenset[int] = frozenset()
+    temperature: tuple[float, float] | None = None
+    input_bias: bool = False
+    output_bias: bool = False
+    head_bias: bool = False
+    query_norm: Literal["none", "head", "token", "rotated"] = "none"
+    dense: frozenset[int] = frozenset()
+    latent: Latent | None = None
+    sights: tuple[Sight, ...] = ()
+    choice: Choice = Choice()
+    clamp: tuple[float, float] = (0.0, 0.0)
+
+    def sight(self, layer: int) -> Sight:
+        return self.sights[layer] if self.sights else Sight()
 
 
 def read_config(folder: Path, model: ModelPlan, context_tokens: int) -> ModelConfig:
     """Read config.json; raises CheckpointError naming every field this runtime or the plan disagrees with."""
-    config, kind = read_json(folder / "config.json"), BY_MODEL_TYPE[model.architecture]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    problems = [
-        *_shape_problems(config, model, kind),
-        *_feature_problems(config, kind),
-        *_context_problems(config, context_tokens),
-    ]
+    outer, kind = read_json(folder / "config.json"), BY_MODEL_TYPE[model.architecture]
+    keys = Keys(outer, kind)
+    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        problems.append(f"rope_parameters is {rope!r}, expected an object")
+        keys.problems.append(f"rope_parameters is {rope!r}, expected an object")
         rope = {}
-    eps = _number(config, "rms_norm_eps", kind.norm_eps, problems)
-    theta = _number({**config, **rope}, "rope_theta", kind.rope_theta, problems)
-    clip = None if config.get("clip_qkv") is None else _number(config, "clip_qkv", 1.0, problems)
-    scaling = _rope_scaling(rope, problems)
+    scaling, rope_factor, score_factor = read_scaling(keys, rope, context_tokens)
+    dense = _dense_layers(keys, kind, model.layers)
+    biased = bool(keys.get(kind.bias_key, kind.has_biases))
+    rotated = _rotated_layers(keys, kind, model.layers)
+    config = ModelConfig(
+        norm_eps=keys.number("rms_norm_eps", kind.norm_eps),
+        rope_theta=_theta(keys, kind, rope),
+        tied=bool(keys.get("tie_word_embeddings", False)),
+        eos=_eos(folder, keys.get("eos_token_id")),
+        renormalise=bool(
+            keys.get(kind.renormalise_key, kind.renormalise and not keys.said(kind.renormalise_key))
+        ),
+        clip_qkv=None if keys.get("clip_qkv") is None else keys.number("clip_qkv", 1.0),
+        rope_scaling=scaling,
+        rope_factor=rope_factor,
+        rotary_dim=_rotary_dim(keys, kind, rope, model),
+        unrotated=frozenset(range(model.layers)) - rotated,
+        temperature=_temperature(keys, kind),
+        input_bias=kind.biases != "none" and biased,
+        output_bias=kind.biases == "all" and biased,
+        head_bias=bool(keys.get("lm_head_bias", False)),
+        query_norm=kind.query_norm if keys.get(kind.query_norm_key, _norms(kind)) else "none",
+        dense=dense,
+        latent=_latent(keys, score_factor) if kind.attention == "latent" else None,
+        sights=_sights(keys, kind, model.layers, context_tokens, rotated),
+        choice=_choice(keys, kind),
+        clamp=(keys.number("swiglu_limit", 7.0), keys.number("swiglu_alpha", 1.702)),
+    )
+    problems = [
+        *keys.problems,
+        *_shape_problems(keys, model, kind, config),
+        *_feature_problems(outer, keys, kind, biased),
+        *_context_problems(keys, context_tokens),
+    ]
     if problems:
         raise CheckpointError([f"{folder / 'config.json'}: {problem}" for problem in problems])
-    tied = bool(config.get("tie_word_embeddings", False))
-    sums_to_1 = bool(config.get("norm_topk_prob", False)) if kind.renormalise is None else kind.renormalise
-    return ModelConfig(
-        norm_eps=eps,
-        rope_theta=theta,
-        tied=tied,
-        eos=_eos(folder, config),
-        renormalise=sums_to_1,
-        clip_qkv=clip,
-        rope_scaling=scaling,
+    return config
+
+
+def _renormalise(keys: Keys, kind: Architecture) -> bool:
+    """A key that is null says no."""
+    said = keys.get(kind.renormalise_key)
+    return bool(said) if keys.said(kind.renormalise_key) else kind.renormalise
+
+
+def _norms(kind: Architecture) -> bool:
+    """Whether queries are normalised where config.json is silent: in Llama 4, but not in GLM-4.5."""
+    return kind.query_norm == "rotated" or not kind.query_norm_key
+
+
+def _theta(keys: Keys, kind: Architecture, rope: dict[str, Any]) -> float:
+    value = rope.get("rope_theta", keys.get("rope_theta", kind.rope_theta))
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        keys.problems.append(f"rope_theta is {value!r}, expected a positive number")
+        return kind.rope_theta
+    return float(value)
+
+
+def _rotary_dim(keys: Keys, kind: Architecture, rope: dict[str, Any], model: ModelPlan) -> int:
+    """Of a head; in latent attention of what is rotated apart."""
+    if kind.attention == "latent":
+        return 0
+    given = rope.get("partial_rotary_factor", keys.get("partial_rotary_factor", kind.partial))
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= 1:
+        keys.problems.append(f"partial_rotary_factor is {given!r}, expected a number up to 1")
+        return 0
+    if given != 1 and kind.partial == 1:
+        keys.problems.append(f"partial_rotary_factor is {given!r}, this runtime rotates all")
+    return int(model.head_dim * given)
+
+
+def _rotated_layers(keys: Keys, kind: Architecture, layers: int) -> frozenset[int]:
+    if not kind.chunks:
+        return frozenset(range(layers))
+    every = keys.size("no_rope_layer_interval", 4)
+    rotated = keys.numbers("no_rope_layers", layers) or [(i + 1) % every for i in range(layers)]
+    return frozenset(i for i in range(layers) if rotated[i])
+
+
+def _temperature(keys: Keys, kind: Architecture) -> tuple[float, float] | None:
+    if not kind.chunks or not keys.get("attn_temperature_tuning", True):
+        return None
+    return keys.number("attn_scale", 0.1), keys.number("floor_scale", 8192)
+
+
+def _dense_layers(keys: Keys, kind: Architecture, layers: int) -> frozenset[int]:
+    """The layers without experts of a model that has some."""
+    every = range(layers)
+    if kind.dense == "first":
+        first, step = keys.size("first_k_dense_replace", 0, least=0), keys.size("moe_layer_freq", 1)
+        return frozenset(i for i in every if i < first or i % step)
+    if kind.dense == "stepped":
+        step, listed = keys.size("decoder_sparse_step", 1), keys.numbers("mlp_only_layers", 1) or ()
+        return frozenset(i for i in every if i in listed or (i + 1) % step)
+    if kind.dense == "interleaved":
+        step = keys.size("interleave_moe_layer_step", 1)
+        mixed = keys.numbers("moe_layers", 1) or range(step - 1, layers, step)
+        return frozenset(every) - frozenset(mixed)
+    return frozenset()
+
+
+def _latent(keys: Keys, score_factor: float) -> Latent:
+    plain, rotated = keys.size("qk_nope_head_dim"), keys.size("qk_rope_head_dim")
+    return Latent(
+        query=0 if keys.get("q_lora_rank") is None else keys.size("q_lora_rank"),
+        kv=keys.size("kv_lora_rank"),
+        plain=plain,
+        rotated=rotated,
+        value=keys.size("v_head_dim"),
+        score_scale=score_factor * (plain + rotated) ** -0.5,
     )
 
 
-def _shape_problems(config: dict[str, Any], model: ModelPlan, kind: Architecture) -> list[str]:
-    heads = config.get("num_attention_heads")
-    kv_heads = config.get("num_key_value_heads")
-    head_dim = config.get("head_dim")
-    if (
-        head_dim is None
-        and isinstance(heads, int)
-        and isinstance(config.get("hidden_size"), int)
-        and heads > 0
-    ):
-        head_dim = config["hidden_size"] // heads
+def _sights(
+    keys: Keys, kind: Architecture, layers: int, context_tokens: int, rotated: frozenset[int]
+) -> tuple[Sight, ...]:
+    """What each layer sees; empty where all see the plan's whole context."""
+    if kind.chunks:
+        size, some = keys.get("attention_chunk_size"), rotated
+        listed = _listed(keys, "chunked_attention", layers)
+    else:
+        size, some = keys.get("sliding_window"), _windowed(keys, kind, layers)
+        listed = _listed(keys, "sliding_attention", layers) if kind.windows in ("above", "listed") else None
+    some = some if listed is None else listed
+    if size is None or not some:
+        return ()
+    if type(size) is not int or size < 1:
+        keys.problems.append(f"{'attention_chunk_size' if kind.chunks else 'sliding_window'} is {size!r}")
+        return ()
+    if size >= context_tokens:
+        return ()
+    sight = Sight(chunk=size) if kind.chunks else Sight(window=size)
+    return tuple(sight if layer in some else Sight() for layer in range(layers))
+
+
+def _windowed(keys: Keys, kind: Architecture, layers: int) -> frozenset[int]:
+    """The layers with a window where config.json has no list of them."""
+    used = bool(keys.get("use_sliding_window", False))
+    if kind.windows == "above":
+        first = keys.size("max_window_layers", 28, least=0)
+        return frozenset(range(first, layers)) if used else frozenset()
+    if kind.windows == "listed":
+        return frozenset(range(0, layers, 2))
+    every = kind.windows == "all" or (kind.windows == "used" and used)
+    return frozenset(range(layers)) if every else frozenset()
+
+
+def _listed(keys: Keys, name: str, layers: int) -> frozenset[int] | None:
+    kinds = keys.get("layer_types")
+    if not isinstance(kinds, list):
+        return None
+    unknown = sorted({str(k) for k in kinds} - {name, "full_attention"})
+    if unknown or len(kinds) != layers:
+        keys.problems.append(f"layer_types has {len(kinds)} layers of {', '.join(unknown) or 'known kinds'}")
+    return frozenset(i for i, k in enumerate(kinds) if k == name)
+
+
+def _choice(keys: Keys, kind: Architecture) -> Choice:
+    if kind.router == "sparsemixer":
+        return Choice(jitter=keys.number("router_jitter_noise", 0.01))
+    if kind.router not in _SCORING:
+        return Choice()
+    scale = keys.number("routed_scaling_factor", 1.0)
+    if kind.router == "grouped softmax" and keys.get("topk_method", "greedy") == "greedy":
+        return Choice(scale=scale)
+    return Choice(groups=keys.size("n_group", 1), kept=keys.size("topk_group", 1), scale=scale)
+
+
+def _shape_problems(keys: Keys, model: ModelPlan, kind: Architecture, config: ModelConfig) -> list[str]:
+    heads, hidden = keys.get("num_attention_heads"), keys.get("hidden_size")
+    head_dim = keys.get("head_dim")
+    if head_dim is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        head_dim = hidden // heads
     shape = {
-        "num_hidden_layers": (config.get("num_hidden_layers"), model.layers),
-        "hidden_size": (config.get("hidden_size"), model.hidden),
+        "num_hidden_layers": (keys.get("num_hidden_layers"), model.layers),
+        "hidden_size": (hidden, model.hidden),
         "num_attention_heads": (heads, model.heads),
-        "num_key_value_heads": (heads if kv_heads is None else kv_heads, model.kv_heads),
-        "head_dim": (head_dim, model.head_dim),
-        "vocab_size": (config.get("vocab_size"), model.vocab),
-        kind.width_key: (config.get(kind.width_key), model.expert_intermediate),
+        "vocab_size": (keys.get("vocab_size"), model.vocab),
     }
+    if config.latent:
+        wide = config.latent.kv + config.latent.rotated
+        shape["qk_nope_head_dim + qk_rope_head_dim"] = (
+            config.latent.plain + config.latent.rotated,
+            model.head_dim,
+        )
+        shape["kv_lora_rank + qk_rope_head_dim"] = (wide, model.latent_dim)
+    else:
+        shape["num_key_value_heads"] = (keys.get("num_key_value_heads", heads), model.kv_heads)
+        shape["head_dim"] = (head_dim, model.head_dim)
+    shape[kind.width_key] = (keys.get(kind.width_key), model.expert_intermediate)
     if kind.routed:
-        key = next((key for key in kind.experts_keys if key in config), kind.experts_keys[0])
-        shape[key] = (config.get(key), model.experts)
-        shape["num_experts_per_tok"] = (config.get("num_experts_per_tok"), model.experts_per_token)
+        for names, plan in ((kind.experts_keys, model.experts), (kind.top_keys, model.experts_per_token)):
+            key, found = keys.first(names)
+            shape[key] = (found, plan)
+        shape["layers with experts"] = (model.layers - len(config.dense), model.moe_layers)
+        shape["width of shared experts"] = (_shared_width(keys, kind, model), model.shared_intermediate)
+    if config.dense and kind.dense_width_key != kind.width_key:
+        shape[kind.dense_width_key] = (keys.get(kind.dense_width_key), model.dense_intermediate)
     return [
         f"{key} is {found!r}, the plan has {plan}" for key, (found, plan) in shape.items() if found != plan
     ]
 
 
-def _feature_problems(config: dict[str, Any], kind: Architecture) -> list[str]:
+def _shared_width(keys: Keys, kind: Architecture, model: ModelPlan) -> int:
+    if not kind.shared:
+        return 0
+    if kind.shared_gate:
+        return keys.size("shared_expert_intermediate_size")
+    return model.expert_intermediate * keys.size("n_shared_experts", 1, least=0)
+
+
+def _feature_problems(outer: dict[str, Any], keys: Keys, kind: Architecture, biased: bool) -> list[str]:
     """What the runtime would silently compute otherwise than the checkpoint means."""
     problems = []
-    if config.get("architectures") != [kind.class_name]:
-        found = config.get("architectures")
+    if outer.get("architectures") != [kind.class_name]:
+        found = outer.get("architectures")
         problems.append(f"architectures is {found!r}, the plan is for {kind.class_name}")
     for key, trivial in _TRIVIAL.items():
-        if key in config and config[key] not in trivial:
-            problems.append(f"{key} is {config[key]!r}, this runtime computes {trivial[0]!r} only")
+        if keys.get(key, trivial[0]) not in trivial:
+            problems.append(f"{key} is {keys.get(key)!r}, this runtime computes {trivial[0]!r} only")
+    if biased and kind.biases == "none":
+        problems.append(f"{kind.bias_key} is {biased}, this runtime knows no biases of {kind.class_name}")
+    if keys.get("use_sliding_window") and kind.windows == "none":
+        problems.append("use_sliding_window is True, this runtime computes False only")
+    if keys.get("scoring_func") not in (None, _SCORING.get(kind.router, "softmax")):
+        problems.append(f"scoring_func is {keys.get('scoring_func')!r}, the router's is {kind.router}")
+    if kind.router == "grouped softmax" and keys.get("norm_topk_prob"):
+        problems.append("norm_topk_prob is True, this runtime computes False only")
+    if keys.get(kind.renormalise_key) not in (None, False, True):
+        problems.append(f"{kind.renormalise_key} is {keys.get(kind.renormalise_key)!r}, expected 1 or none")
     return problems
 
 
-def _context_problems(config: dict[str, Any], context_tokens: int) -> list[str]:
-    """Contexts of the plan that are longer than what the model sees."""
-    problems = []
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window is not None and not (isinstance(window, int) and window >= context_tokens):
-        problems.append(
-            f"sliding_window is {window!r}, shorter than the plan's {context_tokens} tokens of context"
-        )
-    limit = config.get("max_position_embeddings")
+def _context_problems(keys: Keys, context_tokens: int) -> list[str]:
+    """Contexts of the plan that are longer than what the model was made for."""
+    limit = keys.get("max_position_embeddings")
     if isinstance(limit, int) and limit < context_tokens:
-        problems.append(
-            f"max_position_embeddings is {limit}, the plan has {context_tokens} tokens of context"
-        )
-    return problems
+        return [f"max_position_embeddings is {limit}, the plan has {context_tokens} tokens of context"]
+    return []
 
 
-def _rope_scaling(rope: dict[str, Any], problems: list[str]) -> RopeScaling | None:
-    """The scaling that rope parameters ask for: none, or Llama 3.1's."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        problems.append(
-            f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, this runtime rotates all"
-        )
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        problems.append(f"rope type {kind!r} is not supported, only default and llama3")
-        return None
-    scaling = RopeScaling(
-        factor=_number(rope, "factor", 0.0, problems),
-        low_freq_factor=_number(rope, "low_freq_factor", 0.0, problems),
-        high_freq_factor=_number(rope, "high_freq_factor", 0.0, problems),
-        original_context_tokens=_number(rope, "original_max_position_embeddings", 0.0, problems),
-    )
-    if not problems and scaling.high_freq_factor <= scaling.low_freq_factor:
-        problems.append(f"high_freq_factor is {scaling.high_freq_factor}, not above low_freq_factor")
-    return scaling
-
-
-def _number(config: dict[str, Any], key: str, default: float, problems: list[str]) -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        problems.append(f"{key} is {value!r}, expected a positive number")
-        return default
-    return float(value)
-
-
-def _eos(folder: Path, config: dict[str, Any]) -> frozenset[int]:
+def _eos(folder: Path, value: object) -> frozenset[int]:
     """The end tokens: generation_config.json has the last word, as it has in transformers."""
-    value = config.get("eos_token_id")
     if (folder / "generation_config.json").exists():
         value = read_json(folder / "generation_config.json").get("eos_token_id", value)
     values = value if isinstance(value, list) else [value]

@@ -24,14 +24,13 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min.attention import MicroBatch, attend, attend_prompts, decode_batch, prefill_batch
-from moeplan.runtime_min.checkpoint import find_tensors
 from moeplan.runtime_min.cpu import keep_freed_memory
 from moeplan.runtime_min.engine import Active, Batches, goes_on, groups
 from moeplan.runtime_min.lanes import Blocks, Lanes, Row, check_schedule, load_schedule, single
 from moeplan.runtime_min.layers import sort_by_expert
 from moeplan.runtime_min.limits import check_offload
-from moeplan.runtime_min.model_config import read_config
-from moeplan.runtime_min.models.tensors import tensor_shapes
+from moeplan.runtime_min.model_config import Sight, read_config
+from moeplan.runtime_min.models.tensors import find_parts
 from moeplan.runtime_min.offload_memory import (
     READERS,
     Buffers,
@@ -117,10 +116,11 @@ class Offload(Batches):
         schedule = load_schedule(folder, plan)
         check_schedule(schedule, "offload", offload_constants(plan, schedule))
         self.config = read_config(checkpoint, m, plan.batch.context_tokens)
-        shapes = tensor_shapes(m, self.config.tied)
-        refs = find_tensors(checkpoint, shapes)
+        refs = find_parts(checkpoint, m, self.config)
+        shapes = {name: ref.shape for name, ref in refs.items()}
         self._s, self._ops = schedule.SCHEDULE, schedule.OPS
-        experts, self._buffers = Experts(plan, self._s.pages), Buffers(plan, self._s)
+        experts = Experts(plan, self._s.pages, self.config.dense)
+        self._buffers = Buffers(plan, self._s)
         check_pages(path, experts, self._s)
         check_device_and_host(path, plan, experts, self._buffers, shapes)
         torch.set_num_threads(plan.threads)
@@ -132,6 +132,8 @@ class Offload(Batches):
         resident = self._memory.resident
         with device:
             self._device_ops = Operations(plan, self.config, resident)
+        sinks = (self._device_ops.sinks(layer, resident) for layer in range(m.layers))
+        self._host_sinks = [None if s is None else s.cpu() for s in sinks]
         self._passes = self._pages_staged = self._pages_copied = 0
         self._next: Step | None = None
         super().__init__(plan, Lanes(schedule, READERS, device))
@@ -287,7 +289,8 @@ class Offload(Batches):
         if group.host is not None:
             qkv = self._pinned["qkv"][j, : len(group.active)]
             q, k, v = qkv.tensor_split((m.heads, m.heads + m.kv_heads), 1)
-            out = attend(layer, group.host, self._memory.host_cache, q, k, v)
+            cache, sinks = self._memory.host_cache, self._host_sinks[layer]
+            out = attend(layer, group.host, cache, q, k, v, self.config.sight(layer), sinks)
             self._pinned["attended"][j, : len(out)] = out
 
     def _load_hidden(self, step: Step, _: int, j: int, __: int) -> None:
@@ -306,12 +309,17 @@ class Offload(Batches):
         if group.device is None:
             return
         q, k, v = self._queries(step, layer, j, group.device)
+        sight, sinks = self._sight(layer)
         if slot < 0:
-            out = attend(layer, group.device, self._memory.device_cache, q, k, v)
+            out = attend(layer, group.device, self._memory.device_cache, q, k, v, sight, sinks)
         else:
-            out = attend(slot, group.device, self._memory.kv_in, q, k, v)
+            out = attend(slot, group.device, self._memory.kv_in, q, k, v, sight, sinks)
             self._keep(slot, k, v)
         self._on["attended"][j, : len(out)] = out
+
+    def _sight(self, layer: int) -> tuple[Sight, Tensor | None]:
+        """What the device's queries see in a layer, and their sinks."""
+        return self.config.sight(layer), self._device_ops.sinks(layer, self._memory.resident)
 
     def _keep(self, slot: int, k: Tensor, v: Tensor) -> None:
         """New keys and values [T, V, D], for the host."""
@@ -344,11 +352,16 @@ class Offload(Batches):
         self._add_experts(layer, half, normed, choice, hidden, bool(self._s.decode_cpu_experts))
 
     def _choose(self, layer: int, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The experts of each token and what goes into them; adds what a layer has beside experts."""
         normed = torch.empty_like(hidden, dtype=self._dtype)
-        return normed, self._device_ops.choose(layer, hidden, normed)
+        choice = self._device_ops.choose(layer, hidden, normed)
+        self._device_ops.add_common(layer, normed, hidden)
+        return normed, choice
 
     def _tell(self, kind: str, at: int, normed: Tensor, choice: tuple[Tensor, Tensor]) -> None:
         """Leave for the CPU's experts what they need."""
+        if not choice[0].shape[1]:  # a layer without experts
+            return
         for name, value in zip(_TO_CPU, (normed, *choice), strict=True):
             self._on[kind + name][at, : len(value)] = value
 
@@ -369,7 +382,9 @@ class Offload(Batches):
 
     def _answer(self, kind: str, layer: int, at: int, answer: Tensor) -> None:
         """What the CPU's experts say, to `answer` in pinned memory."""
-        if not len(answer):
+        if layer in self.config.dense:
+            answer.zero_()
+        if not len(answer) or layer in self.config.dense:
             return
         normed, weights, chosen = (self._pinned[kind + name][at, : len(answer)] for name in _TO_CPU)
         out = torch.zeros(len(answer), self._model.hidden)
@@ -405,7 +420,8 @@ class Offload(Batches):
         hidden = self._piece(piece, layer, slot)
         weights, ops = self._memory.resident, self._device_ops
         queries, k, v = ops.queries(layer, hidden, piece.batch.positions, weights)
-        ops.add_attended(layer, hidden, attend_prompts(piece.batch, queries, k, v), weights)
+        out = attend_prompts(piece.batch, queries, k, v, *self._sight(layer))
+        ops.add_attended(layer, hidden, out, weights)
         tokens, batch = piece.device
         if tokens.stop > tokens.start:
             self._memory.device_cache.store(layer, batch, k[tokens], v[tokens])

@@ -1,8 +1,8 @@
 """What an offload plan holds: weights where the plan wants them, pages, caches and buffers, allocated once.
 
-A layer's experts that are not resident lie one after the other, each w1, w2, w3 in the compute dtype: those
-of the CPU, those streamed from host memory, those from disk. Their bytes are cut into equal pages, of which
-the last takes the remainder.
+A layer's experts that are not resident lie one after the other, each w1, w2, w3 (or what it has of fused
+tensors) in the compute dtype: those of the CPU, those streamed from host memory, those from disk. Their bytes
+are cut into equal pages, of which the last takes the remainder.
 
 N sequences, B a micro-batch, T tokens of a piece, H hidden, K experts per token,
 Q query heads, V key and value heads, D head dimension
@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from torch import Tensor
 from moeplan.runtime_min.attention import KvCache
 from moeplan.runtime_min.checkpoint import TensorRef
 from moeplan.runtime_min.lanes import Block
-from moeplan.runtime_min.limits import check_items
-from moeplan.runtime_min.models.tensors import expert_names
+from moeplan.runtime_min.limits import check_items, check_parameters, stay_bytes
+from moeplan.runtime_min.models.tensors import expert_names, expert_shapes
 from moeplan.runtime_min.operations import DTYPES
-from moeplan.runtime_min.pages import Reader, Shard
+from moeplan.runtime_min.pages import Reader, Shard, kept_as
 from moeplan.runtime_min.plan_file import PlanFileError, RuntimePlan, scratch_bytes
 
 READERS, _BLOCK_BYTES = 4, 4 << 20  # direct reads of this size reached the disks' rates in calibrations
@@ -41,6 +42,7 @@ class Experts:
 
     plan: RuntimePlan
     pages: int
+    dense: frozenset[int] = frozenset()  # layers without experts
 
     @property
     def outside(self) -> int:
@@ -50,7 +52,7 @@ class Experts:
     @property
     def expert_bytes(self) -> int:
         m = self.plan.model
-        return 3 * m.hidden * m.expert_intermediate * DTYPES[m.compute_dtype].itemsize
+        return m.expert_parameters * DTYPES[m.compute_dtype].itemsize
 
     @property
     def layer_bytes(self) -> int:
@@ -88,10 +90,12 @@ class Experts:
         return ranking[layer] if ranking else range(self.plan.model.experts)
 
     def resident(self, layer: int) -> Sequence[int]:
-        return self._ranked(layer)[: self.plan.offload.resident_experts]
+        return () if layer in self.dense else self._ranked(layer)[: self.plan.offload.resident_experts]
 
     def others(self, layer: int) -> list[int]:
         """Those that are not resident, in the order of their bytes: the CPU's first."""
+        if layer in self.dense:
+            return []
         rest = self._ranked(layer)[self.plan.offload.resident_experts :]
         streamed = len(rest) - self.plan.offload.cpu_experts
         return [*rest[streamed:], *rest[:streamed]]
@@ -185,12 +189,13 @@ def check_device_and_host(
 ) -> None:
     """Raise PlanFileError where host or device need more than the plan gives them."""
     m, s, item = plan.model, buffers.s, DTYPES[plan.model.compute_dtype].itemsize
-    outside = m.layers * experts.layer_bytes
+    check_parameters(path, plan, shapes)
+    outside = m.moe_layers * experts.layer_bytes
     streamed = experts.layer_bytes if s.pages else 0
     kv_in = 2 if s.copied_up else 0
     scratch = scratch_bytes(m, plan.batch, buffers.piece_tokens, item)
     device = {
-        "weights": item * sum(map(math.prod, shapes.values())) - outside,
+        "weights": sum(stay_bytes(plan, name, shape) for name, shape in shapes.items()) - outside,
         "weight pages": 2 * streamed,
         "KV cache": item * math.prod(buffers.cache(m.layers, buffers.device_places)),
         "KV pages": item * math.prod(buffers.cache(kv_in, plan.batch.micro_batch)),
@@ -199,7 +204,7 @@ def check_device_and_host(
     }
     ring, memory = s.slots * experts.slot_bytes if s.pages else 0, plan.memory
     host_kv = item * math.prod(buffers.cache(m.layers, buffers.host_places))
-    host_weights = m.layers * experts.host_bytes
+    host_weights = m.moe_layers * experts.host_bytes
     loading = READERS * (_BLOCK_BYTES + 8192) + (32 << 20)
     host = {
         "weights": (host_weights, memory.weights_bytes),
@@ -235,12 +240,12 @@ class Memory:
         self.outside = [experts.others(layer) for layer in range(m.layers)]
         moving = {n for layer, es in enumerate(self.outside) for e in es for n in expert_names(m, layer, e)}
         self.resident = {
-            name: torch.empty(ref.shape, dtype=self._dtype, device=device)
+            name: torch.empty(ref.shape, dtype=kept_as(name, self._dtype), device=device)
             for name, ref in refs.items()
             if name not in moving
         }
         pinned = bool(s.pages) and not s.slots
-        self._host = [self._bytes(experts.host_bytes, pinned) for _ in range(m.layers)]
+        self._host = [self._bytes(experts.host_bytes if es else 0, pinned) for es in self.outside]
         self._slots = [self._bytes(experts.slot_bytes, True) for _ in range(s.slots if s.pages else 0)]
         pages = experts.layer_bytes if s.pages else 0
         self._halves = [torch.zeros(pages, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -268,7 +273,7 @@ class Memory:
 
     def _load(self) -> None:
         into = dict(self.resident)
-        in_host = self.experts.host_bytes // self.experts.expert_bytes
+        in_host = self.experts.outside - self.experts.plan.offload.disk_experts
         for layer, es in enumerate(self.outside):
             for at, e in enumerate(es[:in_host]):
                 matrices = self._matrices(self._host[layer], at)
@@ -279,35 +284,38 @@ class Memory:
         for shard in self._shards.values():
             shard.close()
 
-    def _matrices(self, flat: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
-        """w1, w2, w3 of the expert at place `at` of a layer's bytes."""
-        m, size = self.experts.plan.model, self.experts.expert_bytes
-        w1, w2, w3 = flat[at * size : (at + 1) * size].view(self._dtype).chunk(3)
-        hidden, inner = m.hidden, m.expert_intermediate
-        return w1.view(inner, hidden), w2.view(hidden, inner), w3.view(inner, hidden)
+    def _matrices(self, flat: Tensor, at: int) -> tuple[Tensor, ...]:
+        """The tensors of the expert at place `at` of a layer's bytes."""
+        size, shapes = self.experts.expert_bytes, expert_shapes(self.experts.plan.model)
+        ends = tuple(accumulate(math.prod(shape) for shape in shapes))
+        parts = flat[at * size : (at + 1) * size].view(self._dtype).tensor_split(ends[:-1])
+        return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
-    def on_device(self, layer: int, half: int) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
-        """The matrices of an expert that is resident or in weight buffer `half`."""
+    def on_device(self, layer: int, half: int) -> Callable[[int], tuple[Tensor, ...]]:
+        """The tensors of an expert that is resident or in weight buffer `half`."""
 
-        def matrices(e: int) -> tuple[Tensor, Tensor, Tensor]:
+        def matrices(e: int) -> tuple[Tensor, ...]:
             if e in self.outside[layer]:
                 return self._matrices(self._halves[half], self.outside[layer].index(e))
-            w1, w2, w3 = expert_names(self.experts.plan.model, layer, e)
-            return self.resident[w1], self.resident[w2], self.resident[w3]
+            return tuple(self.resident[name] for name in expert_names(self.experts.plan.model, layer, e))
 
         return matrices
 
-    def on_host(self, layer: int) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
-        """The matrices of an expert that the CPU computes."""
+    def on_host(self, layer: int) -> Callable[[int], tuple[Tensor, ...]]:
+        """The tensors of an expert that the CPU computes."""
         return lambda e: self._matrices(self._host[layer], self.outside[layer].index(e))
 
     def stage_page(self, layer: int, page: int, slot: int, whole: bool) -> None:
-        """From host memory to a pinned slot."""
+        """From host memory to a pinned slot; of a layer without experts nothing."""
+        if not self.outside[layer]:
+            return
         start, first, end = self.experts.page(page, whole)
         self._slots[slot][first - start : end - start] = self._host[layer][first:end]
 
     def copy_page(self, layer: int, page: int, half: int, slot: int, whole: bool) -> None:
         """From a pinned slot, or (-1) from where all weights are pinned, to the device."""
+        if not self.outside[layer]:
+            return
         start, first, end = self.experts.page(page, whole)
         host = self._host[layer][first:end]
         source = host if slot < 0 else self._slots[slot][first - start : end - start]
@@ -315,6 +323,8 @@ class Memory:
 
     def read_page(self, layer: int, page: int, slot: int, whole: bool) -> list[Block]:
         """The parts of a page to a pinned slot: from disk, and what of it is in host memory."""
+        if not self.outside[layer]:
+            return []
         start, first, end = self.experts.page(page, whole)
         at = min(max(first, self.experts.host_bytes), end)  # here the disk's part begins
         into = self._slots[slot][at - start : end - start].view(self._dtype)
@@ -325,16 +335,17 @@ class Memory:
         return blocks
 
     def _reads(self, layer: int, first: int, into: Tensor) -> list[Block]:
-        """The reads that fill `into` with a layer's elements from `first` on, matrix after matrix."""
-        size = self.experts.expert_bytes // self._dtype.itemsize // 3
+        """The reads that fill `into` with a layer's elements from `first` on, tensor after tensor."""
+        model = self.experts.plan.model
         blocks: list[Block] = []
-        done = 0
-        while done < len(into):
-            at, begun = divmod(first + done, size)
-            name = expert_names(self.experts.plan.model, layer, self.outside[layer][at // 3])[at % 3]
-            part = into[done : done + size - begun]
-            blocks += self._reader.blocks(self._refs[name], part, begun)
-            done += len(part)
+        e, skipped = divmod(first, model.expert_parameters)
+        for expert in self.outside[layer][e:]:
+            for name in expert_names(model, layer, expert):
+                size = math.prod(self._refs[name].shape)
+                part = into[: max(0, size - skipped)]
+                if len(part):
+                    blocks += self._reader.blocks(self._refs[name], part, skipped)
+                into, skipped = into[len(part) :], max(0, skipped - size)
         return blocks
 
 

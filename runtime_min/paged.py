@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moeplan.runtime_min.attention import prompt_attention
+from moeplan.runtime_min.attention import EVERYTHING, first_seen, prompt_attention, scored, seen
 from moeplan.runtime_min.decode_attention import decode_attention
+from moeplan.runtime_min.model_config import Sight
 from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, kv_blocks
 
 Piece = tuple[Tensor, int, int]  # a sequence's blocks [M], and its tokens from .. to that a pass reads
@@ -50,12 +50,15 @@ class PagedBatch:
 class PagedCache:
     """Keys and values of all sequences: a tensor [layers, 2, blocks, V, t, D], and who has which blocks.
 
-    Of zeros at first: values that are masked still take part in a product with zero.
+    Of latents, which are both, `kinds` is 1. Of zeros at first: values that are masked still take part in a
+    product with zero.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layers: int, kv_heads: int, head_dim: int, tokens: int, dtype: torch.dtype, kinds: int = 2
+    ) -> None:
         blocks = kv_blocks(tokens)
-        shape = (layers, 2, blocks, kv_heads, KV_BLOCK_TOKENS, head_dim)
+        shape = (layers, kinds, blocks, kv_heads, KV_BLOCK_TOKENS, head_dim)
         self.tensor = torch.empty(shape, dtype=dtype).zero_()
         self._free = list(reversed(range(blocks)))
         self._tables: dict[int, Tensor] = {}
@@ -81,20 +84,21 @@ class PagedCache:
         """The blocks [M] of the sequence `key`, int32."""
         return self._tables[key]
 
-    def store(self, layer: int, batch: PagedBatch, k: Tensor, v: Tensor) -> None:
-        """Keep k and v [T, V, D] in the places of their tokens."""
-        self.tensor[layer, 0][batch.blocks, :, batch.offsets] = k
-        self.tensor[layer, 1][batch.blocks, :, batch.offsets] = v
+    def store(self, layer: int, batch: PagedBatch, *kinds: Tensor) -> None:
+        """Keep k and v, or latents, [T, V, D] in the places of their tokens."""
+        for kind, values in enumerate(kinds):
+            self.tensor[layer, kind][batch.blocks, :, batch.offsets] = values
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The keys and the values [blocks, V, t, D] of a layer."""
-        return self.tensor[layer, 0], self.tensor[layer, 1]
+        """The keys and the values [blocks, V, t, D] of a layer; of latents twice the same."""
+        return self.tensor[layer, 0], self.tensor[layer, -1]
 
-    def load(self, layer: int, table: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """Copies of the first `tokens` keys and values [V, tokens, D] of a sequence."""
-        found = self.tensor[layer][:, table[: kv_blocks(tokens)]].transpose(1, 2)  # [2, V, M, t, D]
-        k, v = found.reshape(2, found.shape[1], -1, found.shape[4])[:, :, :tokens]
-        return k, v
+    def load(self, layer: int, table: Tensor, first: int, end: int) -> tuple[Tensor, ...]:
+        """Copies of a sequence's keys and values [V, tokens, D] from `first` to `end`, or of its latents."""
+        block = first // KV_BLOCK_TOKENS
+        found = self.tensor[layer][:, table[block : kv_blocks(end)]].transpose(1, 2)  # [2, V, M, t, D]
+        flat = found.reshape(*found.shape[:2], -1, found.shape[4])
+        return tuple(flat[:, :, first - block * KV_BLOCK_TOKENS : end - block * KV_BLOCK_TOKENS])
 
 
 def decode_batch(first_row: int, tables: Sequence[Tensor], lengths: Sequence[int]) -> PagedBatch:
@@ -130,25 +134,55 @@ def _places(tables: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     return tables.gather(1, at).squeeze(1).long(), positions % KV_BLOCK_TOKENS
 
 
-def attend_paged(layer: int, batch: PagedBatch, cache: PagedCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_paged(
+    layer: int,
+    batch: PagedBatch,
+    cache: PagedCache,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sight: Sight = EVERYTHING,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Store k and v [T, V, D]; return the attention of q [T, Q, D] over each sequence: [T, Q * D]."""
     cache.store(layer, batch, k, v)
     if not batch.spans:
-        return decode_attention(q, *cache.layer(layer), batch.tables, batch.lengths)
+        tables, lengths, starts = _visible(batch, sight)
+        return decode_attention(q, *cache.layer(layer), tables, lengths, starts, sinks)
     parts = [
-        _prompt(layer, span, cache, q[span.tokens], k[span.tokens], v[span.tokens]) for span in batch.spans
+        _prompt(layer, s, cache, q[s.tokens], k[s.tokens], v[s.tokens], sight, sinks) for s in batch.spans
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _prompt(layer: int, span: Span, cache: PagedCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _visible(batch: PagedBatch, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The blocks of each sequence that its newest token sees, up to where, and from where in the first."""
+    if not sight.window and not sight.chunk:
+        return batch.tables, batch.lengths, None
+    first = first_seen(sight, batch.positions)
+    skipped = first // KV_BLOCK_TOKENS
+    lengths = batch.lengths - skipped * KV_BLOCK_TOKENS
+    most = min(batch.tables.shape[1], kv_blocks(int(lengths.max())))
+    columns = skipped[:, None] + torch.arange(most)
+    tables = batch.tables.gather(1, columns.clamp(max=batch.tables.shape[1] - 1))
+    return tables, lengths, first - skipped * KV_BLOCK_TOKENS
+
+
+def _prompt(
+    layer: int,
+    span: Span,
+    cache: PagedCache,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sight: Sight,
+    sinks: Tensor | None,
+) -> Tensor:
     """Causal attention of prompt tokens: of whole prompts, given flat, or of a later part of one."""
     if span.start == 0:
-        return prompt_attention(q, k, v, span.new)
-    keys, values = cache.load(layer, span.table, span.start + span.new)
-    seen = torch.ones(span.new, keys.shape[1], dtype=torch.bool).tril_(span.start)
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], keys[None], values[None], attn_mask=seen, enable_gqa=grouped
-    )
+        return prompt_attention(q, k, v, span.new, sight, sinks)
+    first = int(first_seen(sight, torch.tensor(span.start)))
+    keys, values = cache.load(layer, span.table, first, span.start + span.new)
+    mask = seen(sight, first, span.start, span.new, q.device)
+    out = scored(q.transpose(0, 1)[None], keys[None], values[None], mask, sinks)
     return out[0].transpose(0, 1).flatten(1)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moeplan.runtime_min.checkpoint import TensorRef
 from moeplan.runtime_min.errors import RunError
+from moeplan.runtime_min.models.tensors import CORRECTION
 from moeplan.runtime_min.plan_file import ALIGNMENT_BYTES, PagePlan
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -169,7 +170,7 @@ class PageStore:
         self._slots = [torch.frombuffer(memory, dtype=torch.uint8) for memory in self._memory]
         moving = {name for layout in self._layouts.values() for name in layout.places}
         stay = [ref for name, ref in refs.items() if name not in moving]
-        self.resident = {ref.name: torch.empty(ref.shape, dtype=dtype) for ref in stay}
+        self.resident = {ref.name: torch.empty(ref.shape, dtype=kept_as(ref.name, dtype)) for ref in stay}
         Reader(self._shards, plan.readers, plan.block_bytes).load(stay, self.resident)
 
     def view(self, layer: int, page: int, slot: int) -> Mapping[str, Tensor]:
@@ -212,6 +213,11 @@ class PageStore:
                     f"{layout.nbytes:,} bytes in memory, a slot of the plan holds {self._plan.slot_bytes:,}",
                     "compile the spec again with this checkpoint",
                 )
+
+
+def kept_as(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor that stays is kept in."""
+    return torch.float32 if name.endswith(CORRECTION) else dtype
 
 
 class Reader:

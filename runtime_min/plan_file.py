@@ -17,15 +17,27 @@ from typing import Any, Literal, TypeVar
 
 from moeplan.runtime_min.errors import RunError
 
-FORMAT = 3
+FORMAT = 4
 SCHEDULE_FORMAT = 2
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
-ARCHITECTURES = (
+ARCHITECTURES = (  # model types that this version of the runtime executes, on CPU
+    "dbrx",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "kimi_k2",
     "llama",
+    "llama4",
+    "llama4_text",
+    "mistral",
     "mixtral",
     "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3",
     "qwen3_moe",
-)  # model types that this version of the runtime executes, on CPU
+)
 PASS_TOKENS = 32768  # that a pass of a stream plan takes at most, where its prompts are shorter
 KV_BLOCK_TOKENS = 32  # tokens of one block of the KV cache of a stream plan
 ALIGNMENT_BYTES = 4096  # of direct reads: their file offset, length and place in memory
@@ -45,6 +57,12 @@ class ModelPlan:
     `checkpoint` is the path as the spec has it, relative to the folder that holds the plan folder;
     empty where the spec named a catalog model, and then the user says where the checkpoint is.
     `compute_dtype` is what matrix products run in; pages keep the checkpoint's own dtype.
+
+    Of the `layers`, `moe_layers` have experts; the others an MLP of `dense_intermediate`. An MLP of
+    `shared_intermediate` takes all tokens beside the experts. `attention_parameters` are those of a layer but
+    for its norms, `expert_parameters` those of an expert, biases with both; `parameters` those of the model,
+    to which come `router_corrections` numbers in float32. Of a token the cache holds keys and values of
+    `kv_heads` in each layer, or, where `latent_dim` is not 0, a latent of so many values.
     """
 
     architecture: str
@@ -59,6 +77,13 @@ class ModelPlan:
     experts: int
     experts_per_token: int
     expert_intermediate: int
+    moe_layers: int
+    dense_intermediate: int
+    shared_intermediate: int
+    latent_dim: int
+    attention_parameters: int
+    expert_parameters: int
+    router_corrections: int
     parameters: int
 
 
@@ -192,17 +217,20 @@ class RuntimePlan:
 
 
 def page_parameters(model: ModelPlan, pages: PagePlan, page: int) -> int:
-    """How many parameters page `page` of a layer holds."""
+    """How many parameters page `page` of a layer with experts holds."""
     if page == 0:
-        return 2 * model.hidden * model.head_dim * (model.heads + model.kv_heads)
+        return model.attention_parameters
     first = (page - 1) * pages.experts_per_page
     experts = min(model.experts, first + pages.experts_per_page) - first
-    return experts * 3 * model.hidden * model.expert_intermediate
+    return experts * model.expert_parameters
 
 
 def page_tensors(model: ModelPlan, pages: PagePlan, page: int) -> int:
-    """How many tensors page `page` of a layer holds; each may lie in a place of its own in the file."""
-    return 4 if page == 0 else 3 * min(pages.experts_per_page, model.experts)
+    """The most tensors that page `page` of a layer holds; each may lie in a place of its own in the file.
+
+    Attention with a bias to each of its four projections and sinks; experts of four tensors.
+    """
+    return 9 if page == 0 else 4 * min(pages.experts_per_page, model.experts)
 
 
 def most_places(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
@@ -223,10 +251,14 @@ def slot_bytes(model: ModelPlan, pages: PagePlan, stored_item_bytes: int) -> int
 
 
 def weights_bytes(model: ModelPlan, pages: PagePlan) -> int:
-    """What stays in memory, in the compute dtype: resident pages, embeddings, head, norms and routers."""
-    per_layer = [page_parameters(model, pages, page) for page in range(pages.pages_per_layer)]
-    streamed = model.layers * sum(per_layer[pages.resident_pages :])
-    return (model.parameters - streamed) * ITEM_BYTES[model.compute_dtype]
+    """What stays in memory: resident pages, embeddings, head, norms, routers, and the MLPs that take every
+    token, in the compute dtype; routers' corrections in float32."""
+    streamed = sum(
+        page_parameters(model, pages, page) * (model.moe_layers if page else model.layers)
+        for page in range(pages.resident_pages, pages.pages_per_layer)
+    )
+    stay = (model.parameters - streamed) * ITEM_BYTES[model.compute_dtype]
+    return stay + 4 * model.router_corrections
 
 
 def pass_tokens(sequences: int, prompt_tokens: int) -> int:
@@ -240,9 +272,11 @@ def kv_blocks(tokens: int) -> int:
 
 
 def kv_bytes(model: ModelPlan, batch: BatchPlan) -> int:
-    """Keys and values [layers, blocks, kv heads, block tokens, head dim], twice, in the compute dtype."""
+    """Keys and values [layers, blocks, kv heads, block tokens, head dim], twice, in the compute dtype; or
+    once, of latents. A layer that sees only a window or chunk keeps as much as the others."""
     tokens = kv_blocks(batch.kv_tokens) * KV_BLOCK_TOKENS
-    return 2 * model.layers * tokens * model.kv_heads * model.head_dim * ITEM_BYTES[model.compute_dtype]
+    values = model.latent_dim or 2 * model.kv_heads * model.head_dim
+    return model.layers * tokens * values * ITEM_BYTES[model.compute_dtype]
 
 
 def call_tokens(batch: BatchPlan) -> int:
@@ -258,8 +292,10 @@ def workspace_bytes(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
 
     pass      T tokens: hidden (float32) and normed (at most float32), `hidden` wide; per token 24 bytes of
               identifiers and per expert choice 64 bytes of routing
-    call      C tokens in float32: attention 3 · hidden + 8 · (heads + kv_heads) · head_dim, or an expert
-              3 · hidden + 3 · expert_intermediate, or a router 4 · experts, whichever is largest
+    call      C tokens in float32: attention 3 · hidden + 8 · (heads + kv_heads) · head_dim, or the widest
+              MLP 3 · hidden + 3 · its width, or latent decode 3 · hidden + 6 · heads · latent_dim, or a
+              router 4 · experts, whichever is largest
+    latents   expanded to keys and values of one sequence: 2 · context_tokens · heads · head_dim in float32
     mask      micro_batch · context_tokens · 8 bytes
     logits    (N + micro_batch) · vocab in float32
     rope      2 · context_tokens · head_dim in float32, and as much again while it is made
@@ -278,13 +314,15 @@ def scratch_bytes(model: ModelPlan, batch: BatchPlan, tokens: int, value_bytes: 
     Products are of values of `value_bytes`.
     """
     per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token
-    attention = 3 * model.hidden + 8 * (model.heads + model.kv_heads) * model.head_dim
-    expert = 3 * model.hidden + 3 * model.expert_intermediate
-    call = value_bytes * call_tokens(batch) * max(attention, expert, 4 * model.experts)
+    attention = 8 * (model.heads + model.kv_heads) * model.head_dim
+    width = max(model.expert_intermediate, model.dense_intermediate, model.shared_intermediate)
+    widest = 3 * model.hidden + max(attention, 3 * width, 6 * model.heads * model.latent_dim)
+    call = value_bytes * call_tokens(batch) * max(widest, 4 * model.experts)
+    latents = 2 * batch.context_tokens * model.heads * model.head_dim if model.latent_dim else 0
     mask = 8 * batch.micro_batch * batch.context_tokens
     logits = 4 * batch.micro_batch * model.vocab
     rope = 4 * 4 * batch.context_tokens * model.head_dim
-    return tokens * per_token + call + mask + logits + rope
+    return tokens * per_token + call + value_bytes * latents + mask + logits + rope
 
 
 def _align(size: int) -> int:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min import amx
-from moeplan.runtime_min.checkpoint import find_tensors
 from moeplan.runtime_min.cpu import keep_freed_memory
 from moeplan.runtime_min.decode_attention import prepare
 from moeplan.runtime_min.engine import Active, Batches, Generation, goes_on, groups
@@ -41,10 +40,16 @@ from moeplan.runtime_min.lanes import (
     load_schedule,
     single,
 )
+from moeplan.runtime_min.latent import attend_latent
 from moeplan.runtime_min.layers import Routing, sort_by_expert
 from moeplan.runtime_min.limits import check_memory, check_numbers
 from moeplan.runtime_min.model_config import ModelConfig, read_config
-from moeplan.runtime_min.models.tensors import expert_names, page_experts, page_names, tensor_shapes
+from moeplan.runtime_min.models.tensors import (
+    expert_names,
+    find_parts,
+    page_experts,
+    page_names,
+)
 from moeplan.runtime_min.operations import DTYPES, Operations
 from moeplan.runtime_min.paged import PagedBatch, PagedCache, attend_paged, decode_batch, prompt_batch
 from moeplan.runtime_min.pages import PageStore, Weights
@@ -80,7 +85,8 @@ class StreamModel(Operations):
         self._hidden = torch.empty(tokens, m.hidden).zero_()  # the residual stream, always float32
         self._normed = torch.empty(tokens, m.hidden, dtype=dtype).zero_()
         self._logits = torch.empty(batch.sequences, m.vocab).zero_()
-        self.cache = PagedCache(m.layers, m.kv_heads, m.head_dim, batch.kv_tokens, dtype)
+        heads, size, kinds = (1, m.latent_dim, 1) if m.latent_dim else (m.kv_heads, m.head_dim, 2)
+        self.cache = PagedCache(m.layers, heads, size, batch.kv_tokens, dtype, kinds)
         self._routing = Routing(torch.empty(0), torch.empty(0), [])
         self.places = Places(plan)
 
@@ -104,6 +110,7 @@ class StreamModel(Operations):
         elif op == ROUTE:
             choice = self.choose(layer, self.hidden, self.normed)
             self._routing = sort_by_expert(*choice, self._model.experts)
+            self.add_common(layer, self.normed, self.hidden)
         elif op == EXPERTS:
             self._experts(layer, item, self._pages.view(layer, item, slot))
         elif op == EXPECT:
@@ -117,15 +124,21 @@ class StreamModel(Operations):
 
     def _attention(self, layer: int, batch: PagedBatch, weights: Mapping[str, Tensor]) -> None:
         residual = self.hidden[batch.rows]
-        q, k, v = self.queries(layer, residual, batch.positions, weights)
-        self.add_attended(layer, residual, attend_paged(layer, batch, self.cache, q, k, v), weights)
+        if self._config.latent:
+            q, latents = self.latents(layer, residual, batch.positions, weights)
+            up = weights[f"model.layers.{layer}.self_attn.kv_b_proj.weight"]
+            out = attend_latent(layer, batch, self.cache, q, latents, up, self._config.latent)
+        else:
+            q, k, v = self.queries(layer, residual, batch.positions, weights)
+            sight, sinks = self._config.sight(layer), self.sinks(layer, weights)
+            out = attend_paged(layer, batch, self.cache, q, k, v, sight, sinks)
+        self.add_attended(layer, residual, out, weights)
 
     def _experts(self, layer: int, page: int, weights: Mapping[str, Tensor]) -> None:
         """Add what the page's experts say to the residual stream."""
 
-        def matrices(e: int) -> tuple[Tensor, Tensor, Tensor]:
-            w1, w2, w3 = expert_names(self._model, layer, e)
-            return weights[w1], weights[w2], weights[w3]
+        def matrices(e: int) -> tuple[Tensor, ...]:
+            return tuple(weights[name] for name in expert_names(self._model, layer, e))
 
         experts = page_experts(self._model, self._page_plan, page)
         self.add_experts(experts, self._routing, self.normed, self.hidden, matrices)
@@ -229,21 +242,22 @@ class Engine(Stream):
         schedule = load_schedule(folder, plan)
         check_schedule(schedule, "stream", stream_constants(plan))
         self.config = read_config(checkpoint, m, plan.batch.context_tokens)
-        shapes = tensor_shapes(m, self.config.tied)
-        refs = find_tensors(checkpoint, shapes)
+        refs = find_parts(checkpoint, m, self.config)
         moving = {
             name
             for layer in range(m.layers)
             for page in range(pages.resident_pages, pages.pages_per_layer)
-            for name in page_names(m, pages, layer, page)
+            for name in page_names(m, self.config, pages, layer, page)
         }
+        shapes = {name: ref.shape for name, ref in refs.items()}
         check_memory(folder / "runtime.json", plan, shapes, moving)
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
         prepare()
         amx.usable()
         dtype = DTYPES[m.compute_dtype]
-        self._pages = PageStore(refs, m.layers, pages, lambda *at: page_names(m, pages, *at), dtype)
+        names = partial(page_names, m, self.config, pages)
+        self._pages = PageStore(refs, m.layers, pages, names, dtype)
         lanes = Lanes(schedule, pages.readers)
         super().__init__(plan, StreamModel(plan, self.config, self._pages), lanes, self._pages.blocks)
 

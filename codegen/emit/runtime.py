@@ -8,9 +8,11 @@ from dataclasses import replace
 from moeplan.codegen.data import rounded
 from moeplan.codegen.emit.schedule_py import schedule_text
 from moeplan.planner.ir.estimate import Estimate
+from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import NO_PAGES, Policy
 from moeplan.planner.ir.schedule import Constants, OffloadConstants, Schedule
+from moeplan.planner.ir.spec import Dtype
 from moeplan.planner.ir.workload import RequestClass
 from moeplan.runtime_min import plan_file
 
@@ -38,7 +40,7 @@ def _runtime_plan(plan: Plan, replica: Replica, schedule: Schedule, text: str) -
         name=f"{plan.spec.name}/{replica.name}",
         device="accelerator" if policy.gpus else "cpu",
         threads=policy.threads,
-        model=_model_plan(plan, policy),
+        model=model_plan(plan.workload.model, plan.spec.model.path, policy.dtype),
         batch=_batch_plan(policy, requests),
         pages=_page_plan(policy, schedule.constants),
         offload=_offload_plan(plan, policy) if policy.gpus else plan_file.NO_OFFLOAD,
@@ -56,21 +58,30 @@ def _runtime_plan(plan: Plan, replica: Replica, schedule: Schedule, text: str) -
     )
 
 
-def _model_plan(plan: Plan, policy: Policy) -> plan_file.ModelPlan:
-    model = plan.workload.model.as_one_expert()
+def model_plan(model: Model, checkpoint: str, dtype: Dtype) -> plan_file.ModelPlan:
+    """The shape and counts of `model` as the runtime executes it."""
+    model = model.as_one_expert()
+    a = model.attention
     return plan_file.ModelPlan(
         architecture=model.model_type,
-        checkpoint=plan.spec.model.path,
-        compute_dtype=policy.dtype,
+        checkpoint=checkpoint,
+        compute_dtype=dtype,
         layers=model.layers,
         hidden=model.hidden,
-        heads=model.attention.heads,
-        kv_heads=model.attention.kv_heads,
-        head_dim=model.attention.head_dim,
+        heads=a.heads,
+        kv_heads=a.kv_heads,
+        head_dim=a.head_dim,
         vocab=model.vocab,
         experts=model.experts,
         experts_per_token=model.experts_per_token,
         expert_intermediate=model.expert_intermediate,
+        moe_layers=model.moe_layers,
+        dense_intermediate=model.dense_intermediate,
+        shared_intermediate=model.shared_intermediate,
+        latent_dim=a.kv_lora_dim + a.rope_dim,
+        attention_parameters=model.parameters.attention // model.layers,
+        expert_parameters=model.expert_parameters(),
+        router_corrections=model.router_corrections,
         parameters=model.parameters.total(),
     )
 

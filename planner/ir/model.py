@@ -83,6 +83,8 @@ class Model:
     `expert_intermediate`, of which each token uses `experts_per_token`, beside shared experts whose widths
     sum to `shared_intermediate`. A dense model has moe_layers = experts = 0.
     `stored_bytes_per_*` are bytes per parameter in the checkpoint (2.0 bf16, 0.53 MXFP4 with its scales).
+    Beside parameters there are `router_corrections` numbers, one per expert where the choice is corrected.
+    `not_executed` says what of the model the bundled runtime does not compute; empty where it runs it all.
     """
 
     name: str
@@ -102,6 +104,8 @@ class Model:
     stored_bytes_per_expert_parameter: float
     stored_bytes_per_other_parameter: float
     max_context_tokens: int
+    router_corrections: int = 0
+    not_executed: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:

@@ -43,10 +43,12 @@ def _answers(
     if not roofline.has("gpu"):
         if requests.name == "online":
             return [_no_online_without_gpu(requests, roofline)]
-        return [stream_policy(workload, requests, roofline, memory_limit_bytes)]
+        refusal = _not_executed(workload, requests, roofline)
+        return [refusal or stream_policy(workload, requests, roofline, memory_limit_bytes)]
     answers = [in_memory_policy(workload, requests, roofline)]
     if roofline.roof("dram").flops_per_s > 0:
-        answers.append(offload_policy(workload, requests, roofline, memory_limit_bytes))
+        refusal = _not_executed(workload, requests, roofline) or _not_offloaded(workload, requests, roofline)
+        answers.append(refusal or offload_policy(workload, requests, roofline, memory_limit_bytes))
     return answers
 
 
@@ -58,6 +60,34 @@ def _no_arithmetic(workload: Workload, requests: RequestClass, roofline: Rooflin
         "dtype",
         f"it computes in neither {workload.dtype} nor another dtype of its size, but in {known}",
         "another model.dtype, or the machine's rate in this one",
+    )
+
+
+def _not_executed(workload: Workload, requests: RequestClass, roofline: Roofline) -> Rejection | None:
+    """A refusal where the bundled runtime does not compute something of the model."""
+    if not workload.model.not_executed:
+        return None
+    return impossible(
+        roofline.machine.name,
+        requests,
+        "model",
+        f"the bundled runtime does not execute {' and '.join(workload.model.not_executed)} "
+        f"({workload.model.name}, {workload.model.model_type})",
+        "GPUs that hold the whole model, or a checkpoint without",
+    )
+
+
+def _not_offloaded(workload: Workload, requests: RequestClass, roofline: Roofline) -> Rejection | None:
+    """A refusal where the bundled runtime executes the model on a CPU only."""
+    if workload.model.attention.kind != "mla":
+        return None
+    return impossible(
+        roofline.machine.name,
+        requests,
+        "model",
+        f"the bundled runtime keeps the cache of latent attention on a CPU only "
+        f"({workload.model.name}, {workload.model.model_type})",
+        "GPUs that hold the whole model, or a machine without one",
     )
 
 

@@ -237,7 +237,9 @@ class Costs:
         return np.where(gpus > 1, 2 * self.workload.model.layers * ALL_REDUCE_S + moving_s, 0.0)
 
     def _held(self, sequences: Array, context: float) -> Array:
-        return np.asarray(costs.kv_bytes_held(self.workload, sequences, context))
+        """Bytes of cache, in all layers alike: the runtime keeps and moves what is behind a window too."""
+        values = self.workload.model.layers * self.workload.model.attention.kv_values_per_token()
+        return np.asarray(sequences * context * values * self.workload.value_bytes)
 
     def gpu_cache_bytes(self, shapes: Shapes) -> Array:
         """The cache of one micro-batch in GPU memory, at the longest request."""
@@ -357,11 +359,9 @@ class Costs:
         """What the operations of one call take: runtime_min.plan_file.scratch_bytes."""
         model, a = self.workload.model, self.workload.model.attention
         tokens, context = self.prefill_tokens, self.requests.context_tokens_max
-        widest = max(
-            3 * model.hidden + 8 * (a.heads + a.kv_heads) * a.head_dim,
-            3 * model.hidden + 3 * model.expert_intermediate,
-            4 * model.experts,
-        )
+        width = max(model.expert_intermediate, model.dense_intermediate, model.shared_intermediate)
+        values = max(8 * (a.heads + a.kv_heads) * a.head_dim, 3 * width)
+        widest = max(3 * model.hidden + values, 4 * model.experts)
         called = self.workload.value_bytes * np.maximum(tokens, units.micro_batch) * widest
         per_sequence = 8.0 * context + 4.0 * model.vocab
         per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token

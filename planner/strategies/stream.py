@@ -226,15 +226,21 @@ class _Point:
         """The largest page as stored, each of its tensors cut out in whole blocks."""
         sizes = []
         for number, stored in enumerate(self._stored_page_bytes):
-            tensors = 3 * self.experts_per_page if number else 4
+            tensors = 4 * self.experts_per_page if number else 9
             sizes.append(math.ceil(stored / ALIGNMENT_BYTES) + 2 * tensors)
         return max(sizes) * ALIGNMENT_BYTES
 
     @cached_property
+    def _page_bytes(self) -> list[int]:
+        """Bytes in memory of each page, of all layers that have it: experts are not in all."""
+        model, size = self.workload.model, self.workload.value_bytes
+        attention, *experts = self.page_parameters
+        return [attention * model.layers * size, *(n * model.moe_layers * size for n in experts)]
+
+    @cached_property
     def resident_pages(self) -> int:
         """The most leading pages of every layer that memory holds; all of them if it can."""
-        layers, size = self.workload.model.layers, self.workload.value_bytes
-        held = np.cumsum([n * layers * size for n in self.page_parameters])
+        held = np.cumsum(self._page_bytes)
         room = self.limit - self._fixed_bytes
         if held[-1] <= room:
             return self.pages_per_layer
@@ -281,14 +287,17 @@ class _Point:
     @cached_property
     def always_bytes(self) -> int:
         """Weights outside pages: embeddings, LM head, norms, routers, shared experts and dense MLPs."""
-        p = self.workload.model.parameters
-        return (p.total() - p.attention - p.routed_experts) * self.workload.value_bytes
+        model, p = self.workload.model, self.workload.model.parameters
+        always = p.total() - p.attention - p.routed_experts
+        return always * self.workload.value_bytes + 4 * model.router_corrections
 
     @cached_property
     def kv_bytes(self) -> float:
-        """Of sequences that each hold the blocks for the longest context."""
+        """Of sequences that each hold the blocks for the longest context, in all layers: the runtime keeps
+        what is behind a window."""
         context = -(-self.requests.context_tokens_max // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
-        return float(np.asarray(costs.kv_bytes_held(self.workload, self.sequences, context)))
+        values = self.workload.model.layers * self.workload.model.attention.kv_values_per_token()
+        return float(self.sequences * context * values * self.workload.value_bytes)
 
     @property
     def pass_tokens(self) -> int:
@@ -303,17 +312,19 @@ class _Point:
         attention = model.attention
         tokens = self.pass_tokens
         per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token
-        widest = max(
-            3 * model.hidden + 8 * (attention.heads + attention.kv_heads) * attention.head_dim,
-            3 * model.hidden + 3 * model.expert_intermediate,
-            4 * model.experts,
-        )
+        latent = attention.kv_lora_dim + attention.rope_dim
+        values = 8 * (attention.heads + attention.kv_heads) * attention.head_dim
+        width = max(model.expert_intermediate, model.dense_intermediate, model.shared_intermediate)
+        wide = 3 * model.hidden + max(values, 3 * width, 6 * attention.heads * latent)
+        widest = max(wide, 4 * model.experts)
+        expanded = 2 * requests.context_tokens_max * attention.heads * attention.head_dim if latent else 0
         mask = 8 * self.micro_batch * requests.context_tokens_max
         logits = 4 * (self.sequences + self.micro_batch) * model.vocab
         rope = 16 * requests.context_tokens_max * attention.head_dim
         page = 4 * max(self.page_parameters)
         loading = READERS * (BLOCK_BYTES + 2 * ALIGNMENT_BYTES) + (32 << 20)
-        return tokens * per_token + 4 * self._call_tokens * widest + mask + logits + rope + page + loading
+        call = 4 * (self._call_tokens * widest + expanded)
+        return tokens * per_token + call + mask + logits + rope + page + loading
 
     @cached_property
     def _fixed_bytes(self) -> float:
@@ -321,8 +332,7 @@ class _Point:
 
     @cached_property
     def resident_page_bytes(self) -> int:
-        held = sum(self.page_parameters[: self.resident_pages])
-        return held * self.workload.model.layers * self.workload.value_bytes
+        return sum(self._page_bytes[: self.resident_pages])
 
     @cached_property
     def used_bytes(self) -> float:
@@ -337,7 +347,9 @@ class _Point:
     @cached_property
     def streamed_bytes(self) -> float:
         """Bytes of the pages that move; a pass reads all of them unless it is routed."""
-        return sum(self._stored_page_bytes[self.resident_pages :]) * self.workload.model.layers
+        model, stored = self.workload.model, self._stored_page_bytes
+        experts = sum(stored[max(1, self.resident_pages) :]) * model.moe_layers
+        return experts + (stored[0] * model.layers if self.resident_pages == 0 else 0.0)
 
     @cached_property
     def _decode_step(self) -> PassShape:
@@ -433,7 +445,11 @@ class _Point:
         """Seconds of arithmetic per page of a layer, and at both ends of the pass."""
         model, at = self.workload.model, self._costs
         full, rest = divmod(model.experts, self.experts_per_page) if self.experts_per_page else (0, 0)
-        pages = [at.experts(step, self.experts_per_page)] * full + [at.experts(step, rest)] * bool(rest)
+        share = (
+            model.moe_layers / model.layers
+        )  # layers are taken alike: a mean of those with experts and without
+        sizes = [self.experts_per_page] * full + [rest] * bool(rest)
+        pages = [share * at.experts(step, size) for size in sizes]
         return [at.attention(step) + at.route(step), *pages], at.ends(
             step, self.micro_batch, self._rows(step)
         )
@@ -460,8 +476,9 @@ class _Point:
         if not self.roofline.has("disk"):
             return [0.0 if p < self.resident_pages else math.inf for p in range(self.pages_per_layer)]
         rate = self.roofline.roof("disk").up_bytes_per_s
+        share = self.workload.model.moe_layers / self.workload.model.layers
         return [
-            0.0 if p < self.resident_pages else stored / rate
+            0.0 if p < self.resident_pages else stored / rate * (share if p else 1.0)
             for p, stored in enumerate(self._stored_page_bytes)
         ]
 

@@ -97,11 +97,9 @@ class Probe:
     def __init__(self, shape: Shape, dtype: str, sequences: int, prompt: int, context: int) -> None:
         self.shape = shape
         self._plan = _plan(shape, dtype, sequences, prompt, context)
-        weights = {
-            name: _weight(sizes, DTYPES[dtype])
-            for name, sizes in tensor_shapes(self._plan.model, tied=False).items()
-        }
         config = ModelConfig(norm_eps=1e-5, rope_theta=1e4, tied=False, eos=frozenset())
+        shapes = tensor_shapes(self._plan.model, config)
+        weights = {name: _weight(sizes, DTYPES[dtype]) for name, sizes in shapes.items()}
         self._model = StreamModel(self._plan, config, _InMemory(weights))
         self._take_blocks()
 
@@ -239,6 +237,13 @@ def _plan(shape: Shape, dtype: Any, sequences: int, prompt: int, context: int) -
             experts=shape.experts,
             experts_per_token=shape.experts_per_token,
             expert_intermediate=shape.inner,
+            moe_layers=shape.layers,
+            dense_intermediate=0,
+            shared_intermediate=0,
+            latent_dim=0,
+            attention_parameters=shape.attention_weights,
+            expert_parameters=shape.expert_weights,
+            router_corrections=0,
             parameters=0,
         ),
         batch=BatchPlan(

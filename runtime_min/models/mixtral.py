@@ -6,11 +6,9 @@ MIXTRAL = Architecture(
     class_name="MixtralForCausalLM",
     mlp="block_sparse_moe",
     matrices=("w1", "w2", "w3"),
-    routed=True,
-    query_norm="none",
-    experts_keys=("num_local_experts", "num_experts"),
-    width_key="intermediate_size",
+    windows="all",
     renormalise=True,
+    experts_keys=("num_local_experts", "num_experts"),
     norm_eps=1e-5,
     rope_theta=1e6,
 )

@@ -5,13 +5,10 @@ from moeplan.runtime_min.models.architecture import Architecture
 
 OLMOE = Architecture(
     class_name="OlmoeForCausalLM",
-    mlp="mlp",
-    matrices=("gate_proj", "down_proj", "up_proj"),
-    routed=True,
     query_norm="token",
-    experts_keys=("num_experts", "num_local_experts"),
-    width_key="intermediate_size",
-    renormalise=None,
+    biases="all",
+    renormalise=False,
+    renormalise_key="norm_topk_prob",
     norm_eps=1e-5,
     rope_theta=1e4,
 )

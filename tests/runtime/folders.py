@@ -143,29 +143,10 @@ def save_tokenizer(folder: Path) -> None:
 def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
     """A plan that fits `shape`; `changes` are fields of the batch, the pages or the plan itself.
 
-    `routed`: with places for the pages that routing hits.
+    `routed`: with places for the pages that routing hits. `model`: of another model than the shape's.
     """
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    router = shape.experts * (shape.kind != "llama")
-    layer = 2 * shape.hidden * (query + key) + shape.hidden * (3 * shape.experts * shape.inner + router)
-    norms = {"qwen3_moe": 2 * shape.head_dim, "olmoe": query + key}
-    layer += 2 * shape.hidden + norms.get(shape.kind, 0)
-    embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)
-    model = ModelPlan(
-        architecture=shape.kind,
-        checkpoint="checkpoint",
-        compute_dtype=changes.pop("compute_dtype", "float32"),
-        layers=shape.layers,
-        hidden=shape.hidden,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab=shape.vocab,
-        experts=shape.experts,
-        experts_per_token=shape.top,
-        expert_intermediate=shape.inner,
-        parameters=shape.layers * layer + embeddings + shape.hidden,
-    )
+    given: ModelPlan | None = changes.pop("model", None)
+    model = given or _model_of(shape, changes.pop("compute_dtype", "float32"))
     batch = _fields(
         BatchPlan(
             sequences=4,
@@ -180,7 +161,7 @@ def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
     )
     pages = _fields(
         PagePlan(
-            pages_per_layer=1 + -(-shape.experts // changes.get("experts_per_page", 1)),
+            pages_per_layer=1 + -(-model.experts // changes.get("experts_per_page", 1)),
             experts_per_page=1,
             resident_pages=0,
             slots=3,
@@ -220,6 +201,37 @@ def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
     )
     check_numbers(Path("plan"), plan)
     return plan
+
+
+def _model_of(shape: Shape, dtype: Any) -> ModelPlan:
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    router = shape.experts * (shape.kind != "llama")
+    layer = 2 * shape.hidden * (query + key) + shape.hidden * (3 * shape.experts * shape.inner + router)
+    norms = {"qwen3_moe": 2 * shape.head_dim, "olmoe": query + key}
+    layer += 2 * shape.hidden + norms.get(shape.kind, 0)
+    embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    return ModelPlan(
+        architecture=shape.kind,
+        checkpoint="checkpoint",
+        compute_dtype=dtype,
+        layers=shape.layers,
+        hidden=shape.hidden,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab=shape.vocab,
+        experts=shape.experts,
+        experts_per_token=shape.top,
+        expert_intermediate=shape.inner,
+        moe_layers=shape.layers,
+        dense_intermediate=0,
+        shared_intermediate=0,
+        latent_dim=0,
+        attention_parameters=2 * shape.hidden * (query + key),
+        expert_parameters=3 * shape.hidden * shape.inner,
+        router_corrections=0,
+        parameters=shape.layers * layer + embeddings + shape.hidden,
+    )
 
 
 def in_memory(shape: Shape) -> dict[str, int]:

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from moeplan.runtime_min.checkpoint import CheckpointError, find_tensors
-from moeplan.runtime_min.model_config import read_config
+from moeplan.runtime_min.model_config import ModelConfig, read_config
 from moeplan.runtime_min.models.tensors import tensor_shapes
 
 from .folders import Shape, make_plan, save_checkpoint
 
 SHAPE = Shape()
+PLAIN = ModelConfig(norm_eps=1e-5, rope_theta=1e4, tied=False, eos=frozenset())
 MODEL = make_plan(SHAPE).model
-SHAPES = tensor_shapes(MODEL, tied=False)
+SHAPES = tensor_shapes(MODEL, PLAIN)
 TENSOR = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
 
 

@@ -1,0 +1,66 @@
+"""Latent attention (MLA, DeepSeek-V2, arXiv 2405.04434, section 2.1) over a cache of latents.
+
+In decode each head's matrix of keys is multiplied with its query, and that of values with what was attended:
+the latents of a sequence are then read once for all heads. Prompts expand their latents to keys and values.
+
+T tokens, B sequences, Q heads, L width of a latent without and W with what is rotated
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeplan.runtime_min.attention import prompt_attention, scored, seen
+from moeplan.runtime_min.decode_attention import decode_attention
+from moeplan.runtime_min.layers import linear
+from moeplan.runtime_min.model_config import Latent, Sight
+from moeplan.runtime_min.paged import PagedBatch, PagedCache, Span
+
+
+def attend_latent(
+    layer: int, batch: PagedBatch, cache: PagedCache, q: Tensor, latents: Tensor, up: Tensor, sizes: Latent
+) -> Tensor:
+    """Store latents [T, W]; return the attention of q [T, Q, plain + rotated]: [T, Q * value].
+
+    `up` [Q * (plain + value), L] makes keys and values of latents.
+    """
+    cache.store(layer, batch, latents[:, None])
+    if not batch.spans:
+        return _absorbed(layer, batch, cache, q, up, sizes)
+    parts = [_prompt(layer, s, cache, q[s.tokens], latents[s.tokens], up, sizes) for s in batch.spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _absorbed(
+    layer: int, batch: PagedBatch, cache: PagedCache, q: Tensor, up: Tensor, sizes: Latent
+) -> Tensor:
+    plain, rotated = q.tensor_split((sizes.plain,), 2)
+    keys, values = up.view(q.shape[1], -1, sizes.kv).tensor_split((sizes.plain,), 1)
+    wide = torch.cat((torch.bmm(plain.transpose(0, 1), keys).transpose(0, 1), rotated), dim=2)  # [B, Q, W]
+    wide = wide.float() * (sizes.score_scale * wide.shape[2] ** 0.5)  # the kernel divides by the root of W
+    out = decode_attention(wide, *cache.layer(layer), batch.tables, batch.lengths)
+    attended = out.view(wide.shape)[..., : sizes.kv].to(q.dtype)
+    return torch.bmm(attended.transpose(0, 1), values.transpose(1, 2)).transpose(0, 1).flatten(1)
+
+
+def _prompt(
+    layer: int, span: Span, cache: PagedCache, q: Tensor, latents: Tensor, up: Tensor, sizes: Latent
+) -> Tensor:
+    """Causal attention of whole prompts, given flat, or of a later part of one."""
+    if span.start == 0:
+        k, v = _expand(latents, up, q.shape[1], sizes)
+        return prompt_attention(q, k, v, span.new, scale=sizes.score_scale)
+    (cached,) = cache.load(layer, span.table, 0, span.start + span.new)
+    k, v = _expand(cached[0], up, q.shape[1], sizes)
+    mask = seen(Sight(), 0, span.start, span.new, q.device)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return scored(q, k, v, mask, scale=sizes.score_scale)[0].transpose(0, 1).flatten(1)
+
+
+def _expand(latents: Tensor, up: Tensor, heads: int, sizes: Latent) -> tuple[Tensor, Tensor]:
+    """Keys [T, Q, plain + rotated] and values [T, Q, value] of latents [T, W]."""
+    both = linear(latents[:, : sizes.kv].contiguous(), up).view(len(latents), heads, -1)
+    plain, values = both.tensor_split((sizes.plain,), 2)
+    rotated = latents[:, None, sizes.kv :].expand(-1, heads, -1)
+    return torch.cat((plain, rotated), dim=2), values
