@@ -107,6 +107,26 @@ SMALL: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [3],
         "attention_bias": True,
     },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        **GQA,
+        "intermediate_size": 56,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 36,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen2_moe, some layers dense, no biases": {
+        "model_type": "qwen2_moe",
+        **GQA,
+        "intermediate_size": 56,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 36,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+        "qkv_bias": False,
+    },
     "olmoe": {
         "model_type": "olmoe",
         **GQA,
@@ -454,3 +474,20 @@ def test_missing_files(tmp_path: Path) -> None:
         load_model(tmp_path, WHERE)
     with pytest.raises(CompileError, match=r"cannot be read|is not usable"):
         load_model(Path("a\0b"), WHERE)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, ()),
+        ({"mlp_bias": True}, ("biases in MLPs",)),
+        ({"hidden_act": "gelu"}, ('the activation "gelu"',)),
+        ({"rope_scaling": {"type": "linear"}}, ('rotary positions of type "linear"',)),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ()),
+        ({"quantization_config": {"quant_method": "fp8"}}, ("quantised checkpoints",)),
+    ],
+)
+def test_what_the_bundled_runtime_does_not_execute(change: dict[str, Any], says: tuple[str, ...]) -> None:
+    assert build({**SMALL["llama"], **change}).not_executed == says
+    nested = {**SMALL["llama4"]["text_config"], **change}
+    assert build({"model_type": "llama4", "text_config": nested}).not_executed == says

@@ -16,6 +16,7 @@ from moeplan.planner.ir.plan import Plan
 from moeplan.runtime_min import plan_file
 from moeplan.runtime_min.lanes import load_schedule
 from moeplan.runtime_min.limits import check_offload
+from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.models.tensors import tensor_shapes
 from moeplan.runtime_min.offload_memory import Buffers, Experts, check_device_and_host
 
@@ -122,7 +123,9 @@ def test_the_runtime_counts_no_more_than_an_offload_plan_has(
     plan = plan_file.load(tmp_path)
     constants = load_schedule(tmp_path, plan).SCHEDULE
     experts, buffers = Experts(plan, constants.pages), Buffers(plan, constants)
-    shapes = tensor_shapes(plan.model, tied=False)
+    shapes = tensor_shapes(
+        plan.model, ModelConfig(norm_eps=1e-5, rope_theta=1e4, tied=False, eos=frozenset())
+    )
     check_offload(tmp_path, plan)
     check_device_and_host(tmp_path, plan, experts, buffers, shapes)
     assert plan.model.layers * experts.host_bytes == plan.memory.weights_bytes

@@ -62,6 +62,32 @@ def test_every_form_computes_softmax(shape: tuple[int, ...], dtype: torch.dtype)
     torch.testing.assert_close(attention.plain(*arguments).double(), exact, **tolerance)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sinking", [False, True])
+def test_keys_before_a_start_and_sinks(shape: tuple[int, ...], dtype: torch.dtype, sinking: bool) -> None:
+    """What lies before the start may be anything; a sink is one more key, of value 0."""
+    q, k_cache, v_cache, tables, lengths = case(shape, dtype)
+    starts = torch.randint(0, shape[5], (shape[0],)).minimum(lengths - 1)
+    for cache in (k_cache, v_cache):
+        for i, start in enumerate(starts.tolist()):
+            cache[tables[i, 0].long(), :, :start] = 1e4
+    sinks = 3 * torch.randn(q.shape[1]) if sinking else None
+    exact = torch.zeros(q.shape, dtype=torch.float64)
+    for i in range(len(q)):
+        k, v = (c[tables[i].long()].transpose(0, 1).flatten(1, 2).double() for c in (k_cache, v_cache))
+        for head in range(q.shape[1]):
+            seen = slice(int(starts[i]), int(lengths[i]))
+            scores = k[head // shape[2], seen] @ q[i, head].double() / shape[3] ** 0.5
+            extra = sinks[head : head + 1].double() if sinks is not None else scores[:0]
+            weights = torch.softmax(torch.cat((scores, extra)), dim=0)[: len(scores)]
+            exact[i, head] = weights @ v[head // shape[2], seen]
+    tolerance = {"rtol": 2**-8, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 2e-6}
+    for form in (attention.decode_attention, attention.plain):
+        found = form(q, k_cache, v_cache, tables, lengths, starts, sinks).double()
+        torch.testing.assert_close(found, exact.flatten(1), **tolerance)
+
+
 def test_scores_far_apart() -> None:
     """Scores of thousands, ascending and descending, neither overflow nor lose the greatest."""
     q, k_cache, v_cache, tables, lengths = case((1, 1, 1, 64, 200, 32), torch.float32)

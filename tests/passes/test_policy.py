@@ -75,11 +75,26 @@ def test_a_better_machine_is_never_slower(catalog: Catalog, level: str, field: s
 
 
 def test_a_model_that_fits_nowhere_says_what_is_short(catalog: Catalog) -> None:
-    answers = offered(batch_spec(model="deepseek-v3"), catalog.machines["g4dn.xlarge"])
+    answers = offered(batch_spec(model="qwen3-coder-480b-a35b"), catalog.machines["g4dn.xlarge"])
     assert {answer.constraint for answer in answers if isinstance(answer, Rejection)} == {"gpu memory"}
     message = next(answer.message for answer in answers if isinstance(answer, Rejection))
     assert "GiB of gpu memory" in message
     assert "may be used" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("deepseek-v3", "does not execute quantised checkpoints"),
+        ("deepseek-v2-lite", "latent attention on a CPU only"),
+    ],
+)
+def test_what_the_runtime_does_not_execute_is_refused_by_name(
+    catalog: Catalog, model: str, says: str
+) -> None:
+    answers = offered(batch_spec(model=model), catalog.machines["g6.12xlarge"])
+    refused = [a for a in answers if isinstance(a, Rejection) and a.constraint == "model"]
+    assert [says in a.message and model in a.message for a in refused] == [True]
 
 
 def test_host_memory_that_is_too_small_is_named(catalog: Catalog) -> None:
@@ -92,11 +107,11 @@ def test_host_memory_that_is_too_small_is_named(catalog: Catalog) -> None:
 
 
 def test_experts_beyond_host_memory_come_from_disk(catalog: Catalog) -> None:
-    policy = offload(batch_spec(model="deepseek-v3"), catalog.machines["g6.12xlarge"])
+    policy = offload(batch_spec(model="qwen3-coder-480b-a35b"), catalog.machines["g6.12xlarge"])
     assert policy.weights_on == "disk"
     assert (policy.bottleneck.phase, policy.bottleneck.lane) == ("decode", "disk")
     # Every pass reads the experts that neither memory holds; nothing is faster than the disk.
-    model = workload_of(batch_spec(model="deepseek-v3")).model
+    model = workload_of(batch_spec(model="qwen3-coder-480b-a35b")).model
     size = model.parameters.routed_experts * model.stored_bytes_per_expert_parameter
     disk = policy.machine.level("disk")
     read_s = size * policy.experts_disk_share / (disk.up_bytes_per_s * disk.up_efficiency)

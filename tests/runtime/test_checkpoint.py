@@ -9,7 +9,7 @@ import pytest
 
 from moeplan.runtime_min.checkpoint import CheckpointError, find_tensors
 from moeplan.runtime_min.model_config import ModelConfig, read_config
-from moeplan.runtime_min.models.tensors import tensor_shapes
+from moeplan.runtime_min.models.tensors import tensor_shapes, unused
 
 from .folders import Shape, make_plan, save_checkpoint
 
@@ -103,6 +103,28 @@ def test_unknown_dtype(folder):
     assert problem == f"{path}: {TENSOR}: has dtype F8_E4M3, expected BF16, F16, F32"
 
 
+@pytest.mark.parametrize("name", ["self_attn.q_proj.bias", "block_sparse_moe.experts.gate_up_proj"])
+def test_a_tensor_that_the_architecture_does_not_have(folder, name):
+    """It stands for something that would not be computed: a bias, experts in one tensor."""
+    index, strange = folder / "model.safetensors.index.json", f"model.layers.1.{name}"
+    path = shard_of(folder, TENSOR)
+    edit_header(
+        path, lambda header: header.update({strange: header[TENSOR] | {"data_offsets": [0, 0], "shape": [0]}})
+    )
+    if index.exists():
+        data = json.loads(index.read_text())
+        data["weight_map"][strange] = path.name
+        index.write_text(json.dumps(data))
+    [problem] = problems(folder)
+    assert problem.endswith(f"{strange}: is none of the tensors that this runtime knows of the architecture")
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.eh_proj.weight", "lm_head.weight", "a.rotary_emb.inv_freq"])
+def test_tensors_that_are_none_of_the_decoders(name):
+    assert unused(MODEL, name)
+    assert not unused(MODEL, "model.layers.1.eh_proj.weight")
+
+
 def test_overlap(folder):
     path = shard_of(folder, TENSOR)
 
@@ -163,12 +185,16 @@ def test_a_shard_outside_the_folder_is_refused(saved, tmp_path):
     [
         ({"architectures": ["LlamaForCausalLM"]}, "architectures is ['LlamaForCausalLM']"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor is 0.0, expected a positive number"),
+        ({"rope_parameters": {"rope_type": "ntk"}}, "rope type 'ntk' is not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5, this runtime"),
+        ({"attention_bias": True}, "attention_bias is True, this runtime knows no biases"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is {'quant_method': 'fp8'}"),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "linear"}},
             "rope type 'linear' is not supported",
         ),
-        ({"sliding_window": 32}, "sliding_window is 32, shorter than the plan's 64 tokens"),
+        ({"sliding_window": "32"}, "sliding_window is '32'"),
         ({"max_position_embeddings": 63}, "max_position_embeddings is 63"),
         ({"hidden_size": 25}, "hidden_size is 25, the plan has 24"),
         ({"head_dim": None}, "head_dim is 6, the plan has 10"),
