@@ -23,6 +23,7 @@ from torch import Tensor
 from moeplan.runtime_min import cpu, packing, team
 from moeplan.runtime_min.compiled import user_cache
 from moeplan.runtime_min.cpu import cpu_flags
+from moeplan.runtime_min.formats import PACKINGS
 from moeplan.runtime_min.packing import Matrix, Packed
 
 FLAGS = {"amx_tile", "amx_bf16", "avx512f", "avx512bw"}
@@ -96,7 +97,7 @@ def right() -> bool:
     x, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (35, 64))
     plain = _compiled(x, weight, torch.float32)
     difference = plain - x.float() @ weight.float().T
-    lossless = packing.packed(weight, packing.PACKINGS["bf12"])
+    lossless = packing.packed(weight, PACKINGS["bf12"])
     return difference.abs().max().item() < 1e-3 and torch.equal(_compiled(x, lossless, torch.float32), plain)
 
 

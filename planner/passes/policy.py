@@ -40,6 +40,8 @@ def _answers(
     """Each strategy's answer."""
     if roofline.roofs[0].flops_per_s == 0:
         return [_no_arithmetic(workload, requests, roofline)]
+    if roofline.has("gpu") and workload.model.packing != "none":
+        return [_packed_for_cpus(workload, requests, roofline)]
     if not roofline.has("gpu"):
         if requests.name == "online":
             return [_no_online_without_gpu(requests, roofline)]
@@ -74,6 +76,16 @@ def _not_executed(workload: Workload, requests: RequestClass, roofline: Roofline
         f"the bundled runtime does not execute {' and '.join(workload.model.not_executed)} "
         f"({workload.model.name}, {workload.model.model_type})",
         "GPUs that hold the whole model, or a checkpoint without",
+    )
+
+
+def _packed_for_cpus(workload: Workload, requests: RequestClass, roofline: Roofline) -> Rejection:
+    return impossible(
+        roofline.machine.name,
+        requests,
+        "model",
+        f"experts packed in {workload.model.packing} are read by the bundled runtime alone, on a CPU",
+        "the checkpoint as it was, or a machine without a GPU",
     )
 
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moeplan.runtime_min.packing import PACKINGS, Packed, Packing, fits, pack, packed, plain, unpack
+from moeplan.runtime_min.formats import PACKINGS, Packing, fits
+from moeplan.runtime_min.packing import Packed, pack, packed, plain, unpack
 
 ALL = list(PACKINGS.values())
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from moeplan.runtime_min import layers, packing, vectors
+from moeplan.runtime_min.formats import PACKINGS
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +47,9 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
     assert torch.equal(got[others], clean[others])
 
 
-@pytest.mark.parametrize("name", packing.PACKINGS)
+@pytest.mark.parametrize("name", PACKINGS)
 def test_a_packed_weight_gives_what_it_stands_for(name: str) -> None:
-    packed = packing.packed(torch.randn(70, 192).bfloat16(), packing.PACKINGS[name])
+    packed = packing.packed(torch.randn(70, 192).bfloat16(), PACKINGS[name])
     x = torch.randn(33, 192).bfloat16()
     assert torch.equal(vectors._compiled(x, packed), vectors._compiled(x, packing.plain(packed)))
 
