@@ -11,9 +11,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
-from moeplan.planner.ir.model import Attention, Model, Parameters
+from moeplan.planner.ir.model import PACKED_BYTES, Attention, Model, Packing, Parameters
 
 _STORED_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0}
 _CONFIG_BYTES_LIMIT = 16 * 2**20  # a config.json has a few kilobytes
@@ -56,6 +57,7 @@ def model_from_config(config: Mapping[str, object], name: str, source: str, wher
     architecture = adapter(keys)
     architecture.check(keys)
     experts_bytes, other_bytes = _stored_bytes(keys, architecture)
+    packing = _packing(keys)
     keys.raise_problems()
     return Model(
         name=name,
@@ -78,6 +80,7 @@ def model_from_config(config: Mapping[str, object], name: str, source: str, wher
         executed_context_tokens=_executed_context(keys, architecture.frame.max_context_tokens),
         router_corrections=architecture.moe_layers * architecture.experts * architecture.router_correction,
         not_executed=tuple(_not_executed(keys)),
+        packing=packing,
     )
 
 
@@ -654,8 +657,8 @@ def _not_executed(keys: _Keys) -> Iterator[str]:
         keys = keys.group("text_config")
     rope = _rope(keys)
     rope_type = rope.get("rope_type", rope.get("type"))
-    if keys.value("quantization_config") is not None:
-        yield "quantised checkpoints"
+    if keys.value("quantization_config") is not None and _packing(keys) == "none":
+        yield "quantised checkpoints but its own"
     if keys.value("mlp_bias"):
         yield "biases in MLPs"
     if keys.value("hidden_act") not in (None, "silu"):
@@ -680,6 +683,18 @@ def _rope(keys: _Keys) -> Mapping[str, object]:
     return found if isinstance(found, Mapping) else {}
 
 
+def _packing(keys: _Keys) -> Packing:
+    """How runtime_min has packed the experts of this checkpoint; every known format has a size."""
+    quantization = keys.optional_group("quantization_config")
+    if quantization is None or quantization.text("quant_method") != "moeplan":
+        return "none"
+    wanted = quantization.text("format")
+    found = next((name for name in get_args(Packing) if name == wanted and name in PACKED_BYTES), None)
+    if found is None:
+        keys.wrong(f"quantization_config has format {wanted!r}, supported are {', '.join(PACKED_BYTES)}")
+    return found or "none"
+
+
 # Bytes in the checkpoint ------------------------------------------------------------------------------------
 
 
@@ -697,8 +712,10 @@ def _stored_bytes(keys: _Keys, architecture: _Architecture) -> tuple[float, floa
     if method in ("awq", "gptq"):
         bits, group = quantization.size("bits"), quantization.group_values()
         return _layer_bytes(architecture, plain, bits / 8, 2.0 + bits / 8, group)
+    if method == "moeplan":
+        return PACKED_BYTES.get(quantization.text("format"), plain), plain
     if method:
-        keys.wrong(f"unsupported quant_method {method!r}: supported are awq, fp8, gptq and mxfp4")
+        keys.wrong(f"unsupported quant_method {method!r}: supported are awq, fp8, gptq, moeplan and mxfp4")
     return plain, plain
 
 

@@ -1,4 +1,4 @@
-"""The command line of the runtime alone: `runtime_min run`, `bench`, `checksum`, `split` and `merge`."""
+"""The command line of the runtime alone: `run`, `bench`, `checksum`, `quantize`, `split` and `merge`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moeplan.runtime_min.checksums import check_checksums, write_checksums
 from moeplan.runtime_min.errors import RunError
+from moeplan.runtime_min.formats import PACKINGS
 from moeplan.runtime_min.interruption import Interruption, interruptible
 from moeplan.runtime_min.plan_file import load
 from moeplan.runtime_min.report import Report, summary, write_report
@@ -71,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_shards(commands)
     checksum.add_argument("checkpoint", type=Path, metavar="DIR")
     checksum.add_argument("--check", action="store_true", help="compare them with those noted earlier")
+    quantize = commands.add_parser("quantize", help="write a checkpoint with its experts in fewer bits")
+    quantize.add_argument("checkpoint", type=Path, metavar="DIR")
+    quantize.add_argument("output", type=Path, metavar="OUT")
+    kinds = "bf12: lossless, 12 bits a value; int8 and int4: 8.25 and 5 bits, rounded"
+    quantize.add_argument("--to", choices=sorted(PACKINGS), required=True, help=kinds)
     for command in (run, bench):
         command.add_argument("runtime_dir", type=Path, metavar="RUNTIME_DIR")
         command.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the one the plan names")
@@ -148,12 +154,25 @@ def _merge(options: argparse.Namespace, interruption: Interruption) -> None:
     print(f"wrote {options.output}; {errors} requests have an error record")
 
 
+def _quantize(options: argparse.Namespace, interruption: Interruption) -> None:
+    from moeplan.runtime_min.quantize import quantize
+
+    def progress(done: int, total: int) -> None:
+        interruption.check()
+        if sys.stderr.isatty():
+            print(f"\r{done / 1e9:.1f} of {total / 1e9:.1f} GB", end="", file=sys.stderr, flush=True)
+
+    size = quantize(options.checkpoint, options.output, options.to, progress)
+    print(f"wrote {options.output}: {size / 1e9:.2f} GB")
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace, Interruption], Report | None]] = {
     "run": _run,
     "bench": _bench,
     "checksum": _checksum,
     "split": _split,
     "merge": _merge,
+    "quantize": _quantize,
 }
 
 

@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeplan.runtime_min import cpu, team
+from moeplan.runtime_min import cpu, packing, team
 from moeplan.runtime_min.compiled import user_cache
 from moeplan.runtime_min.cpu import cpu_flags
+from moeplan.runtime_min.formats import PACKINGS
+from moeplan.runtime_min.packing import Matrix, Packed
 
 FLAGS = {"amx_tile", "amx_bf16", "avx512f", "avx512bw"}
 # Where oneDNN has the tiles too it is faster with more rows than these, by benchmarks/products.py.
@@ -38,7 +40,7 @@ _CONFIG = ctypes.create_string_buffer(
 )
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor | None:
+def linear(x: Tensor, weight: Matrix) -> Tensor | None:
     """x [T, in] times weight [out, in] as bf16 [T, out], or None where torch is to do it."""
     if not _fits(x, weight) or x.shape[0] > _most_rows() or not usable():
         return None
@@ -93,8 +95,10 @@ def right() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (35, 64))
-    difference = _compiled(x, weight, torch.float32) - x.float() @ weight.float().T
-    return difference.abs().max().item() < 1e-3
+    plain = _compiled(x, weight, torch.float32)
+    difference = plain - x.float() @ weight.float().T
+    lossless = packing.packed(weight, PACKINGS["bf12"])
+    return difference.abs().max().item() < 1e-3 and torch.equal(_compiled(x, lossless, torch.float32), plain)
 
 
 def _has_numba() -> bool:
@@ -121,7 +125,8 @@ def _permitted() -> bool:
 
 
 def _sources() -> list[str]:
-    return [str(Path(__file__).with_name(name)) for name in ("amx.py", "amx_kernel.py")]
+    names = ("amx.py", "amx_kernel.py", "kernel_parts.py", "packed_kernel.py")
+    return [str(Path(__file__).with_name(name)) for name in names]
 
 
 def _kept(flags: frozenset[str]) -> Path:
@@ -146,20 +151,24 @@ def _kernel() -> Any:
     return amx_kernel
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
+def _fits(x: Tensor, weight: Matrix) -> bool:
     return (
-        x.dtype == weight.dtype == torch.bfloat16
-        and x.device.type == weight.device.type == "cpu"
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
         and x.dim() == 2
         and x.shape[0] > 0
         and x.shape[1] % 32 == 0
         and x.shape[1] > 0
         and weight.shape[0] % 32 == 0
-        and weight.is_contiguous()
+        and (isinstance(weight, Packed) or _lies_ready(weight))
     )
 
 
-def _compiled(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _lies_ready(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+
+
+def _compiled(x: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
     kernel = _kernel()
     x = x.contiguous()
     (count, inner), outer = x.shape, weight.shape[0]
@@ -169,13 +178,20 @@ def _compiled(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     chunk = _chunk_rows(inner, outer)
     parts = -(-outer // chunk)
     scratch = torch.empty(parts * 1024, dtype=torch.float32)
+    data = weight.data if isinstance(weight, Packed) else weight
     table = [
-        *(0, blocks, x.data_ptr(), packed.data_ptr(), weight.data_ptr(), out.data_ptr()),
+        *(0, blocks, x.data_ptr(), packed.data_ptr(), data.data_ptr(), out.data_ptr()),
         *(count, inner, outer, chunk, dtype == torch.float32, scratch.data_ptr(), ctypes.addressof(_CONFIG)),
+        *(0, 0, 0, 0),
     ]
     team.run(kernel.pack, table)
     table[kernel.PARTS] = parts
-    team.run(kernel.product, table)
+    if not isinstance(weight, Packed):
+        team.run(kernel.product, table)
+        return out
+    room = torch.empty(torch.get_num_threads() * kernel.ROWS * inner, dtype=torch.bfloat16)
+    table[kernel.CODE :] = [weight.packing.code, weight.exceptions(), 0, room.data_ptr()]
+    team.run(kernel.packed_product, table)
     return out
 
 

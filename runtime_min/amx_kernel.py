@@ -12,19 +12,30 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]
-from numba import carray, cfunc, extending, njit, types  # type: ignore[attr-defined]
+from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
+
+from moeplan.runtime_min.kernel_parts import (
+    I64,
+    INTS,
+    draw,
+    intrinsic,
+    line_pointers,
+    rounded,
+    row_pointers,
+    transposed,
+)
+from moeplan.runtime_min.packed_kernel import unpack_rows
 
 binding.initialize_native_asmparser()  # which Numba leaves out
 
-intrinsic: Any = extending.intrinsic  # its calls lack the first parameter of its definitions
-
-I16, I32, I64, POINTER = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.PointerType()
-INTS = ir.VectorType(I32, 16)
 TILE = 1024  # bytes of a tile
 ROWS = 32  # rows of the weight that are multiplied at once
 
 # The table of a call. SCRATCH: 4 tiles for each chunk. CHUNK: rows of `out` that a thread takes at once.
-NEXT, PARTS, X, PACKED, WEIGHT, OUT, T, INNER, OUTER, CHUNK, FLOAT, SCRATCH, CONFIG, TABLE_SIZE = range(14)
+# Of a packed weight, which lies at WEIGHT: CODE and FAR as packed_kernel has them; THREADS counts threads,
+# and each has room for ROWS rows of bf16 from ROOM on.
+NEXT, PARTS, X, PACKED, WEIGHT, OUT, T, INNER, OUTER, CHUNK, FLOAT, SCRATCH, CONFIG = range(13)
+CODE, FAR, THREADS, ROOM, TABLE_SIZE = range(13, 18)
 
 _CLOBBERS = ",~{memory},~{dirflag},~{fpsr},~{flags}"
 
@@ -119,51 +130,18 @@ def _keep(builder: Any, out: Any, tiles: Any) -> None:
         _assemble(builder, f"tilestored %tmm{i}, ($0,$1)", "r,r", ir.VoidType(), [place, I64(64)])
 
 
-def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """16 vectors of 16: element i of vector j becomes element j of vector i."""
-    for distance in (8, 4, 2, 1):
-        low = [k if not k & distance else 16 + k - distance for k in range(16)]
-        high = [k + distance if not k & distance else 16 + k for k in range(16)]
-        swapped = list(rows)
-        for i in range(16):
-            if not i & distance:
-                pair = rows[i], rows[i + distance]
-                swapped[i] = builder.shuffle_vector(*pair, ir.Constant(INTS, low))
-                swapped[i + distance] = builder.shuffle_vector(*pair, ir.Constant(INTS, high))
-        rows = swapped
-    return rows
-
-
-def _rows(builder: Any, base: Any, stride: Any, valid: Any) -> list[Any]:
-    """Pointers to 16 rows `stride` bytes apart; those beyond `valid` are the last valid one again."""
-    last = builder.sub(valid, I64(1))
-    numbers = [builder.select(builder.icmp_signed("<", I64(i), last), I64(i), last) for i in range(16)]
-    return [builder.inttoptr(builder.add(base, builder.mul(n, stride)), POINTER) for n in numbers]
-
-
-def _lines(builder: Any, base: Any) -> list[Any]:
-    return [builder.inttoptr(builder.add(base, I64(64 * i)), POINTER) for i in range(16)]
-
-
 @intrinsic
 def pack_tile(typingctx, x, stride, valid, packed):
     """64 bytes of each of 16 tokens' rows at `x` become a tile at `packed`."""
 
     def codegen(context, builder, signature, args):
         x, stride, valid, packed = args
-        rows = [builder.load(p, typ=INTS, align=2) for p in _rows(builder, x, stride, valid)]
-        for pointer, line in zip(_lines(builder, packed), _transposed(builder, rows), strict=True):
+        rows = [builder.load(p, typ=INTS, align=2) for p in row_pointers(builder, x, stride, valid)]
+        for pointer, line in zip(line_pointers(builder, packed), transposed(builder, rows), strict=True):
             builder.store(line, pointer, align=4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
-
-
-def _bf16(builder: Any, bits: Any) -> Any:
-    """Float32 rounded to the nearest bf16, ties to even."""
-    odd = builder.and_(builder.lshr(bits, ir.Constant(INTS, [16] * 16)), ir.Constant(INTS, [1] * 16))
-    rounded = builder.add(bits, builder.add(odd, ir.Constant(INTS, [0x7FFF] * 16)))
-    return builder.trunc(builder.lshr(rounded, ir.Constant(INTS, [16] * 16)), ir.VectorType(I16, 16))
 
 
 def _unpack(exact: bool) -> Any:
@@ -173,13 +151,13 @@ def _unpack(exact: bool) -> Any:
 
         def codegen(context, builder, signature, args):
             tile, out, stride, valid = args
-            rows = [builder.load(p, typ=INTS, align=4) for p in _lines(builder, tile)]
-            values = _transposed(builder, rows)
+            rows = [builder.load(p, typ=INTS, align=4) for p in line_pointers(builder, tile)]
+            values = transposed(builder, rows)
             # From the last: what the tokens that are none have is overwritten.
             for pointer, value in reversed(
-                list(zip(_rows(builder, out, stride, valid), values, strict=True))
+                list(zip(row_pointers(builder, out, stride, valid), values, strict=True))
             ):
-                builder.store(value if exact else _bf16(builder, value), pointer, align=2)
+                builder.store(value if exact else rounded(builder, value), pointer, align=2)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), codegen
@@ -189,16 +167,6 @@ def _unpack(exact: bool) -> Any:
 
 unpack_float = _unpack(True)
 unpack_bf16 = _unpack(False)
-
-
-@intrinsic
-def draw(typingctx, address):
-    """The count at `address`, then raised by one; atomic."""
-
-    def codegen(context, builder, signature, args):
-        return builder.atomic_rmw("add", builder.inttoptr(args[0], POINTER), I64(1), "seq_cst")
-
-    return types.int64(types.int64), codegen
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
@@ -232,18 +200,24 @@ def _write(a, tiles, row, token):
 
 
 @njit(error_model="numpy")
-def _chunk(a, part):
+def _rows_product(a, weight, row, token, scratch):
+    """ROWS rows of the weight at `weight` times up to 32 tokens."""
     stride = 2 * a[INNER]
+    two = int(a[T] - token > 16)
+    tokens = a[PACKED] + token * stride
+    multiply(weight, stride, tokens, 16 * stride, two, a[INNER] // 32, scratch)
+    _write(a, scratch, row, token)
+    if two:
+        _write(a, scratch + TILE, row, token + 16)
+
+
+@njit(error_model="numpy")
+def _chunk(a, part):
     scratch = a[SCRATCH] + 4 * TILE * part
     end = min(a[OUTER], (part + 1) * a[CHUNK])
     for token in range(0, a[T], 32):
-        two = int(a[T] - token > 16)
         for row in range(part * a[CHUNK], end, ROWS):
-            weight, tokens = a[WEIGHT] + row * stride, a[PACKED] + token * stride
-            multiply(weight, stride, tokens, 16 * stride, two, a[INNER] // 32, scratch)
-            _write(a, scratch, row, token)
-            if two:
-                _write(a, scratch + TILE, row, token + 16)
+            _rows_product(a, a[WEIGHT] + 2 * row * a[INNER], row, token, scratch)
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
@@ -256,4 +230,22 @@ def product(table):
         if part >= a[PARTS]:
             break
         _chunk(a, part)
+    release()
+
+
+@cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+def packed_product(table):
+    """The same with a packed weight: rows are unpacked once, for all tokens."""
+    a = carray(table, (TABLE_SIZE,))
+    configure(a[CONFIG])
+    room = a[ROOM] + draw(a.ctypes.data + 8 * THREADS) * 2 * ROWS * a[INNER]
+    while True:
+        part = draw(a.ctypes.data + 8 * NEXT)
+        if part >= a[PARTS]:
+            break
+        scratch = a[SCRATCH] + 4 * TILE * part
+        for row in range(part * a[CHUNK], min(a[OUTER], (part + 1) * a[CHUNK]), ROWS):
+            unpack_rows(a[WEIGHT], a[CODE], a[OUTER], a[INNER], a[FAR], row, row + ROWS, room)
+            for token in range(0, a[T], 32):
+                _rows_product(a, room, row, token, scratch)
     release()

@@ -12,10 +12,10 @@ import math
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import carray, cfunc, extending, njit, types  # type: ignore[attr-defined]
+from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
-intrinsic: Any = extending.intrinsic  # its calls lack the first parameter of its definitions
+from moeplan.runtime_min.kernel_parts import draw, intrinsic
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 F32, POINTER = ir.FloatType(), ir.PointerType()
@@ -200,16 +200,6 @@ def maximum(typingctx, scores):
         return builder.call(top, [builder.load(_at(builder, args[0]), typ=FLOATS, align=4)])
 
     return types.float32(types.int64), codegen
-
-
-@intrinsic
-def draw(typingctx, address):
-    """The count at `address`, then raised by one; atomic."""
-
-    def codegen(context, builder, signature, args):
-        return builder.atomic_rmw("add", _at(builder, args[0]), I64(1), "seq_cst")
-
-    return types.int64(types.int64), codegen
 
 
 def _pointer(kind: Any) -> Any:

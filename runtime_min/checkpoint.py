@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moeplan.runtime_min.errors import RunError
+from moeplan.runtime_min.formats import PACKINGS, fits
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 INDEX = "model.safetensors.index.json"
@@ -59,8 +60,12 @@ def find_tensors(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
     unused: Callable[[str], bool] = lambda name: False,
+    packed: Collection[str] = (),
+    packing: str = "",
 ) -> dict[str, TensorRef]:
     """Locate every tensor of `shapes` in `folder`; raises CheckpointError with all that is wrong.
+
+    Those named in `packed` are in the format `packing`, which their refs have as dtype.
 
     A tensor that is not among them is wrong too, unless `unused` says that the model does without: it may
     stand for something that the runtime does not compute.
@@ -78,14 +83,27 @@ def find_tensors(
         if name not in found and readable:
             problems.append(f"{folder}: {name}: is missing")
         elif name in found:
+            if name in packed:
+                found[name] = _as_packed(found[name], packing, shape, problems)
+                continue
             problems += _tensor_problems(found[name], shape)
     if problems:
         raise CheckpointError(problems)
     return {name: found[name] for name in shapes}
 
 
+def _as_packed(ref: TensorRef, packing: str, shape: tuple[int, ...], problems: list[str]) -> TensorRef:
+    """The bytes `ref` as a matrix of `shape`."""
+    least, most = PACKINGS[packing].least_bytes(shape), PACKINGS[packing].most_bytes(shape)
+    if ref.dtype != "U8" or len(ref.shape) != 1 or not fits(shape) or not least <= ref.nbytes <= most:
+        problems.append(f"{ref.path}: {ref.name}: is {ref.dtype} {list(ref.shape)}, not {shape} in {packing}")
+    return replace(ref, dtype=packing, shape=shape)
+
+
 def cut(ref: TensorRef, name: str, first: int, shape: tuple[int, ...]) -> TensorRef:
-    """The elements of a tensor from `first` on, as the tensor `name` of their own."""
+    """The elements of a tensor from `first` on, as the tensor `name` of their own; a packed one is whole."""
+    if ref.dtype in PACKINGS:
+        return ref
     item = ITEM_BYTES[ref.dtype]
     return replace(
         ref, name=name, offset=ref.offset + first * item, nbytes=math.prod(shape) * item, shape=shape

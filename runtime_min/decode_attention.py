@@ -96,7 +96,8 @@ def _kernel() -> Any | None:
         import numba  # noqa: F401
     except ImportError:
         return None
-    with team.kept(str(Path(__file__).with_name("attention_kernel.py"))):
+    folder = Path(__file__).parent
+    with team.kept(str(folder / "attention_kernel.py"), str(folder / "kernel_parts.py")):
         from moeplan.runtime_min import attention_kernel
     return attention_kernel
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeplan.runtime_min import amx
+from moeplan.runtime_min import amx, vectors
+from moeplan.runtime_min.packing import Matrix, Packed, unpack
 from moeplan.runtime_min.rope_scaling import Llama3Scaling, LongScaling, Scaling, YarnScaling
 
 
@@ -27,12 +28,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return F.layer_norm(x, x.shape[-1:], weight.float(), shift, eps).to(weight.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] times weight [out, in], plus bias [out]."""
-    on_tiles = amx.linear(x, weight)
-    if on_tiles is None:
-        return F.linear(pad_rows(x), weight, bias)[: x.shape[0]]
-    return on_tiles if bias is None else on_tiles.add_(bias)
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] times weight [out, in], plus bias [out], by the fastest way that this CPU has."""
+    out = amx.linear(x, weight)
+    if out is None:
+        out = vectors.linear(x, weight)
+    if out is None:
+        plain = unpack(weight).to(x.dtype) if isinstance(weight, Packed) else weight
+        return F.linear(pad_rows(x), plain, bias)[: x.shape[0]]
+    return out if bias is None else out.add_(bias)
 
 
 def pad_rows(x: Tensor) -> Tensor:
@@ -54,14 +58,10 @@ def round_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def expert(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+def expert(x: Tensor, w1: Matrix, w2: Matrix, w3: Matrix) -> Tensor:
     """w2 · (silu(w1 · x) * (w3 · x)) for x [T, H], w1 and w3 [I, H], w2 [H, I]."""
-    gate = amx.linear(x, w1)  # [T, I]
-    if gate is not None:
-        return linear(F.silu(gate, inplace=True).mul_(linear(x, w3)), w2)
-    padded = pad_rows(x)
-    inner = F.silu(F.linear(padded, w1), inplace=True)  # [T, I]
-    return F.linear(inner.mul_(F.linear(padded, w3)), w2)[: x.shape[0]]
+    inner = F.silu(linear(x, w1), inplace=True)  # [T, I]
+    return linear(inner.mul_(linear(x, w3)), w2)
 
 
 def fused_expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

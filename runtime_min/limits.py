@@ -15,6 +15,7 @@ from moeplan.runtime_min.plan_file import (
     RuntimePlan,
     kv_bytes,
     most_places,
+    packed_bytes,
     workspace_bytes,
 )
 
@@ -35,6 +36,11 @@ def check_supported(path: Path, plan: RuntimePlan) -> None:
             f"{path}: offload plans of {plan.model.architecture} are not supported: the cache of latent "
             "attention is kept by stream plans only",
             "compile the spec for a machine without a GPU",
+        )
+    if plan.model.packing != "none" and kind == "offload":
+        raise PlanFileError(
+            f"{path}: weights packed in {plan.model.packing} are executed by stream plans only",
+            "compile the spec for a machine without a GPU, or with the checkpoint as it was",
         )
     if plan.model.architecture not in ARCHITECTURES:
         raise PlanFileError(
@@ -111,12 +117,20 @@ def _check_model(
 
 
 def check_memory(
-    path: Path, plan: RuntimePlan, shapes: Mapping[str, tuple[int, ...]], moving: Collection[str]
+    path: Path,
+    plan: RuntimePlan,
+    shapes: Mapping[str, tuple[int, ...]],
+    moving: Collection[str],
+    packed: Collection[str],
 ) -> None:
     """Raise PlanFileError where a need exceeds its item of the plan, or all together the budget."""
     memory, pages = plan.memory, plan.pages
     check_parameters(path, plan, shapes)
-    stay = sum(stay_bytes(plan, name, shape) for name, shape in shapes.items() if name not in moving)
+    stay = sum(
+        packed_bytes(plan.model, math.prod(shape), 0) if name in packed else stay_bytes(plan, name, shape)
+        for name, shape in shapes.items()
+        if name not in moving
+    )
     items = {
         "weights": (stay, memory.weights_bytes),
         "slots": (pages.slots * pages.slot_bytes if moving else 0, memory.slots_bytes),

@@ -17,7 +17,6 @@ from moeplan.runtime_min.rope_scaling import LongScaling, Scaling, read_scaling
 _TRIVIAL: dict[str, tuple[object, ...]] = {
     "mlp_bias": (False,),
     "hidden_act": ("silu",),
-    "quantization_config": (None,),
 }
 _SCORING = {"grouped softmax": "softmax", "sigmoid": "sigmoid"}
 
@@ -131,10 +130,19 @@ def read_config(folder: Path, model: ModelPlan, context_tokens: int) -> ModelCon
         *_shape_problems(keys, model, kind, config),
         *_feature_problems(outer, keys, kind, biased),
         *_context_problems(keys, context_tokens),
+        *_packing_problems(keys.get("quantization_config"), model.packing),
     ]
     if problems:
         raise CheckpointError([f"{folder / 'config.json'}: {problem}" for problem in problems])
     return config
+
+
+def _packing_problems(quantization: object, packing: str) -> list[str]:
+    """A checkpoint in other bits than the plan's."""
+    wanted = None if packing == "none" else {"quant_method": "moeplan", "format": packing}
+    if quantization == wanted:
+        return []
+    return [f"quantization_config is {quantization!r}, the plan has {wanted!r}"]
 
 
 def _renormalise(keys: Keys, kind: Architecture) -> bool:

@@ -6,6 +6,7 @@ N sequences, T tokens, H hidden, Q query heads, V key and value heads, D head di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from moeplan.runtime_min.plan_file import RuntimePlan, call_tokens
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
 
-Matrices = Callable[[int], tuple[Tensor, ...]]  # expert -> its tensors
+Matrices = Callable[[int], tuple[Any, ...]]  # expert -> its tensors
 
 
 class Operations:
@@ -206,7 +207,7 @@ class Operations:
                     continue
                 out.index_add_(0, tokens, self._expert(x, tensors).float().mul_(weights))
 
-    def _expert(self, x: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    def _expert(self, x: Tensor, tensors: tuple[Any, ...]) -> Tensor:
         """What an expert says of x [T, H]."""
         match self._kind.experts:
             case "pairs":

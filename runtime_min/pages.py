@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +24,14 @@ from torch import Tensor
 from moeplan.runtime_min.checkpoint import TensorRef
 from moeplan.runtime_min.checksums import Verification
 from moeplan.runtime_min.errors import RunError
+from moeplan.runtime_min.formats import PACKINGS
 from moeplan.runtime_min.models.tensors import CORRECTION
+from moeplan.runtime_min.packing import Matrix, Packed
 from moeplan.runtime_min.plan_file import ALIGNMENT_BYTES, PagePlan
 
+# Of packed matrices those of their bytes.
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES |= dict.fromkeys(PACKINGS, torch.uint8)
 
 Names = Callable[[int, int], Sequence[str]]  # layer, page -> the names of its tensors
 Block = Callable[[], int]  # reads one block; returns its bytes
@@ -123,18 +127,22 @@ def layout_page(refs: Iterable[TensorRef], shards: Mapping[Path, Shard]) -> Page
     return PageLayout(tuple(extents), places)
 
 
-class PageView(Mapping[str, Tensor]):
+class PageView(Mapping[str, Any]):
     """The tensors of a page that lies in a slot, each in the compute dtype when it is asked for.
 
-    No copy is made where the stored dtype is the compute dtype and the tensor starts on a whole element.
+    Packed ones stay packed. No copy is made where the stored dtype is the compute dtype and the tensor
+    starts on a whole element.
     """
 
     def __init__(self, layout: PageLayout, slot: Tensor, dtype: torch.dtype) -> None:
         self._layout, self._slot, self._dtype = layout, slot, dtype
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Matrix:
         ref, at = self._layout.places[name]
-        return _typed(self._slot[at : at + ref.nbytes], ref).view(ref.shape).to(self._dtype)
+        data = self._slot[at : at + ref.nbytes]
+        if ref.dtype in PACKINGS:
+            return _matrix(data, ref)
+        return _typed(data, ref).view(ref.shape).to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layout.places)
@@ -144,12 +152,12 @@ class PageView(Mapping[str, Tensor]):
 
 
 class Weights(Protocol):
-    """What a model needs of its weights: those that stay by name, and the tensors of a page."""
+    """A model's weights, tensors or packed matrices: those that stay by name, and those of a page."""
 
     @property
-    def resident(self) -> Mapping[str, Tensor]: ...
+    def resident(self) -> Mapping[str, Any]: ...
 
-    def view(self, layer: int, page: int, slot: int) -> Mapping[str, Tensor]: ...
+    def view(self, layer: int, page: int, slot: int) -> Mapping[str, Any]: ...
 
 
 class PageStore:
@@ -180,10 +188,11 @@ class PageStore:
         self._slots = [torch.frombuffer(memory, dtype=torch.uint8) for memory in self._memory]
         moving = {name for layout in self._layouts.values() for name in layout.places}
         stay = [ref for name, ref in refs.items() if name not in moving]
-        self.resident = {ref.name: torch.empty(ref.shape, dtype=kept_as(ref.name, dtype)) for ref in stay}
-        Reader(self._shards, plan.readers, plan.block_bytes, verification).load(stay, self.resident)
+        kept = {ref.name: _room(ref, dtype) for ref in stay}
+        Reader(self._shards, plan.readers, plan.block_bytes, verification).load(stay, kept)
+        self.resident: dict[str, Any] = {ref.name: _matrix(kept[ref.name], ref) for ref in stay}
 
-    def view(self, layer: int, page: int, slot: int) -> Mapping[str, Tensor]:
+    def view(self, layer: int, page: int, slot: int) -> Mapping[str, Any]:
         """The tensors of a page: in `slot`, or resident where `slot` is -1."""
         if slot < 0:
             return self.resident
@@ -238,6 +247,20 @@ class PageStore:
                     f"{layout.nbytes:,} bytes in memory, a slot of the plan holds {self._plan.slot_bytes:,}",
                     "compile the spec again with this checkpoint",
                 )
+
+
+def _room(ref: TensorRef, dtype: torch.dtype) -> Tensor:
+    """Memory for a tensor that stays, as it is kept."""
+    if ref.dtype in PACKINGS:
+        return torch.empty(ref.nbytes, dtype=torch.uint8)
+    return torch.empty(ref.shape, dtype=kept_as(ref.name, dtype))
+
+
+def _matrix(data: Tensor, ref: TensorRef) -> Matrix:
+    """What was read as it is used."""
+    if ref.dtype not in PACKINGS:
+        return data
+    return Packed(data, (ref.shape[0], ref.shape[1]), PACKINGS[ref.dtype])
 
 
 def kept_as(name: str, dtype: torch.dtype) -> torch.dtype:

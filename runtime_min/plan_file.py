@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, fields
@@ -41,6 +42,8 @@ ARCHITECTURES = (  # model types that this version of the runtime executes, on C
 PASS_TOKENS = 32768  # that a pass of a stream plan takes at most, where its prompts are shorter
 KV_BLOCK_TOKENS = 32  # tokens of one block of the KV cache of a stream plan
 ALIGNMENT_BYTES = 4096  # of direct reads: their file offset, length and place in memory
+# Bytes of a value of a packed matrix, scales included; in bf12 with room for exceptions: see formats.py.
+STORED_BYTES = {"bf12": (97 / 64) * (1 + 1 / 256), "int8": 66 / 64, "int4": 40 / 64}
 
 
 class PlanFileError(RunError):
@@ -58,7 +61,8 @@ class ModelPlan:
     Of the `layers`, `moe_layers` have experts; the others an MLP of `dense_intermediate`. An MLP of
     `shared_intermediate` takes all tokens beside the experts. `attention_parameters` are those of a layer but
     for its norms, `expert_parameters` those of an expert, biases with both; `parameters` those of the model,
-    to which come `router_corrections` numbers in float32. Of a token the cache holds keys and values of
+    to which come `router_corrections` numbers in float32. `packing` says how experts' matrices are stored
+    and held in memory; the other tensors are plain. Of a token the cache holds keys and values of
     `kv_heads` in each layer, or, where `latent_dim` is not 0, a latent of so many values.
     """
 
@@ -82,6 +86,7 @@ class ModelPlan:
     expert_parameters: int
     router_corrections: int
     parameters: int
+    packing: Literal["none", "bf12", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,12 +241,19 @@ def most_places(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
     return max(0, min(moving, batch.sequences * model.experts_per_token))
 
 
+def packed_bytes(model: ModelPlan, parameters: int, item_bytes: float) -> int:
+    """Bytes of `parameters` of experts, which take `item_bytes` each where they are not packed."""
+    return math.ceil(parameters * STORED_BYTES.get(model.packing, item_bytes))
+
+
 def slot_bytes(model: ModelPlan, pages: PagePlan, stored_item_bytes: int) -> int:
     """What a slot must hold so that every streamed page fits: its tensors as stored, each in whole blocks."""
 
     def needed(page: int) -> int:
         padding = 2 * ALIGNMENT_BYTES * page_tensors(model, pages, page)
-        return page_parameters(model, pages, page) * stored_item_bytes + padding
+        parameters = page_parameters(model, pages, page)
+        plain = parameters * stored_item_bytes
+        return padding + (packed_bytes(model, parameters, stored_item_bytes) if page else plain)
 
     streamed = range(pages.resident_pages, pages.pages_per_layer)
     return _align(max(map(needed, streamed), default=0))
@@ -249,13 +261,13 @@ def slot_bytes(model: ModelPlan, pages: PagePlan, stored_item_bytes: int) -> int
 
 def weights_bytes(model: ModelPlan, pages: PagePlan) -> int:
     """What stays in memory: resident pages, embeddings, head, norms, routers, and the MLPs that take every
-    token, in the compute dtype; routers' corrections in float32."""
-    streamed = sum(
-        page_parameters(model, pages, page) * (model.moe_layers if page else model.layers)
-        for page in range(pages.resident_pages, pages.pages_per_layer)
-    )
-    stay = (model.parameters - streamed) * ITEM_BYTES[model.compute_dtype]
-    return stay + 4 * model.router_corrections
+    token, in the compute dtype, experts as packed; routers' corrections in float32."""
+    item = ITEM_BYTES[model.compute_dtype]
+    sizes = [page_parameters(model, pages, page) for page in range(pages.pages_per_layer)]
+    all_pages = model.layers * sizes[0] + model.moe_layers * sum(sizes[1:])
+    resident = model.layers * sizes[0] * item if pages.resident_pages else 0
+    resident += model.moe_layers * sum(packed_bytes(model, n, item) for n in sizes[1 : pages.resident_pages])
+    return (model.parameters - all_pages) * item + resident + 4 * model.router_corrections
 
 
 def pass_tokens(sequences: int, prompt_tokens: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ from moeplan.runtime_min.model_config import ModelConfig, read_config
 from moeplan.runtime_min.models.tensors import (
     expert_names,
     find_parts,
+    packed_names,
     page_experts,
     page_names,
 )
@@ -138,7 +140,7 @@ class StreamModel(Operations):
     def _experts(self, layer: int, page: int, weights: Mapping[str, Tensor]) -> None:
         """Add what the page's experts say to the residual stream."""
 
-        def matrices(e: int) -> tuple[Tensor, ...]:
+        def matrices(e: int) -> tuple[Any, ...]:
             return tuple(weights[name] for name in expert_names(self._model, layer, e))
 
         experts = page_experts(self._model, self._page_plan, page)
@@ -251,7 +253,7 @@ class Engine(Stream):
             for name in page_names(m, self.config, pages, layer, page)
         }
         shapes = {name: ref.shape for name, ref in refs.items()}
-        check_memory(folder / "runtime.json", plan, shapes, moving)
+        check_memory(folder / "runtime.json", plan, shapes, moving, packed_names(m, self.config))
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
         prepare()

@@ -83,6 +83,7 @@ def model_plan(model: Model, checkpoint: str, dtype: Dtype) -> plan_file.ModelPl
         expert_parameters=model.expert_parameters(),
         router_corrections=model.router_corrections,
         parameters=model.parameters.total(),
+        packing=model.packing,
     )
 
 

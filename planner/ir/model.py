@@ -8,6 +8,11 @@ from typing import Literal
 AttentionKind = Literal["gqa", "mla"]
 
 
+Packing = Literal["none", "bf12", "int8", "int4"]
+# Bytes of a packed value, scales included: as runtime_min.plan_file.STORED_BYTES has it.
+PACKED_BYTES: dict[str, float] = {"bf12": (97 / 64) * (1 + 1 / 256), "int8": 66 / 64, "int4": 40 / 64}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
     """The attention of one layer. MHA is GQA with as many KV heads as heads.
@@ -84,6 +89,7 @@ class Model:
     sum to `shared_intermediate`. A dense model has moe_layers = experts = 0.
     `stored_bytes_per_*` are bytes per parameter in the checkpoint (2.0 bf16, 0.53 MXFP4 with its scales).
     Beside parameters there are `router_corrections` numbers, one per expert where the choice is corrected.
+    `packing` says how runtime_min has stored the experts' matrices in fewer bits.
     `not_executed` says what of the model the bundled runtime does not compute; empty where it runs it all,
     for contexts up to `executed_context_tokens`.
     """
@@ -108,6 +114,7 @@ class Model:
     executed_context_tokens: int
     router_corrections: int = 0
     not_executed: tuple[str, ...] = ()
+    packing: Packing = "none"
 
     @property
     def layers(self) -> int:
@@ -146,5 +153,7 @@ class Model:
             experts_per_token=1,
             expert_intermediate=self.dense_intermediate,
             parameters=replace(p, routed_experts=p.dense_mlp, dense_mlp=0),
-            stored_bytes_per_expert_parameter=self.stored_bytes_per_other_parameter,
+            stored_bytes_per_expert_parameter=PACKED_BYTES.get(
+                self.packing, self.stored_bytes_per_other_parameter
+            ),
         )

@@ -50,6 +50,8 @@ def _answers(
     """Each strategy's answer."""
     if roofline.roofs[0].flops_per_s == 0:
         return [_no_arithmetic(workload, requests, roofline)]
+    if roofline.has("gpu") and workload.model.packing != "none":
+        return [_packed_for_cpus(workload, requests, roofline)]
     not_ours = _not_ours(workload, requests, roofline, unrunnable) if unrunnable else None
     if not roofline.has("gpu"):
         if requests.name == "online":
@@ -108,6 +110,16 @@ def _not_executed(workload: Workload, requests: RequestClass, roofline: Roofline
         f"the bundled runtime does not execute {' and '.join(model.not_executed)} "
         f"({model.name}, {model.model_type})",
         "GPUs that hold the whole model, or a checkpoint without",
+    )
+
+
+def _packed_for_cpus(workload: Workload, requests: RequestClass, roofline: Roofline) -> Rejection:
+    return impossible(
+        roofline.machine.name,
+        requests,
+        "model",
+        f"experts packed in {workload.model.packing} are read by the bundled runtime alone, on a CPU",
+        "the checkpoint as it was, or a machine without a GPU",
     )
 
 

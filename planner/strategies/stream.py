@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from moeplan.planner import costs
 from moeplan.planner.ir.estimate import Z90, Estimate
 from moeplan.planner.ir.machine import Kernels
+from moeplan.planner.ir.model import PACKED_BYTES
 from moeplan.planner.ir.policy import MemoryLimit, Pages, PassTime, Policy, Rejection
 from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roofline
@@ -271,7 +272,8 @@ class _Point:
         """Bytes in memory of each page, of all layers that have it: experts are not in all."""
         model, size = self.workload.model, self.workload.value_bytes
         attention, *experts = self.page_parameters
-        return [attention * model.layers * size, *(n * model.moe_layers * size for n in experts)]
+        held = PACKED_BYTES.get(model.packing, size)
+        return [attention * model.layers * size, *(math.ceil(n * held) * model.moe_layers for n in experts)]
 
     @cached_property
     def resident_pages(self) -> int:

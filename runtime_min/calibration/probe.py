@@ -245,6 +245,7 @@ def _plan(shape: Shape, dtype: Any, sequences: int, prompt: int, context: int) -
             expert_parameters=shape.expert_weights,
             router_corrections=0,
             parameters=0,
+            packing="none",
         ),
         batch=BatchPlan(
             sequences=sequences,

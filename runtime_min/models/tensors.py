@@ -36,7 +36,8 @@ class Part:
 def find_parts(folder: Path, model: ModelPlan, config: ModelConfig) -> dict[str, TensorRef]:
     """Locate every tensor of the model in the checkpoint `folder`; raises CheckpointError."""
     parts = tensor_parts(model, config)
-    stored = find_tensors(folder, tensor_shapes(model, config), partial(unused, model))
+    packed = packed_names(model, config)
+    stored = find_tensors(folder, tensor_shapes(model, config), partial(unused, model), packed, model.packing)
     return {name: cut(stored[p.source], name, p.first, p.shape) for name, p in parts.items()}
 
 
@@ -55,6 +56,18 @@ def tensor_parts(model: ModelPlan, config: ModelConfig) -> dict[str, Part]:
     return parts
 
 
+def packed_names(model: ModelPlan, config: ModelConfig) -> frozenset[str]:
+    """The tensors that are stored in fewer bits."""
+    layers = range(model.layers) if model.packing != "none" else ()
+    return frozenset(
+        name
+        for layer in layers
+        if layer not in config.dense
+        for e in range(model.experts)
+        for name in expert_names(model, layer, e)
+    )
+
+
 def tensor_shapes(model: ModelPlan, config: ModelConfig) -> dict[str, Shape]:
     """Every tensor of the checkpoint by its name there."""
     return {part.source: part.whole for part in tensor_parts(model, config).values()}
@@ -64,9 +77,9 @@ def unused(model: ModelPlan, name: str) -> bool:
     """Whether a tensor of the checkpoint is none of the decoder's: of layers beyond the last (prediction of
     several tokens), of what sees images, rotary frequencies, or a head beside the embedding it is tied to."""
     kind = BY_MODEL_TYPE[model.architecture]
-    layer = name.removeprefix(_stored(kind, "model.layers.")).split(".")[0]
+    layer = name.removeprefix(stored_name(kind, "model.layers.")).split(".")[0]
     beyond = layer.isdigit() and int(layer) >= model.layers
-    head = name == _stored(kind, "lm_head.weight")
+    head = name == stored_name(kind, "lm_head.weight")
     return beyond or head or name.endswith("rotary_emb.inv_freq") or name.startswith(kind.unused or ("\0",))
 
 
@@ -161,7 +174,7 @@ def _expert(model: ModelPlan, layer: int, e: int) -> dict[str, Part]:
         return _wholes(kind, shapes)
     parts = {}
     for name, shape in shapes.items():
-        source = _stored(kind, name.replace(f".experts.{e}.", ".experts.").removesuffix(".weight"))
+        source = stored_name(kind, name.replace(f".experts.{e}.", ".experts.").removesuffix(".weight"))
         source = source.replace(".bias", "_bias")
         rows = (model.experts * shape[0], *shape[1:])
         whole = rows if kind.experts == "rows" else (model.experts, *shape)
@@ -182,7 +195,7 @@ def _attention(model: ModelPlan, config: ModelConfig, layer: int) -> dict[str, P
     if kind.fused_qkv:
         whole, first = (queries + 2 * keys, model.hidden), 0
         for name, shape in wide.items():
-            source = _stored(kind, start + "qkv_proj.weight")
+            source = stored_name(kind, start + "qkv_proj.weight")
             parts[f"{start}{name}_proj.weight"] = Part(shape, source, whole, first)
             first += math.prod(shape)
     else:
@@ -228,10 +241,10 @@ def _attention_norms(model: ModelPlan, config: ModelConfig) -> dict[str, Shape]:
 
 def _wholes(kind: Architecture, shapes: dict[str, Shape]) -> dict[str, Part]:
     """Tensors that the checkpoint has as they are."""
-    return {name: Part(shape, _stored(kind, name), shape, 0) for name, shape in shapes.items()}
+    return {name: Part(shape, stored_name(kind, name), shape, 0) for name, shape in shapes.items()}
 
 
-def _stored(kind: Architecture, name: str) -> str:
+def stored_name(kind: Architecture, name: str) -> str:
     """A tensor's name in the checkpoint."""
     for ours, theirs in kind.names:
         name = theirs + name.removeprefix(ours) if name.startswith(ours) else name

@@ -1,0 +1,60 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""What compiled kernels share. Imported only where Numba is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import extending, types
+
+I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F32, POINTER = ir.FloatType(), ir.PointerType()
+INTS, FLOATS = ir.VectorType(I32, 16), ir.VectorType(F32, 16)
+
+intrinsic: Any = extending.intrinsic  # its calls lack the first parameter of its definitions
+
+
+@intrinsic
+def draw(typingctx, address):
+    """The count at `address`, then raised by one; atomic."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], POINTER)
+        return builder.atomic_rmw("add", pointer, I64(1), "seq_cst")
+
+    return types.int64(types.int64), codegen
+
+
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """16 vectors of 16: element i of vector j becomes element j of vector i."""
+    for distance in (8, 4, 2, 1):
+        low = [k if not k & distance else 16 + k - distance for k in range(16)]
+        high = [k + distance if not k & distance else 16 + k for k in range(16)]
+        swapped = list(rows)
+        for i in range(16):
+            if not i & distance:
+                pair = rows[i], rows[i + distance]
+                swapped[i] = builder.shuffle_vector(*pair, ir.Constant(INTS, low))
+                swapped[i + distance] = builder.shuffle_vector(*pair, ir.Constant(INTS, high))
+        rows = swapped
+    return rows
+
+
+def row_pointers(builder: Any, base: Any, stride: Any, valid: Any) -> list[Any]:
+    """Pointers to 16 rows `stride` bytes apart; those beyond `valid` are the last valid one again."""
+    last = builder.sub(valid, I64(1))
+    numbers = [builder.select(builder.icmp_signed("<", I64(i), last), I64(i), last) for i in range(16)]
+    return [builder.inttoptr(builder.add(base, builder.mul(n, stride)), POINTER) for n in numbers]
+
+
+def line_pointers(builder: Any, base: Any) -> list[Any]:
+    """Pointers to 16 lines of 64 bytes."""
+    return [builder.inttoptr(builder.add(base, I64(64 * i)), POINTER) for i in range(16)]
+
+
+def rounded(builder: Any, bits: Any) -> Any:
+    """Float32 rounded to the nearest bf16, ties to even."""
+    odd = builder.and_(builder.lshr(bits, ir.Constant(INTS, [16] * 16)), ir.Constant(INTS, [1] * 16))
+    rounded = builder.add(bits, builder.add(odd, ir.Constant(INTS, [0x7FFF] * 16)))
+    return builder.trunc(builder.lshr(rounded, ir.Constant(INTS, [16] * 16)), ir.VectorType(I16, 16))

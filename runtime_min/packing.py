@@ -1,0 +1,182 @@
+"""Matrices in fewer bits: packed, and unpacked into the bf16 values that they stand for; see formats.py."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeplan.runtime_min import team
+from moeplan.runtime_min.formats import BLOCK_VALUES, EXCEPTION_BYTES, FAR, HALF, Packing
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A packed matrix [outer, inner] in memory: `data` are its bytes."""
+
+    data: Tensor
+    shape: tuple[int, int]
+    packing: Packing
+
+    def exceptions(self) -> int:
+        return (len(self.data) - self.packing.least_bytes(self.shape)) // EXCEPTION_BYTES
+
+
+Matrix = Tensor | Packed
+
+
+def pack(weight: Tensor, packing: Packing, first_row: int = 0) -> tuple[Tensor, Tensor]:
+    """The rows of bf16 `weight` [outer, inner] as bytes [outer, row bytes], and the exceptions [n, 8].
+
+    Exceptions count rows from `first_row`. Values that are not finite survive in bf12 only.
+    """
+    blocks = weight.reshape(weight.shape[0], -1, BLOCK_VALUES)  # [outer, blocks, 64]
+    data, scales, far = {"bf12": _pack_bf12, "int8": _pack_int8, "int4": _pack_int4}[packing.name](blocks)
+    rows = torch.cat((data.flatten(1), scales.flatten(1)), dim=1)
+    return rows, _exceptions(weight, far.flatten(1) if far is not None else None, first_row)
+
+
+def packed(weight: Tensor, packing: Packing) -> Packed:
+    """All of a bf16 matrix."""
+    rows, exceptions = pack(weight, packing)
+    data = torch.cat((rows.flatten(), exceptions.flatten()))
+    return Packed(data, (weight.shape[0], weight.shape[1]), packing)
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The matrix, bf16 [outer, inner]; compiled where Numba is installed."""
+    kernel = _kernel()
+    if kernel is None or packed.data.device.type != "cpu":
+        return plain(packed)
+    outer, inner = packed.shape
+    out = torch.empty(packed.shape, dtype=torch.bfloat16)
+    parts, code = -(-outer // kernel.ROWS), packed.packing.code
+    address = packed.data.data_ptr()
+    team.run(kernel.unpack, [0, parts, address, code, outer, inner, packed.exceptions(), out.data_ptr()])
+    return out
+
+
+@functools.cache
+def _kernel() -> Any | None:
+    """The module of the compiled kernel, or None without Numba."""
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return None
+    folder = Path(__file__).parent
+    with team.kept(str(folder / "packed_kernel.py"), str(folder / "kernel_parts.py")):
+        from moeplan.runtime_min import packed_kernel
+    return packed_kernel
+
+
+def plain(packed: Packed) -> Tensor:
+    """The same in torch alone."""
+    (outer, inner), packing = packed.shape, packed.packing
+    size = packing.least_bytes(packed.shape)
+    rows = packed.data[:size].view(outer, -1)
+    cut = inner // BLOCK_VALUES * packing.data_bytes
+    data, scales = rows[:, :cut].view(outer, -1, packing.data_bytes), rows[:, cut:]
+    values = {"bf12": _unpack_bf12, "int8": _unpack_int8, "int4": _unpack_int4}[packing.name](data, scales)
+    out = values.reshape(outer, inner)
+    if len(packed.data) > size:
+        row, column, value = read_exceptions(packed)
+        out[row, column] = value
+    return out
+
+
+def read_exceptions(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns and values of those that follow the rows."""
+    tail = packed.data[packed.packing.least_bytes(packed.shape) :].clone().view(-1, EXCEPTION_BYTES)
+    row = tail[:, :4].contiguous().view(torch.int32)[:, 0].long()
+    column = tail[:, 4:6].contiguous().view(torch.int16)[:, 0].long() & 0xFFFF
+    return row, column, tail[:, 6:].contiguous().view(torch.bfloat16)[:, 0]
+
+
+def _exceptions(weight: Tensor, far: Tensor | None, first_row: int) -> Tensor:
+    if far is None:
+        return torch.empty(0, EXCEPTION_BYTES, dtype=torch.uint8)
+    row, column = far.nonzero(as_tuple=True)
+    parts = (
+        (row + first_row).to(torch.int32).view(-1, 1).view(torch.uint8),
+        column.to(torch.int16).view(-1, 1).view(torch.uint8),
+        weight[row, column].view(-1, 1).view(torch.uint8),
+    )
+    return torch.cat(parts, dim=1)
+
+
+def _pack_bf12(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    bits = blocks.view(torch.int16)
+    signs = ((bits >> 8) & 0x80 | bits & 0x7F).to(torch.uint8)
+    exponents = (bits >> 7) & 0xFF
+    base = (exponents.amax(-1, keepdim=True) - (FAR - 1)).clamp_(min=0)
+    distance = exponents - base
+    far = distance < 0
+    nibbles = distance.masked_fill_(far, FAR).to(torch.uint8)
+    return torch.cat((signs, _pairs(nibbles)), dim=-1), base.to(torch.uint8), far
+
+
+def _unpack_bf12(data: Tensor, base: Tensor) -> Tensor:
+    signs = data[..., :BLOCK_VALUES].to(torch.int16)
+    exponents = _nibbles(data[..., BLOCK_VALUES:]).to(torch.int16) + base.to(torch.int16)[..., None]
+    return ((signs & 0x80) << 8 | (exponents & 0xFF) << 7 | signs & 0x7F).view(torch.bfloat16)
+
+
+def _pack_int8(blocks: Tensor) -> tuple[Tensor, Tensor, None]:
+    values = blocks.float()
+    scale = (values.abs().amax(-1, keepdim=True) / 127).bfloat16()
+    whole = (values / _divisor(scale)).round_().clamp_(-127, 127).to(torch.int8)
+    return whole.view(torch.uint8), scale.view(torch.uint8), None
+
+
+def _unpack_int8(data: Tensor, scales: Tensor) -> Tensor:
+    scale = _bf16(scales).view(len(data), -1, 1)
+    return (data.view(torch.int8).float() * scale).bfloat16()
+
+
+def _pack_int4(blocks: Tensor) -> tuple[Tensor, Tensor, None]:
+    halves = blocks.float().view(*blocks.shape[:2], 2, HALF)
+    step, least = _least_error(halves)
+    whole = ((halves - least) / _divisor(step)).round_().clamp_(0, 15).to(torch.uint8)
+    scales = torch.cat((step, least), dim=-1).bfloat16()  # [outer, blocks, 2, 2]
+    return _pairs(whole.flatten(-2)), scales.flatten(2).view(torch.uint8), None
+
+
+def _least_error(halves: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a few grids of 16 values in the range of each half block, the one with the least squared error."""
+    low, high = halves.amin(-1, keepdim=True), halves.amax(-1, keepdim=True)
+    best = step, least = torch.zeros_like(low), low
+    error = torch.full_like(low, torch.inf)
+    for cut in (0.0, 0.03, 0.06, 0.1, 0.15):  # of the range, at both ends
+        shift = (high - low) * cut
+        step, least = ((high - low - 2 * shift) / 15).bfloat16().float(), (low + shift).bfloat16().float()
+        whole = ((halves - least) / _divisor(step)).round_().clamp_(0, 15)
+        found = whole.mul_(step).add_(least).sub_(halves).square_().sum(-1, keepdim=True)
+        best = torch.where(found < error, step, best[0]), torch.where(found < error, least, best[1])
+        error = torch.minimum(found, error)
+    return best
+
+
+def _unpack_int4(data: Tensor, scales: Tensor) -> Tensor:
+    grids = _bf16(scales).view(len(data), -1, 2, 2, 1)  # step and least value of each half
+    whole = _nibbles(data).float().view(*data.shape[:2], 2, HALF)
+    return whole.mul_(grids[:, :, :, 0]).add_(grids[:, :, :, 1]).bfloat16().flatten(-2)
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 1.0, scale.float())
+
+
+def _bf16(scales: Tensor) -> Tensor:
+    return scales.contiguous().view(torch.bfloat16).float()
+
+
+def _pairs(nibbles: Tensor) -> Tensor:
+    return nibbles[..., :HALF] | nibbles[..., HALF:] << 4
+
+
+def _nibbles(pairs: Tensor) -> Tensor:
+    return torch.cat((pairs & 15, pairs >> 4), dim=-1)

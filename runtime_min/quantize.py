@@ -1,0 +1,235 @@
+"""A checkpoint with its experts in fewer bits, written shard by shard.
+
+Tensors are read and written a few megabytes at a time, so that memory does not depend on the model. A run
+that was killed goes on at the shard it was at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from moeplan.runtime_min.checkpoint import INDEX, CheckpointError, TensorRef, read_header, read_json
+from moeplan.runtime_min.errors import RunError, written
+from moeplan.runtime_min.formats import PACKINGS, Packing, fits
+from moeplan.runtime_min.models import BY_MODEL_TYPE
+from moeplan.runtime_min.models.architecture import Architecture
+from moeplan.runtime_min.models.tensors import stored_name
+from moeplan.runtime_min.packing import pack
+from moeplan.runtime_min.pages import DTYPES
+
+METHOD = "moeplan"  # quantization_config's quant_method
+_SHARD_BYTES = 1 << 30  # of the source, at most, where tensors are smaller
+_CHUNK_BYTES = 16 << 20
+_STATE = "quantize.json"  # in a folder that is not finished
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
+_OWN = {INDEX, "config.json", "checksums.json", _STATE}
+
+Progress = Callable[[int, int], None]  # bytes of the source that are done, and all
+
+
+def quantize(folder: Path, out: Path, name: str, progress: Progress = lambda done, total: None) -> int:
+    """Write the checkpoint `folder` to `out` with its experts in the format `name`; return its bytes.
+
+    Raises CheckpointError for a checkpoint that has no experts apart, or whose experts do not fit the format,
+    and RunError where `out` holds something else or cannot be written.
+    """
+    packing = PACKINGS[name]
+    config = read_json(folder / "config.json")
+    is_expert = re.compile(_expert_pattern(folder, config)).fullmatch
+    refs = _tensors(folder)
+    experts = {ref.name for ref in refs if is_expert(ref.name)}
+    _check(folder, packing, refs, experts)
+    shards = list(_shards(refs))
+    _take(out, {"format": name, "tensors": [[ref.name, ref.dtype, *ref.shape] for ref in refs]})
+    total = sum(ref.nbytes for ref in refs)
+    done = 0
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = out / f"model-{number:05}-of-{len(shards):05}.safetensors"
+        if not file.exists():
+            with written(file):
+                for some in _write_shard(file, shard, experts, packing):
+                    progress(done + some, total)
+        where |= dict.fromkeys((ref.name for ref in shard), file.name)
+        done += sum(ref.nbytes for ref in shard)
+        progress(done, total)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    _finish(
+        folder, out, {**config, "quantization_config": {"quant_method": METHOD, "format": name}}, where, size
+    )
+    return size
+
+
+def _expert_pattern(folder: Path, config: dict[str, Any]) -> str:
+    """A regular expression for the names of experts' matrices in the checkpoint."""
+    kind = BY_MODEL_TYPE.get(str(config.get("model_type")))
+    if kind is None:
+        raise CheckpointError(
+            [f"{folder}: model_type {config.get('model_type')!r} is none that this runtime executes"]
+        )
+    if config.get("quantization_config") is not None:
+        raise CheckpointError([f"{folder}: is quantised already"])
+    if kind.experts != "apart":
+        raise CheckpointError(
+            [f"{folder}: {config['model_type']} stores its experts in one tensor, which is not supported"]
+        )
+    return "|".join(_matrix_pattern(kind, matrix) for matrix in kind.matrices)
+
+
+def _matrix_pattern(kind: Architecture, matrix: str) -> str:
+    expert = "experts.0." if kind.routed else ""
+    name = stored_name(kind, f"model.layers.0.{kind.mlp}.{expert}{matrix}.weight")
+    return re.escape(name).replace(r"\.0\.", r"\.[0-9]+\.")
+
+
+def _tensors(folder: Path) -> list[TensorRef]:
+    """Every tensor of the checkpoint in the order of its files."""
+    problems: list[str] = []
+    paths = sorted(folder.glob("*.safetensors"))
+    found = [ref for path in paths for ref in read_header(path, problems).values()]
+    problems += [f"{folder}: has no safetensors file"] * (not paths)
+    if problems:
+        raise CheckpointError(problems)
+    return sorted(found, key=lambda ref: (ref.path.name, ref.offset, ref.name))
+
+
+def _check(folder: Path, packing: Packing, refs: Sequence[TensorRef], experts: set[str]) -> None:
+    problems = [f"{folder}: has no experts' matrices"] * (not experts)
+    lossless = packing.name == "bf12"
+    for ref in refs:
+        if ref.name not in experts:
+            continue
+        if not fits(ref.shape):
+            problems.append(
+                f"{ref.path}: {ref.name}: has shape {list(ref.shape)}; rows must be multiples of 64 values"
+            )
+        if ref.dtype not in DTYPES or (lossless and ref.dtype != "BF16"):
+            problems.append(
+                f"{ref.path}: {ref.name}: has dtype {ref.dtype}, which {packing.name} does not take"
+            )
+    if problems:
+        raise CheckpointError(problems)
+
+
+def _shards(refs: Sequence[TensorRef]) -> Iterator[list[TensorRef]]:
+    shard: list[TensorRef] = []
+    size = 0
+    for ref in refs:
+        if shard and size + ref.nbytes > _SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(ref)
+        size += ref.nbytes
+    yield shard
+
+
+def _take(out: Path, state: dict[str, Any]) -> None:
+    """Begin in `out`, or go on where the same was begun."""
+    file = out / _STATE
+    if not out.exists() or not any(out.iterdir()):
+        out.mkdir(parents=True, exist_ok=True)
+        with written(file):
+            file.with_suffix(".tmp").write_text(json.dumps(state))
+            file.with_suffix(".tmp").replace(file)
+    elif not file.exists() or read_json(file) != json.loads(json.dumps(state)):
+        raise RunError(f"{out}: holds something else", "name a new folder, or remove this one")
+
+
+def _write_shard(path: Path, refs: Sequence[TensorRef], experts: set[str], packing: Packing) -> Iterator[int]:
+    """Data first, behind room for the header; then the header, padded. Yields the bytes that are done."""
+    temporary = path.with_suffix(".tmp")
+    room = len(_header({ref.name: ("BF16", ref.shape, 1 << 50, 1 << 50) for ref in refs}))
+    room += -(8 + room) % 4096
+    entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+    done = 0
+    with temporary.open("wb") as file:
+        file.seek(8 + room)
+        for ref in refs:
+            begin = file.tell() - 8 - room
+            if ref.name in experts:
+                _write_packed(file, ref, packing)
+            else:
+                for data in _chunks(ref, ref.nbytes and _CHUNK_BYTES):
+                    file.write(data)
+            end = file.tell() - 8 - room
+            packed = ref.name in experts
+            entries[ref.name] = (
+                ("U8", (end - begin,), begin, end) if packed else (ref.dtype, ref.shape, begin, end)
+            )
+            done += ref.nbytes
+            yield done
+        file.seek(0)
+        file.write(struct.pack("<Q", room) + _header(entries).ljust(room))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _header(entries: dict[str, tuple[str, tuple[int, ...], int, int]]) -> bytes:
+    table = {
+        name: {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        for name, (dtype, shape, begin, end) in entries.items()
+    }
+    return json.dumps(table, separators=(",", ":")).encode()
+
+
+def _write_packed(file: BinaryIO, ref: TensorRef, packing: Packing) -> None:
+    inner = ref.shape[1]
+    dtype, begin, first = DTYPES[ref.dtype], file.tell(), 0
+    step = max(1, _CHUNK_BYTES // (inner * dtype.itemsize))
+    tails: list[Tensor] = []
+    for data in _chunks(ref, step * inner * dtype.itemsize):
+        weight = torch.frombuffer(data, dtype=dtype).view(-1, inner)
+        rows, exceptions = pack(weight, packing, first)
+        file.write(rows.numpy().data)
+        tails.append(exceptions)
+        first += len(weight)
+    for tail in tails:
+        file.write(tail.numpy().data)
+    if file.tell() - begin > packing.most_bytes(ref.shape):
+        raise CheckpointError(
+            [f"{ref.path}: {ref.name}: its values differ too much in size for {packing.name}: try int8"]
+        )
+
+
+def _chunks(ref: TensorRef, nbytes: int) -> Iterator[bytearray]:
+    """The tensor's bytes, `nbytes` at a time, without filling the page cache."""
+    try:
+        with ref.path.open("rb", buffering=0) as file:
+            for at in range(0, ref.nbytes, max(1, nbytes)):
+                data = bytearray(min(nbytes, ref.nbytes - at))
+                view, got = memoryview(data), 0
+                file.seek(ref.offset + at)
+                while got < len(data):
+                    count = file.readinto(view[got:])
+                    if not count:
+                        raise EOFError("ends within the tensor")
+                    got += count
+                os.posix_fadvise(file.fileno(), ref.offset + at, len(data), os.POSIX_FADV_DONTNEED)
+                yield data
+    except (OSError, EOFError) as error:
+        raise CheckpointError([f"{ref.path}: {ref.name}: cannot be read: {error}"]) from None
+
+
+def _finish(folder: Path, out: Path, config: dict[str, Any], where: dict[str, str], size: int) -> None:
+    """The small files; config.json last but one, so that what is not finished is no checkpoint."""
+    small = {path for pattern in _COPIED for path in folder.glob(pattern) if path.name not in _OWN}
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    for path in sorted(small):
+        with written(out / path.name):
+            shutil.copyfile(path, out / path.name)
+    for name, content in ((INDEX, index), ("config.json", config)):
+        with written(out / name):
+            (out / name).with_suffix(".tmp").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            (out / name).with_suffix(".tmp").replace(out / name)
+    (out / _STATE).unlink()

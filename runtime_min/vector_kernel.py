@@ -1,0 +1,181 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""The compiled side of vectors: products of bf16 in float32 vectors. Imported only where Numba is.
+
+Tokens are packed once: of each 16, value k of all of them side by side, as float32. Rows of the weight are
+widened to float32 a few at a time, into memory that stays in a core's cache, and each of their values is
+multiplied by the 16 tokens'. Vectors are of 16, in any machine's terms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
+from numba.core import cgutils
+
+from moeplan.runtime_min.kernel_parts import (
+    F32,
+    FLOATS,
+    I16,
+    I32,
+    I64,
+    INTS,
+    POINTER,
+    draw,
+    intrinsic,
+    line_pointers,
+    rounded,
+    row_pointers,
+    transposed,
+)
+from moeplan.runtime_min.packed_kernel import unpack_rows
+
+ROWS = 6  # of the weight, multiplied at once: their sums for 16 tokens fill the registers of AVX2
+LINE = 64  # bytes of 16 float32
+
+# The table of a call. CODE and FAR: of a packed weight, as packed_kernel has them; CODE is -1 for a plain
+# one. THREADS counts threads: each has room for ROWS rows of bf16 and float32, and ROWS lines, from ROOM on.
+NEXT, PARTS, X, PACKED, WEIGHT, OUT, T, INNER, OUTER, CHUNK, CODE, FAR, THREADS, ROOM, TABLE_SIZE = range(15)
+
+_SHORTS = ir.VectorType(I16, 16)
+
+
+def _widened(builder: Any, pointer: Any) -> Any:
+    """16 bf16 as the bits of float32."""
+    bits = builder.zext(builder.load(pointer, typ=_SHORTS, align=2), INTS)
+    return builder.shl(bits, ir.Constant(INTS, [16] * 16))
+
+
+@intrinsic
+def widen(typingctx, source, out):
+    """16 bf16 at `source` become float32 at `out`."""
+
+    def codegen(context, builder, signature, args):
+        source, out = (builder.inttoptr(a, POINTER) for a in args)
+        builder.store(_widened(builder, source), out, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def pack_block(typingctx, x, stride, valid, packed):
+    """16 values of each of up to 16 tokens' rows at `x` become 16 lines at `packed`."""
+
+    def codegen(context, builder, signature, args):
+        x, stride, valid, packed = args
+        rows = [_widened(builder, p) for p in row_pointers(builder, x, stride, valid)]
+        for pointer, line in zip(line_pointers(builder, packed), transposed(builder, rows), strict=True):
+            builder.store(line, pointer, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def multiply(typingctx, weight, tokens, inner, out):
+    """ROWS lines at `out`: the products of as many rows of `inner` float32 at `weight` with 16 tokens."""
+
+    def codegen(context, builder, signature, args):
+        weight, tokens, inner, out = args
+        zero = ir.Constant(FLOATS, [0.0] * 16)
+        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(ROWS)]
+        kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
+        fma = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
+        nothing, first = ir.Constant(FLOATS, ir.Undefined), ir.Constant(INTS, [0] * 16)
+        with cgutils.for_range(builder, inner) as loop:
+            line = builder.add(tokens, builder.mul(loop.index, I64(LINE)))
+            values = builder.load(builder.inttoptr(line, POINTER), typ=FLOATS, align=4)
+            place = builder.add(weight, builder.mul(loop.index, I64(4)))
+            for total in sums:
+                one = builder.load(builder.inttoptr(place, POINTER), typ=F32, align=4)
+                same = builder.shuffle_vector(builder.insert_element(nothing, one, I32(0)), nothing, first)
+                builder.store(builder.call(fma, [same, values, builder.load(total)]), total)
+                place = builder.add(place, builder.mul(inner, I64(4)))
+        for i, total in enumerate(sums):
+            to = builder.inttoptr(builder.add(out, I64(LINE * i)), POINTER)
+            builder.store(builder.load(total), to, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def round_lines(typingctx, lines):
+    """The 16 float32 of each of ROWS lines become bf16, in the first half of the line."""
+
+    def codegen(context, builder, signature, args):
+        for i in range(ROWS):
+            pointer = builder.inttoptr(builder.add(args[0], I64(LINE * i)), POINTER)
+            builder.store(rounded(builder, builder.load(pointer, typ=INTS, align=4)), pointer, align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def shorts_at(typingctx, address):
+    """The address as a pointer to int16."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int16)(types.int64), codegen
+
+
+@cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+def pack(table):
+    """Every thread's way through the packing: a part is 16 tokens."""
+    a = carray(table, (TABLE_SIZE,))
+    while True:
+        part = draw(a.ctypes.data + 8 * NEXT)
+        if part >= a[PARTS]:
+            break
+        source, packed = a[X] + 32 * part * a[INNER], a[PACKED] + LINE * part * a[INNER]
+        for k in range(0, a[INNER], 16):
+            pack_block(source + 2 * k, 2 * a[INNER], min(16, a[T] - 16 * part), packed + LINE * k)
+
+
+@njit(error_model="numpy")
+def _write(a, lines, row, token):
+    """The lines are of `row` and the rows that follow, of 16 tokens from `token` on."""
+    round_lines(lines)
+    valid = min(16, a[T] - token)
+    values = carray(shorts_at(lines), (ROWS, LINE // 2))
+    out = carray(shorts_at(a[OUT] + 2 * token * a[OUTER]), (valid, a[OUTER]))
+    for i in range(valid):
+        for r in range(ROWS):
+            out[i, row + r] = values[r, i]
+
+
+@njit(error_model="numpy")
+def _rows_product(a, row, room):
+    """Rows `row` to `row` + ROWS of the weight with all tokens."""
+    inner = a[INNER]
+    wide = room + 2 * ROWS * inner
+    source = room
+    if a[CODE] < 0:
+        source = a[WEIGHT] + 2 * row * inner
+    else:
+        unpack_rows(a[WEIGHT], a[CODE], a[OUTER], inner, a[FAR], row, row + ROWS, room)
+    for k in range(0, ROWS * inner, 16):
+        widen(source + 2 * k, wide + 4 * k)
+    lines = wide + 4 * ROWS * inner
+    for token in range(0, a[T], 16):
+        multiply(wide, a[PACKED] + 4 * token * inner, inner, lines)
+        _write(a, lines, row, token)
+
+
+@cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
+def product(table):
+    """Every thread's way through a product: a part is CHUNK rows of the weight, ROWS at a time."""
+    a = carray(table, (TABLE_SIZE,))
+    room = a[ROOM] + draw(a.ctypes.data + 8 * THREADS) * ROWS * (6 * a[INNER] + LINE)
+    while True:
+        part = draw(a.ctypes.data + 8 * NEXT)
+        if part >= a[PARTS]:
+            break
+        end = min(a[OUTER], (part + 1) * a[CHUNK])
+        for row in range(part * a[CHUNK], end, ROWS):
+            _rows_product(a, min(row, end - ROWS), room)

@@ -1,0 +1,93 @@
+"""Products of bf16 on CPUs that know no bf16: in float32 vectors, from the weight as it lies.
+
+torch computes such products a value at a time there, five to ten times slower than those of float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeplan.runtime_min import team
+from moeplan.runtime_min.cpu import cpu_flags
+from moeplan.runtime_min.packing import Matrix, Packed
+
+_LEAST_ROWS = 4  # torch reads a plain weight as fast for fewer
+_LEAST_OUTER = 6  # rows of the weight that the kernel takes at once
+_KNOWS_BF16 = {"avx512_bf16", "amx_bf16", "avx512f"}  # oneDNN helps itself with any AVX-512
+
+
+def linear(x: Tensor, weight: Matrix) -> Tensor | None:
+    """x bf16 [T, in] times weight bf16 [out, in], summed in float32: bf16 [T, out].
+
+    None where torch is to do it. A token's result does not depend on the others.
+    """
+    if not _fits(x, weight) or not usable():
+        return None
+    return _compiled(x, weight)
+
+
+@functools.cache
+def usable() -> bool:
+    """Whether this CPU is better served so, and Numba is there."""
+    if platform.machine() not in ("x86_64", "AMD64") or not {"avx2", "fma"} <= cpu_flags():
+        return False
+    return not cpu_flags() & _KNOWS_BF16 and _kernel() is not None
+
+
+@functools.cache
+def _kernel() -> Any | None:
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return None
+    names = ("vector_kernel.py", "kernel_parts.py", "packed_kernel.py")
+    with team.kept(*(str(Path(__file__).with_name(name)) for name in names)):
+        from moeplan.runtime_min import vector_kernel
+    return vector_kernel
+
+
+def _fits(x: Tensor, weight: Matrix) -> bool:
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.dim() == 2
+        and x.shape[0] > 0
+        and x.shape[1] % 16 == 0
+        and x.shape[1] > 0
+        and weight.shape[0] >= _LEAST_OUTER
+        and (isinstance(weight, Packed) or _lies_ready(x, weight))
+    )
+
+
+def _lies_ready(x: Tensor, weight: Tensor) -> bool:
+    ready = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+    return ready and x.shape[0] >= _LEAST_ROWS
+
+
+def _compiled(x: Tensor, weight: Matrix) -> Tensor:
+    kernel = _kernel()
+    assert kernel is not None
+    x = x.contiguous()
+    (count, inner), outer, threads = x.shape, weight.shape[0], torch.get_num_threads()
+    blocks, rows = -(-count // 16), kernel.ROWS
+    packed = torch.empty(blocks * 16 * inner)
+    out = torch.empty(count, outer, dtype=torch.bfloat16)
+    chunk = max(rows, min(outer // (4 * threads), 96) // rows * rows)
+    room = torch.empty(threads * rows * (6 * inner + 64), dtype=torch.uint8)
+    table = [0, blocks, x.data_ptr(), packed.data_ptr(), 0, out.data_ptr(), count, inner, outer, chunk]
+    if isinstance(weight, Packed):
+        table += [weight.packing.code, weight.exceptions(), 0, room.data_ptr()]
+        table[kernel.WEIGHT] = weight.data.data_ptr()
+    else:
+        table += [-1, 0, 0, room.data_ptr()]
+        table[kernel.WEIGHT] = weight.data_ptr()
+    team.run(kernel.pack, table)
+    table[kernel.PARTS] = -(-outer // chunk)
+    team.run(kernel.product, table)
+    return out
