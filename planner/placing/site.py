@@ -149,6 +149,13 @@ def _left_out(found: Zoned, decision: Decision) -> list[str]:
         if z not in decision.best.zones
     ]
     notes = [f"left out: {', '.join(left)}"] if left else []
+    used = {found.names[z].region for z in decision.best.zones}
+    if any(
+        found.names[z].cloud == "aws" and found.names[z].region in used
+        for z in range(len(found.names))
+        if z not in decision.best.zones
+    ):
+        notes.append("on AWS SkyPilot is told regions: it may use zones of theirs that are left out here")
     if len(decision.best.zones) == 1:
         notes.append(
             "one zone only: a failure that its trace does not show takes all; `spread` asks for more"
