@@ -79,7 +79,7 @@ def zoned(
         notes.append(f"no spot offer within the market in {', '.join(dropped)}")
     if not trace.counted:
         notes.append(
-            "the trace tells whether a zone has a machine, not how many: taken as any number, and no base for a promise"
+            "the trace tells whether a zone has a machine, not how many: any number, no base for a promise"
         )
     words = re.findall(r"[A-Za-z0-9.+-]+", trace.instance)
     other = bool(words) and machine.name not in words and trace.instance != machine.gpu
