@@ -73,7 +73,7 @@ $(SKYPILOT)/.done:
 	touch $@
 
 test-skypilot: $(VENV)/.done $(SKYPILOT)/.done
-	$(BIN)/pytest -m external tests/external/test_skypilot.py
+	$(BIN)/pytest -m external tests/external/test_sky_accepts.py
 
 # Packages of engines, only read: the flags in tests/codegen/flags come from them.
 ENGINES := build/engines

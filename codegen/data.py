@@ -13,6 +13,7 @@ from moeplan.planner.ir.estimate import Estimate
 # Fields that other fields repeat, or that depend on where the spec lies.
 _LEFT_OUT = {("Spec", "spans"), ("Spec", "path"), ("Column", "policy"), ("Roofline", "machine")}
 _LEFT_OUT |= {("Inputs", "unrunnable")}  # a function
+_LEFT_OUT |= {("SpotTrace", "capacity")}  # an input, whose digest is in the lock
 _LEFT_OUT |= {("Pipeline", "window")}  # drawn, see codegen/emit/chart.py
 _SIGNIFICANT_DIGITS = 6
 

@@ -128,7 +128,8 @@ def _columns(trace: SpotTrace, zones: Sequence[Site]) -> tuple[list[int], NDArra
         (n, float(zone["usd_per_hour"]))
         for n, name in enumerate(trace.zones)
         for zone in zones
-        if (zone["cloud"], zone["region"]) == (name.cloud, name.region) and zone["zone"] in ("", name.zone)
+        if (zone["cloud"], zone["region"]) == (name.cloud, name.region)
+        and zone.get("zone", "") in ("", name.zone)
     ]
     return [n for n, _ in found], np.array([usd for _, usd in found], dtype=np.float64)
 

@@ -327,13 +327,13 @@ def _seconds(raw: _Raw) -> float | None:
 def _check_clock(raw: _Raw, steps: Sequence[float], usual: float) -> None:
     """Every row follows the one before by one step: else the clock jumped, rows are missing, or steps
     differ."""
-    odd = [n for n, step in enumerate(steps) if step > 0 and abs(step - usual) > _JITTER * usual]
+    odd = {n for n, step in enumerate(steps) if step > 0 and abs(step - usual) > _JITTER * usual}
     if len(odd) > max(2, len(steps) // 10):
         told = ", ".join(f"{step:g} s" for step in sorted({steps[n] for n in odd} | {usual})[:4])
         raw.wrong(
-            f"mixed steps: rows are {told} apart", "resample the trace to one step", raw.line(odd[0] + 1)
+            f"mixed steps: rows are {told} apart", "resample the trace to one step", raw.line(min(odd) + 1)
         )
-        odd = []
+        odd = set()
     unit = "" if raw.steps_counted else " s"
     for n, step in enumerate(steps):
         line = raw.line(n + 1)

@@ -80,3 +80,9 @@ def test_timeline_is_to_scale() -> None:
     rects = root.findall(".//{http://www.w3.org/2000/svg}rect")
     assert len([r for r in rects if r.get("height") == "5"]) == 10
     assert "a &amp; b" in timeline_svg("x", [curve])
+
+
+def test_levels_can_be_dumped(tmp_path: Path) -> None:
+    done = moeplan("compile", EXAMPLE / "spec.yaml", "-o", tmp_path / "out", "--dump-ir", tmp_path / "ir")
+    assert done.returncode == 0
+    assert "europe-west4-b" in next((tmp_path / "ir").glob("*-inputs.json")).read_text()

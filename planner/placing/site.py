@@ -47,11 +47,16 @@ class Placed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Zoned:
-    """The trace's zones that are for sale, with their offers, and notes on those that are not."""
+    """The trace's zones that are for sale, with their offers, and notes on those that are not.
+
+    `carries` is false where the trace is of another machine type, or does not tell how many machines there
+    are: it orders placements, but nothing is promised on it.
+    """
 
     market: Market
     names: tuple[ZoneName, ...]
     offers: tuple[Offer, ...]
+    carries: bool
     notes: tuple[str, ...]
 
 
@@ -73,10 +78,15 @@ def zoned(
     if dropped:
         notes.append(f"no spot offer within the market in {', '.join(dropped)}")
     if not trace.counted:
-        notes.append("the trace tells whether a zone has a machine, not how many: taken as any number")
+        notes.append(
+            "the trace tells whether a zone has a machine, not how many: any number, no base for a promise"
+        )
     words = re.findall(r"[A-Za-z0-9.+-]+", trace.instance)
-    if words and machine.name not in words and trace.instance != machine.gpu:
-        notes.append(f"the trace was taken with {trace.instance}, not with {machine.name}")
+    other = bool(words) and machine.name not in words and trace.instance != machine.gpu
+    if other:
+        notes.append(
+            f"the trace was taken with {trace.instance}, not with {machine.name}: no base for a promise"
+        )
     market = Market(
         capacity=np.ascontiguousarray(trace.capacity[:, columns]),
         step_s=trace.step_s,
@@ -84,7 +94,9 @@ def zoned(
         on_demand_usd_per_hour=np.array([offer.on_demand_usd_per_hour for offer in own]),
         domains=_domains(names, domain),
     )
-    return Zoned(market=market, names=names, offers=own, notes=tuple(notes))
+    return Zoned(
+        market=market, names=names, offers=own, carries=trace.counted and not other, notes=tuple(notes)
+    )
 
 
 def _domains(names: Sequence[ZoneName], domain: Domain | None) -> np.ndarray:
@@ -104,7 +116,7 @@ def place_by_trace(found: Zoned, trace: SpotTrace, wanted: Wanted) -> Placed | N
     if decision is None:
         return None
     best = decision.best
-    outlook = _outlook(found.market, wanted, best, trace, decision.kept)
+    outlook = _outlook(found.market, wanted, best, trace, decision.kept and found.carries)
     targets = static_targets(found.market, wanted, best.zones)
     zones = _zones(found, best, targets)
     return Placed(
@@ -149,6 +161,13 @@ def _left_out(found: Zoned, decision: Decision) -> list[str]:
         if z not in decision.best.zones
     ]
     notes = [f"left out: {', '.join(left)}"] if left else []
+    used = {found.names[z].region for z in decision.best.zones}
+    if any(
+        found.names[z].cloud == "aws" and found.names[z].region in used
+        for z in range(len(found.names))
+        if z not in decision.best.zones
+    ):
+        notes.append("on AWS SkyPilot is told regions: it may use zones of theirs that are left out here")
     if len(decision.best.zones) == 1:
         notes.append(
             "one zone only: a failure that its trace does not show takes all; `spread` asks for more"
@@ -156,7 +175,7 @@ def _left_out(found: Zoned, decision: Decision) -> list[str]:
     return notes
 
 
-def _outlook(market: Market, wanted: Wanted, best: Candidate, trace: SpotTrace, kept: bool) -> Outlook:
+def _outlook(market: Market, wanted: Wanted, best: Candidate, trace: SpotTrace, certain: bool) -> Outlook:
     run = replayed(market, wanted, best.zones, best.extra, best.base)
     interval = availability_interval(market, wanted, best.zones, best.extra, best.base)
     long_enough = trace.span_s / DAY_S >= FULL_EVIDENCE_DAYS
@@ -166,7 +185,7 @@ def _outlook(market: Market, wanted: Wanted, best: Candidate, trace: SpotTrace, 
         span_s=trace.span_s,
         step_s=trace.step_s,
         availability=interval,
-        promised=min(best.bound_availability, wanted.availability) if kept and long_enough else 0.0,
+        promised=min(best.bound_availability, wanted.availability) if certain and long_enough else 0.0,
         shortfall=run.shortfall,
         usd_per_hour=best.usd_per_hour,
         stand_ins_usd_per_hour=run.mean_on_demand * market.on_demand(best.zones),

@@ -1,4 +1,4 @@
-"""What the real SkyPilot says of task files, offline. Run by tests/external/test_skypilot.py with the
+"""What the real SkyPilot says of task files, offline. Run by tests/external/test_sky_accepts.py with the
 interpreter of an environment that has skypilot:
 
     python sky_accept.py CATALOG_FOLDER

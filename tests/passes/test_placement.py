@@ -115,6 +115,25 @@ def test_less_than_two_weeks_promise_nothing(compile_spot: Callable[..., Plan], 
     assert "none is promised: a trace of 7 d" in placement.statement
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "note"),
+    [
+        ("instance: L4", "instance: g2-standard-4 (L4)", "was taken with g2-standard-4 (L4), not with"),
+        (r",[1-9]\d*", ",1", "whether a zone has a machine, not how many"),
+    ],
+)
+def test_evidence_of_something_else_promises_nothing(
+    compile_spot: Callable[..., Plan], tmp_path: Path, old: str, new: str, note: str
+) -> None:
+    header, rows = (SPOT / "spot.csv").read_text().split("step,")
+    zones, _, values = rows.partition("\n")
+    (tmp_path / "spot.csv").write_text(f"{re.sub(old, new, header)}step,{zones}\n{re.sub(old, new, values)}")
+    (site,) = compile_spot().placement.sites
+    assert site.outlook is not None
+    assert site.outlook.promised == 0.0
+    assert any(note in line and "no base for a promise" in line for line in site.notes)
+
+
 def test_what_cannot_be_reached_says_what_can_and_for_how_much(compile_spot: Callable[..., Plan]) -> None:
     with pytest.raises(InfeasibleError) as caught:
         compile_spot(("availability: 97%", "availability: 99.99%"))

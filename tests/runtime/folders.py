@@ -231,6 +231,7 @@ def _model_of(shape: Shape, dtype: Any) -> ModelPlan:
         expert_parameters=3 * shape.hidden * shape.inner,
         router_corrections=0,
         parameters=shape.layers * layer + embeddings + shape.hidden,
+        packing="none",
     )
 
 
