@@ -1,6 +1,6 @@
 """SkyPilot files: what the plan says is in them, and none of the traps its schema and autoscaler set.
 
-tests/external/test_sky_accepts.py has the real SkyPilot read them; traps are planted there to show what they do.
+tests/external/test_sky_accepts.py has the real SkyPilot read them; planted traps show there what they do.
 """
 
 from __future__ import annotations

@@ -1,0 +1,82 @@
+"""What packing a checkpoint costs in quality, and how small and how fast it is.
+
+usage: python benchmarks/packing.py CHECKPOINT [--text FILE] [--tokens N]
+
+CHECKPOINT is a folder that transformers loads (its class, float32 arithmetic), with experts apart or a dense
+model. All matrices that `runtime_min quantize` packs are replaced by what they stand for; the perplexity of
+the text is that of windows of 512 tokens. Also printed: bits a value, and the rate of packing on all cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moeplan.runtime_min.checkpoint import read_json
+from moeplan.runtime_min.formats import PACKINGS, fits
+from moeplan.runtime_min.models import BY_MODEL_TYPE
+from moeplan.runtime_min.packing import packed, unpack
+
+WINDOW = 512
+
+
+def perplexity(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, len(tokens) - 1, WINDOW):
+            window = tokens[start : start + WINDOW + 1]
+            scores = model(window[None, :-1]).logits[0].float().log_softmax(-1)
+            total -= scores.gather(1, window[1:, None]).sum().item()
+            count += len(window) - 1
+    return math.exp(total / count)
+
+
+def expert_parameters(model: torch.nn.Module, kind: str) -> list[torch.nn.Parameter]:
+    """Those that `runtime_min quantize` packs; transformers has all experts of a layer in two tensors."""
+    part = ".experts." if BY_MODEL_TYPE[kind].routed else ".mlp."
+    found = [p for name, p in model.named_parameters() if part in name and p.dim() >= 2]
+    return [p for p in found if fits((1, p.shape[-1]))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "LICENSE")
+    parser.add_argument("--tokens", type=int, default=4096)
+    options = parser.parse_args()
+    kind = str(read_json(options.checkpoint / "config.json")["model_type"])
+    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32)
+    text = options.text.read_text(encoding="utf-8")
+    tokens = torch.tensor(tokenizer(text)["input_ids"][: options.tokens])
+    parameters = expert_parameters(model, kind)
+    original = [p.detach().clone() for p in parameters]
+    values = sum(p.numel() for p in parameters)
+    base = perplexity(model, tokens)
+    print(f"{values:,} packed values of {sum(p.numel() for p in model.parameters()):,}; {len(tokens)} tokens")
+    print(f"as it is: perplexity {base:.4f}")
+    for name, packing in PACKINGS.items():
+        size = 0
+        spent = 0.0
+        for parameter, weight in zip(parameters, original, strict=True):
+            flat = weight.bfloat16().reshape(-1, weight.shape[-1])
+            start = time.perf_counter()
+            small = packed(flat, packing)
+            spent += time.perf_counter() - start
+            size += len(small.data)
+            parameter.data = unpack(small).float().view_as(weight)
+        found = perplexity(model, tokens)
+        bits, rate = 8 * size / values, 2 * values / spent / 1e6
+        change = found / base - 1
+        print(
+            f"{name}: perplexity {found:.4f} ({change:+.2%}), {bits:.2f} bits a value, {rate:,.0f} MB/s of bf16"
+        )
+
+
+if __name__ == "__main__":
+    main()
