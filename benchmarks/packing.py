@@ -73,9 +73,7 @@ def main() -> None:
         found = perplexity(model, tokens)
         bits, rate = 8 * size / values, 2 * values / spent / 1e6
         change = found / base - 1
-        print(
-            f"{name}: perplexity {found:.4f} ({change:+.2%}), {bits:.2f} bits a value, {rate:,.0f} MB/s of bf16"
-        )
+        print(f"{name}: perplexity {found:.4f} ({change:+.2%}), {bits:.2f} bits a value, {rate:,.0f} MB/s")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from moeplan.runtime_min.formats import PACKINGS
 from moeplan.runtime_min.models.tensors import CORRECTION
 from moeplan.runtime_min.plan_file import (
     ALIGNMENT_BYTES,
@@ -15,7 +16,6 @@ from moeplan.runtime_min.plan_file import (
     RuntimePlan,
     kv_bytes,
     most_places,
-    packed_bytes,
     workspace_bytes,
 )
 
@@ -127,7 +127,7 @@ def check_memory(
     memory, pages = plan.memory, plan.pages
     check_parameters(path, plan, shapes)
     stay = sum(
-        packed_bytes(plan.model, math.prod(shape), 0) if name in packed else stay_bytes(plan, name, shape)
+        PACKINGS[plan.model.packing].most_bytes(shape) if name in packed else stay_bytes(plan, name, shape)
         for name, shape in shapes.items()
         if name not in moving
     )

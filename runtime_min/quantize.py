@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +31,7 @@ from moeplan.runtime_min.pages import DTYPES
 METHOD = "moeplan"  # quantization_config's quant_method
 _SHARD_BYTES = 1 << 30  # of the source, at most, where tensors are smaller
 _CHUNK_BYTES = 16 << 20
+_PACKED_BYTES = 512 << 10  # at once: with what packing makes of them they stay in a core's cache
 _STATE = "quantize.json"  # in a folder that is not finished
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 _OWN = {INDEX, "config.json", "checksums.json", _STATE}
@@ -159,8 +161,8 @@ def _write_shard(path: Path, refs: Sequence[TensorRef], experts: set[str], packi
             if ref.name in experts:
                 _write_packed(file, ref, packing)
             else:
-                for data in _chunks(ref, ref.nbytes and _CHUNK_BYTES):
-                    file.write(data)
+                for at in range(0, ref.nbytes, _CHUNK_BYTES):
+                    file.write(_read(ref, at, min(_CHUNK_BYTES, ref.nbytes - at)))
             end = file.tell() - 8 - room
             packed = ref.name in experts
             entries[ref.name] = (
@@ -184,16 +186,15 @@ def _header(entries: dict[str, tuple[str, tuple[int, ...], int, int]]) -> bytes:
 
 
 def _write_packed(file: BinaryIO, ref: TensorRef, packing: Packing) -> None:
-    inner = ref.shape[1]
-    dtype, begin, first = DTYPES[ref.dtype], file.tell(), 0
-    step = max(1, _CHUNK_BYTES // (inner * dtype.itemsize))
+    """Chunks of rows are packed by a thread for each core, and written in order."""
+    rows = max(1, _PACKED_BYTES // (ref.nbytes // ref.shape[0]))
+    begin = file.tell()
     tails: list[Tensor] = []
-    for data in _chunks(ref, step * inner * dtype.itemsize):
-        weight = torch.frombuffer(data, dtype=dtype).view(-1, inner)
-        rows, exceptions = pack(weight, packing, first)
-        file.write(rows.numpy().data)
-        tails.append(exceptions)
-        first += len(weight)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        chunks = range(0, ref.shape[0], rows)
+        for packed, exceptions in threads.map(lambda first: _packed_rows(ref, packing, first, rows), chunks):
+            file.write(packed.numpy().data)
+            tails.append(exceptions)
     for tail in tails:
         file.write(tail.numpy().data)
     if file.tell() - begin > packing.most_bytes(ref.shape):
@@ -202,23 +203,29 @@ def _write_packed(file: BinaryIO, ref: TensorRef, packing: Packing) -> None:
         )
 
 
-def _chunks(ref: TensorRef, nbytes: int) -> Iterator[bytearray]:
-    """The tensor's bytes, `nbytes` at a time, without filling the page cache."""
+def _packed_rows(ref: TensorRef, packing: Packing, first: int, rows: int) -> tuple[Tensor, Tensor]:
+    row_bytes = ref.nbytes // ref.shape[0]
+    count = min(rows, ref.shape[0] - first)
+    data = _read(ref, first * row_bytes, count * row_bytes)
+    return pack(torch.frombuffer(data, dtype=DTYPES[ref.dtype]).view(count, -1), packing, first)
+
+
+def _read(ref: TensorRef, at: int, nbytes: int) -> bytearray:
+    """Bytes of a tensor, without filling the page cache."""
+    data = bytearray(nbytes)
+    view, got = memoryview(data), 0
     try:
         with ref.path.open("rb", buffering=0) as file:
-            for at in range(0, ref.nbytes, max(1, nbytes)):
-                data = bytearray(min(nbytes, ref.nbytes - at))
-                view, got = memoryview(data), 0
-                file.seek(ref.offset + at)
-                while got < len(data):
-                    count = file.readinto(view[got:])
-                    if not count:
-                        raise EOFError("ends within the tensor")
-                    got += count
-                os.posix_fadvise(file.fileno(), ref.offset + at, len(data), os.POSIX_FADV_DONTNEED)
-                yield data
+            file.seek(ref.offset + at)
+            while got < nbytes:
+                count = file.readinto(view[got:])
+                if not count:
+                    raise EOFError("ends within the tensor")
+                got += count
+            os.posix_fadvise(file.fileno(), ref.offset + at, nbytes, os.POSIX_FADV_DONTNEED)
     except (OSError, EOFError) as error:
         raise CheckpointError([f"{ref.path}: {ref.name}: cannot be read: {error}"]) from None
+    return data
 
 
 def _finish(folder: Path, out: Path, config: dict[str, Any], where: dict[str, str], size: int) -> None:
