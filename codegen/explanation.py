@@ -40,7 +40,7 @@ def explanation_text(found: Explanation) -> str:
             *_options(found.limits.options, found.outcome),
         ]
     lines += ["", "sensitivity: the smallest change of each input that was found to change the plan"]
-    lines += aligned([_flip_cells(flip) for flip in found.flips])
+    lines += aligned([_flip_cells(flip, found.outcome) for flip in found.flips])
     lines += [
         "",
         f"{found.solved} fleets solved; try one with --what-if 'KEY=+10%', a machine with --why-not",
@@ -104,12 +104,13 @@ def _batch_lines(batches: Batches) -> list[str]:
     return [f"why {batches.chosen} in flight on each copy of {batches.replica}", *aligned(rows)]
 
 
-def _flip_cells(flip: Flip) -> tuple[str, ...]:
-    """`rate  +7.5 %  becomes ...`, or how far the plan stays."""
+def _flip_cells(flip: Flip, chosen: Outcome) -> tuple[str, ...]:
+    """Input, change, what the plan becomes (only what is new of it) and reaches; or that it stays."""
     if flip.outcome is None or flip.percent is None:
         return flip.what, f"{flip.unchanged_percent:+g} %", "the same plan", ""
-    after = flip.outcome.fleet or "no plan"
-    return flip.what, f"{flip.percent:+g} %", after, _figures(flip.outcome)
+    before = chosen.fleet.split(", ")
+    new = [part for part in flip.outcome.fleet.split(", ") if part not in before]
+    return flip.what, f"{flip.percent:+g} %", ", ".join(new) or "no plan", _figures(flip.outcome)
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
