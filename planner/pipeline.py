@@ -134,14 +134,24 @@ def find_fleet(
     rooflines: Sequence[Roofline],
     policies: Sequence[Policy],
     rejections: Sequence[Rejection],
+    explain: bool = True,
 ) -> tuple[Fleet, Attainment]:
-    """The fleet of some policies, simulated: what the compiler chooses, and what explanations choose anew."""
+    """The fleet of some policies, simulated: what the compiler chooses, and what explanations choose anew.
+
+    Without `explain` it is not asked what would change the answer.
+    """
     offers = candidate_offers(spec, inputs)
 
-    def choose(policies: Sequence[Policy], explain: bool) -> Fleet:
-        full, now = math.inf, inputs.previous  # how full is left to simulation
+    def choose(policies: Sequence[Policy], last: bool) -> Fleet:
         return choose_fleet(
-            spec, workload, policies, rejections, offers, headroom=full, previous=now, explain=explain
+            spec,
+            workload,
+            policies,
+            rejections,
+            offers,
+            headroom=math.inf,  # how full is left to simulation
+            previous=inputs.previous,
+            explain=explain and last,
         )
 
     return attain(spec, workload, rooflines, policies, inputs.trace, choose)

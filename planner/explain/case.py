@@ -118,7 +118,7 @@ def _fleet(
     refused = [answer for answer in answers if isinstance(answer, Rejection)]
     profiled = apply_profile(workload, rooflines, policies, case.inputs.profile)
     refusals = (*refused, *profiled.rejections)
-    return find_fleet(case.spec, case.inputs, workload, rooflines, profiled.policies, refusals)[0]
+    return find_fleet(case.spec, case.inputs, workload, rooflines, profiled.policies, refusals, False)[0]
 
 
 def _in_memory(spec: Spec, workload: Workload, rooflines: Sequence[Roofline]) -> Held:
