@@ -121,7 +121,7 @@ def check_memory(
     plan: RuntimePlan,
     shapes: Mapping[str, tuple[int, ...]],
     moving: Collection[str],
-    packed: Collection[str],
+    packed: Collection[str] = (),
 ) -> None:
     """Raise PlanFileError where a need exceeds its item of the plan, or all together the budget."""
     memory, pages = plan.memory, plan.pages
