@@ -25,11 +25,14 @@ demo: $(VENV)/.done
 	$(BIN)/moeplan run $(DEMO)/tinymoe.plan --checkpoint examples/tinymoe/checkpoint \
 	  --input examples/tinymoe/prompts.jsonl --output $(DEMO)/answers.jsonl --show 4
 
+# A file's tests stay in one process, in their order: some leave Numba out of it.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+
 test: $(VENV)/.done
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.done
-	$(BIN)/pytest -m 'not external'
+	$(PYTEST) -m 'not external'
 
 # The real consumers of generated files, in an environment of their own, from package registries only.
 VALIDATORS := build/validators
