@@ -397,7 +397,7 @@ def test_batch_work_fills_idle_hours(compile_text: Callable[[str], Plan]) -> Non
 
 
 def test_hurried_batch_work_buys_machines(compile_text: Callable[[str], Plan]) -> None:
-    """Whichever is cheaper: machines of its own, or more of the online replicas than the online work needs."""
+    """Whichever is cheaper: machines of its own, or more online replicas than the online work needs."""
     patient, hurried = (compile_text(BOTH.format(deadline=d, more="")) for d in ("2d", "20min"))
     assert hurried.fleet.usd_per_hour > patient.fleet.usd_per_hour
     assert all(c.hours <= 1 / 3 for c in hurried.fleet.choices if c.column.policy.serves == "batch")
