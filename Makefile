@@ -25,14 +25,17 @@ demo: $(VENV)/.done
 	$(BIN)/moeplan run $(DEMO)/tinymoe.plan --checkpoint examples/tinymoe/checkpoint \
 	  --input examples/tinymoe/prompts.jsonl --output $(DEMO)/answers.jsonl --show 4
 
-# A file's tests stay in one process, in their order: some leave Numba out of it.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+# Tests of the runtime leave Numba out of their process: those of its kernels run in another.
+KERNELS := tests/kernels tests/kernels_amx
+OTHERS  := -n 2 --dist loadfile $(KERNELS:%=--ignore=%)
 
 test: $(VENV)/.done
-	$(PYTEST)
+	$(BIN)/pytest $(KERNELS)
+	$(BIN)/pytest $(OTHERS)
 
 test-all: $(VENV)/.done
-	$(PYTEST) -m 'not external'
+	$(BIN)/pytest -m 'not external' $(KERNELS)
+	$(BIN)/pytest -m 'not external' $(OTHERS)
 
 # The real consumers of generated files, in an environment of their own, from package registries only.
 VALIDATORS := build/validators

@@ -658,7 +658,7 @@ def _not_executed(keys: _Keys) -> Iterator[str]:
     rope = _rope(keys)
     rope_type = rope.get("rope_type", rope.get("type"))
     if keys.value("quantization_config") is not None and _packing(keys) == "none":
-        yield "quantised checkpoints but its own"
+        yield "quantised checkpoints"
     if keys.value("mlp_bias"):
         yield "biases in MLPs"
     if keys.value("hidden_act") not in (None, "silu"):

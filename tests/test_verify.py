@@ -62,7 +62,7 @@ def test_fleet_routes(plan: Plan) -> None:
 
 
 def test_fleet_load(plan: Plan) -> None:
-    full = tuple(replace(choice, utilisation=0.99) for choice in plan.fleet.choices)
+    full = tuple(replace(choice, utilisation=1.01 * choice.target) for choice in plan.fleet.choices)
     with pytest.raises(VerificationError, match="is not overloaded"):
         verify.verify_fleet(plan.spec, plan.workload, replace(plan.fleet, choices=full))
 
