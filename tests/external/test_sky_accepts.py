@@ -133,11 +133,12 @@ def check_service(found: dict[str, Any], site: Site) -> None:
     """The placer may use every zone of the plan and no other; the first decision starts what the plan has."""
     decided = found["autoscaler"]
     if site.market == "spot":
-        places = {(zone.cloud, zone.region) for zone in site.zones}
+        # A plan that names no zone means all of its region.
+        places = {(z.cloud, z.region, z.zone if z.cloud == "gcp" else "") for z in site.zones}
         expected = sorted(
             [sky_catalog.CLOUD_NAMES[cloud], region, zone]
-            for cloud, region in places
-            for zone in sky_catalog.zones(cloud, region)
+            for cloud, region, only in places
+            for zone in ([only] if only else sky_catalog.zones(cloud, region))
         )
         assert found["candidates"] == expected
         assert decided["class"] == "FallbackRequestRateAutoscaler"
