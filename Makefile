@@ -6,7 +6,7 @@ DEMO   := build/demo
 # Debian packages venv apart from Python; in a fresh container there is a root to install it.
 GET_VENV := { test "$$(id -u)" = 0 && apt-get update -q && apt-get install -q -y python3-venv; }
 
-.PHONY: demo test test-all test-external test-deployment test-skypilot test-engines validators lint types check examples clean
+.PHONY: demo test test-all test-external test-deployment test-skypilot test-engines external-environments validators lint types check examples clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -91,8 +91,10 @@ $(ENGINES)/.done: tests/codegen/flags/vllm.json tests/codegen/flags/llama_cpp.js
 test-engines: $(VENV)/.done $(ENGINES)/.done
 	$(BIN)/pytest -m external tests/external/test_flags.py
 
+external-environments: $(SKYPILOT)/.done $(ENGINES)/.done $(VALIDATORS)/.done
+
 # What reads generated files for real; with CI=true a missing program is a failure.
-test-external: $(VENV)/.done $(SKYPILOT)/.done $(ENGINES)/.done $(VALIDATORS)/.done
+test-external: $(VENV)/.done external-environments
 	$(BIN)/pytest -m external tests/external
 
 clean:
