@@ -65,7 +65,7 @@ def usable() -> bool:
     cache by what the CPU has and the kernel's sources.
     """
     flags = cpu_flags()
-    if not flags >= FLAGS or not _has_numba() or not _permitted():
+    if not flags >= FLAGS or not team.has_numba() or not _permitted():
         return False
     if not _works(_kept(flags)):
         return False
@@ -99,14 +99,6 @@ def right() -> bool:
     difference = plain - x.float() @ weight.float().T
     lossless = packing.packed(weight, PACKINGS["bf12"])
     return difference.abs().max().item() < 1e-3 and torch.equal(_compiled(x, lossless, torch.float32), plain)
-
-
-def _has_numba() -> bool:
-    try:
-        import numba  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 @functools.cache
@@ -152,20 +144,7 @@ def _kernel() -> Any:
 
 
 def _fits(x: Tensor, weight: Matrix) -> bool:
-    return (
-        x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and x.dim() == 2
-        and x.shape[0] > 0
-        and x.shape[1] % 32 == 0
-        and x.shape[1] > 0
-        and weight.shape[0] % 32 == 0
-        and (isinstance(weight, Packed) or _lies_ready(weight))
-    )
-
-
-def _lies_ready(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+    return packing.lies_ready(x, weight) and x.shape[1] % 32 == 0 and weight.shape[0] % 32 == 0
 
 
 def _compiled(x: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:

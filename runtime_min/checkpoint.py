@@ -100,6 +100,18 @@ def _as_packed(ref: TensorRef, packing: str, shape: tuple[int, ...], problems: l
     return replace(ref, dtype=packing, shape=shape)
 
 
+def every_tensor(folder: Path) -> list[TensorRef]:
+    """All tensors of the safetensors files in `folder`, file by file; raises CheckpointError."""
+    problems: list[str] = []
+    paths = sorted(folder.glob("*.safetensors"))
+    found = [ref for path in paths for ref in read_header(path, problems).values()]
+    if not paths:
+        problems.append(f"{folder}: has no safetensors file")
+    if problems:
+        raise CheckpointError(problems)
+    return found
+
+
 def cut(ref: TensorRef, name: str, first: int, shape: tuple[int, ...]) -> TensorRef:
     """The elements of a tensor from `first` on, as the tensor `name` of their own; a packed one is whole."""
     if ref.dtype in PACKINGS:

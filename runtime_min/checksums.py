@@ -7,10 +7,10 @@ import functools
 import json
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from moeplan.runtime_min.checkpoint import CheckpointError, TensorRef, read_header, read_json
+from moeplan.runtime_min.checkpoint import CheckpointError, TensorRef, every_tensor, read_header, read_json
 from moeplan.runtime_min.errors import RunError, written
 
 NAME = "checksums.json"
@@ -23,7 +23,7 @@ Checksums = Mapping[str, int]  # tensor -> CRC-32 of its bytes as stored
 def write_checksums(folder: Path) -> Path:
     """Read every tensor of `folder`'s safetensors files and note its checksum; raises RunError."""
     path = folder / NAME
-    sums = {ref.name: f"{_file_crc(ref):08x}" for ref in _tensors(folder)}
+    sums = {ref.name: f"{_file_crc(ref):08x}" for ref in every_tensor(folder)}
     with written(path):
         path.write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return path
@@ -34,7 +34,7 @@ def check_checksums(folder: Path) -> int:
     sums = read_checksums(folder)
     if sums is None:
         raise RunError(f"{folder / NAME}: is missing", "runtime_min checksum DIR writes it")
-    refs = list(_tensors(folder))
+    refs = every_tensor(folder)
     problems = [f"{ref.path}: {ref.name}: has no checksum" for ref in refs if ref.name not in sums]
     problems += [_corrupt(ref) for ref in refs if ref.name in sums and _file_crc(ref) != sums[ref.name]]
     if problems:
@@ -149,17 +149,6 @@ def _product(a: int, b: int) -> int:
 
 def _corrupt(ref: TensorRef) -> str:
     return f"{ref.path}: {ref.name}: is corrupt: its bytes do not have the checksum in {NAME}"
-
-
-def _tensors(folder: Path) -> Iterator[TensorRef]:
-    problems: list[str] = []
-    paths = sorted(folder.glob("*.safetensors"))
-    found = [ref for path in paths for ref in read_header(path, problems).values()]
-    if not paths:
-        problems.append(f"{folder}: has no safetensors file")
-    if problems:
-        raise CheckpointError(problems)
-    yield from found
 
 
 def _file_crc(ref: TensorRef) -> int:

@@ -10,7 +10,6 @@ B sequences, Q query heads, V key and value heads, G = Q / V query heads to each
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,14 +91,7 @@ def _fits(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
 @functools.cache
 def _kernel() -> Any | None:
     """The module of the compiled kernel, or None without Numba."""
-    try:
-        import numba  # noqa: F401
-    except ImportError:
-        return None
-    folder = Path(__file__).parent
-    with team.kept(str(folder / "attention_kernel.py"), str(folder / "kernel_parts.py")):
-        from moeplan.runtime_min import attention_kernel
-    return attention_kernel
+    return team.module("attention_kernel", "kernel_parts")
 
 
 def _compiled(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,15 @@ class Packed:
 
 
 Matrix = Tensor | Packed
+
+
+def lies_ready(x: Tensor, weight: Matrix) -> bool:
+    """Whether compiled kernels can multiply bf16 `x` [T, in] by the weight [out, in] where both lie."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.dim() != 2 or x.numel() == 0:
+        return False
+    if isinstance(weight, Packed):
+        return True
+    return weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous()
 
 
 def pack(weight: Tensor, packing: Packing, first_row: int = 0) -> tuple[Tensor, Tensor]:
@@ -63,14 +71,7 @@ def unpack(packed: Packed) -> Tensor:
 @functools.cache
 def _kernel() -> Any | None:
     """The module of the compiled kernel, or None without Numba."""
-    try:
-        import numba  # noqa: F401
-    except ImportError:
-        return None
-    folder = Path(__file__).parent
-    with team.kept(str(folder / "packed_kernel.py"), str(folder / "kernel_parts.py")):
-        from moeplan.runtime_min import packed_kernel
-    return packed_kernel
+    return team.module("packed_kernel", "kernel_parts")
 
 
 def plain(packed: Packed) -> Tensor:

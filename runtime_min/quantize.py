@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from moeplan.runtime_min.checkpoint import INDEX, CheckpointError, TensorRef, read_header, read_json
+from moeplan.runtime_min.checkpoint import INDEX, CheckpointError, TensorRef, every_tensor, read_json
 from moeplan.runtime_min.errors import RunError, written
 from moeplan.runtime_min.formats import PACKINGS, Packing, fits
 from moeplan.runtime_min.models import BY_MODEL_TYPE
@@ -48,7 +48,7 @@ def quantize(folder: Path, out: Path, name: str, progress: Progress = lambda don
     packing = PACKINGS[name]
     config = read_json(folder / "config.json")
     is_expert = re.compile(_expert_pattern(folder, config)).fullmatch
-    refs = _tensors(folder)
+    refs = sorted(every_tensor(folder), key=lambda ref: (ref.path.name, ref.offset, ref.name))
     experts = {ref.name for ref in refs if is_expert(ref.name)}
     _check(folder, packing, refs, experts)
     shards = list(_shards(refs))
@@ -92,17 +92,6 @@ def _matrix_pattern(kind: Architecture, matrix: str) -> str:
     expert = "experts.0." if kind.routed else ""
     name = stored_name(kind, f"model.layers.0.{kind.mlp}.{expert}{matrix}.weight")
     return re.escape(name).replace(r"\.0\.", r"\.[0-9]+\.")
-
-
-def _tensors(folder: Path) -> list[TensorRef]:
-    """Every tensor of the checkpoint in the order of its files."""
-    problems: list[str] = []
-    paths = sorted(folder.glob("*.safetensors"))
-    found = [ref for path in paths for ref in read_header(path, problems).values()]
-    problems += [f"{folder}: has no safetensors file"] * (not paths)
-    if problems:
-        raise CheckpointError(problems)
-    return sorted(found, key=lambda ref: (ref.path.name, ref.offset, ref.name))
 
 
 def _check(folder: Path, packing: Packing, refs: Sequence[TensorRef], experts: set[str]) -> None:

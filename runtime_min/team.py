@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,22 @@ def kept(*sources: str) -> Iterator[None]:
     digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
     with compiled_apart(f"kernels-{digest[:16]}"):
         yield
+
+
+def has_numba() -> bool:
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def module(name: str, *parts: str) -> Any | None:
+    """runtime_min's module `name` of kernels, compiled from it and its `parts`; None without Numba."""
+    if not has_numba():
+        return None
+    with kept(*(str(Path(__file__).with_name(f"{part}.py")) for part in (name, *parts))):
+        return importlib.import_module(f"moeplan.runtime_min.{name}")
 
 
 def run(kernel: Kernel, table: list[int]) -> None:

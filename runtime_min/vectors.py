@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from moeplan.runtime_min import team
 from moeplan.runtime_min.cpu import cpu_flags
-from moeplan.runtime_min.packing import Matrix, Packed
+from moeplan.runtime_min.packing import Matrix, Packed, lies_ready
 
 _LEAST_ROWS = 4  # torch reads a plain weight as fast for fewer
 _LEAST_OUTER = 6  # rows of the weight that the kernel takes at once
@@ -42,32 +41,17 @@ def usable() -> bool:
 
 @functools.cache
 def _kernel() -> Any | None:
-    try:
-        import numba  # noqa: F401
-    except ImportError:
-        return None
-    names = ("vector_kernel.py", "kernel_parts.py", "packed_kernel.py")
-    with team.kept(*(str(Path(__file__).with_name(name)) for name in names)):
-        from moeplan.runtime_min import vector_kernel
-    return vector_kernel
+    """The module of the compiled kernel, or None without Numba."""
+    return team.module("vector_kernel", "kernel_parts", "packed_kernel")
 
 
 def _fits(x: Tensor, weight: Matrix) -> bool:
     return (
-        x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and x.dim() == 2
-        and x.shape[0] > 0
+        lies_ready(x, weight)
         and x.shape[1] % 16 == 0
-        and x.shape[1] > 0
         and weight.shape[0] >= _LEAST_OUTER
-        and (isinstance(weight, Packed) or _lies_ready(x, weight))
+        and (isinstance(weight, Packed) or x.shape[0] >= _LEAST_ROWS)
     )
-
-
-def _lies_ready(x: Tensor, weight: Tensor) -> bool:
-    ready = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
-    return ready and x.shape[0] >= _LEAST_ROWS
 
 
 def _compiled(x: Tensor, weight: Matrix) -> Tensor:

@@ -197,10 +197,9 @@ def test_streamed_it_says_what_it_stands_for(kind: str, name: str, resident: int
     """No page resident, attention, attention and some experts; in float32, so that scores can be equal."""
     source = make(tmp_path / "plain", kind)
     quantize(source, tmp_path / "packed", name)
-    found = tensors(source)
+    found, small = tensors(source), experts(tensors(tmp_path / "packed"))
     stand = {
-        key: plain(packed(value, PACKINGS[name])) if key in experts(tensors(tmp_path / "packed")) else value
-        for key, value in found.items()
+        key: plain(packed(value, PACKINGS[name])) if key in small else value for key, value in found.items()
     }
     save_file(stand, source / "model.safetensors")
     model = model_plan(load_model(source, Span("config.json")), "", "float32")
