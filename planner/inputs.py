@@ -58,6 +58,12 @@ class Inputs:
     unrunnable: Unrunnable = runs_all
     previous: Mapping[str, int] | None = None
 
+    def refusals(self, spec: Spec, workload: Workload) -> Sequence[str]:
+        """Why the bundled runtime refuses the spec's checkpoint; nothing of a model of the catalog."""
+        if not spec.model.path:
+            return ()
+        return self.unrunnable(Path(spec.path).parent / spec.model.path, workload)
+
 
 def load_inputs(spec: Spec, machine_file: Path | None = None) -> Inputs:
     """Read what `spec` names, relative to its own folder; `machine_file` overrides its machine.

@@ -298,13 +298,18 @@ def _dbrx(keys: _Keys) -> _Architecture:
     )
 
 
+def _stepped_moe_layers(keys: _Keys, layers: int) -> int:
+    """Qwen's: every so many layers, but for those named."""
+    sparse_step = keys.optional_size("decoder_sparse_step") or 1
+    dense_ids = set(keys.layer_ids("mlp_only_layers", layers))
+    return sum(i not in dense_ids and (i + 1) % sparse_step == 0 for i in range(layers))
+
+
 def _qwen3_moe(keys: _Keys) -> _Architecture:
     """Qwen3-MoE: head_dim apart from hidden/heads, a norm over each query and key head. arXiv 2505.09388."""
     hidden, layers = keys.size("hidden_size"), keys.size("num_hidden_layers")
     heads = keys.size("num_attention_heads")
-    sparse_step = keys.optional_size("decoder_sparse_step") or 1
-    dense_ids = set(keys.layer_ids("mlp_only_layers", layers))
-    moe_layers = sum(i not in dense_ids and (i + 1) % sparse_step == 0 for i in range(layers))
+    moe_layers = _stepped_moe_layers(keys, layers)
     slides = keys.flag("use_sliding_window", False)
     head_dim = _head_dim(keys, hidden, heads)
     attention, count = _gqa(
@@ -335,9 +340,7 @@ def _qwen2_moe(keys: _Keys) -> _Architecture:
     """Qwen2-MoE: biases on the inputs only, a shared expert with width and gate. arXiv 2407.10671."""
     hidden, layers = keys.size("hidden_size"), keys.size("num_hidden_layers")
     heads = keys.size("num_attention_heads")
-    sparse_step = keys.optional_size("decoder_sparse_step") or 1
-    dense_ids = set(keys.layer_ids("mlp_only_layers", layers))
-    moe_layers = sum(i not in dense_ids and (i + 1) % sparse_step == 0 for i in range(layers))
+    moe_layers = _stepped_moe_layers(keys, layers)
     attention, count = _gqa(
         keys,
         hidden=hidden,

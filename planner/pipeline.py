@@ -16,6 +16,7 @@ from moeplan.planner.catalog import facts_digest
 from moeplan.planner.inputs import Inputs, Unrunnable, load_inputs, runs_all
 from moeplan.planner.ir.attainment import Attainment
 from moeplan.planner.ir.fleet import Choice, Fleet
+from moeplan.planner.ir.machine import Offer
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.roofline import Roofline
@@ -88,8 +89,7 @@ def compile_inputs(spec: Spec, inputs: Inputs, trace: Trace | None = None) -> Pl
     for roofline in rooflines:
         verify.verify_roofline(roofline)
     limit = spec.machine.memory_bytes if spec.machine else None
-    checkpoint = Path(spec.path).parent / spec.model.path
-    refused = inputs.unrunnable(checkpoint, workload) if spec.model.path else ()
+    refused = inputs.refusals(spec, workload)
     found = run("policies", lambda: tuple(find_policies(workload, r, limit, refused) for r in rooflines))
     predicted = tuple(policy for accepted, _ in found for policy in accepted)
     if len(machines) == 1:  # on a market offloaded replicas are chosen last, and their machines are many
@@ -100,7 +100,7 @@ def compile_inputs(spec: Spec, inputs: Inputs, trace: Trace | None = None) -> Pl
     for policy in policies:
         verify.verify_policy(policy)
     fleet, attainment = run(
-        "fleet", lambda: find_fleet(spec, inputs, workload, rooflines, policies, rejections)
+        "fleet", lambda: find_fleet(spec, inputs, workload, rooflines, policies, rejections, offers)
     )
     verify.verify_fleet(spec, workload, fleet)
     verify.verify_attainment(fleet, attainment)
@@ -134,13 +134,13 @@ def find_fleet(
     rooflines: Sequence[Roofline],
     policies: Sequence[Policy],
     rejections: Sequence[Rejection],
+    offers: Sequence[Offer],
     explain: bool = True,
 ) -> tuple[Fleet, Attainment]:
     """The fleet of some policies, simulated: what the compiler chooses, and what explanations choose anew.
 
     Without `explain` it is not asked what would change the answer.
     """
-    offers = candidate_offers(spec, inputs)
 
     def choose(policies: Sequence[Policy], last: bool) -> Fleet:
         return choose_fleet(

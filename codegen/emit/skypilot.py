@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from moeplan.codegen.emit.report import caution, why_unrun
-from moeplan.codegen.groups import disk_gb
+from moeplan.codegen.groups import PORT, disk_gb, grace_s
 from moeplan.codegen.render import render
 from moeplan.codegen.vllm import VERSION, vllm_arguments
 from moeplan.planner.ir.fleet import Choice
@@ -19,8 +19,6 @@ from moeplan.planner.ir.machine import Machine
 from moeplan.planner.ir.placement import Site, Zone
 from moeplan.planner.ir.plan import Plan
 
-_READINESS_MARGIN = 1.5  # cold starts vary; a probe that gives up early kills healthy replicas
-_PORT = 8000
 _MEMORY_SHARE = 0.9
 _NOTICE_S = 5  # between two looks at the metadata service; clouds give 30 to 120 seconds
 _PARTS_PER_HOUR = 1  # of vLLM's work: what a preemption loses at most, against starting it once per part
@@ -71,11 +69,11 @@ def _values(plan: Plan, choice: Choice, site: Site) -> dict[str, Any]:
         "overprovision": site.spot_overprovision,
         "base": site.on_demand_base,
         "fallback": site.on_demand_fallback,
-        "readiness_s": math.ceil(site.cold_start_s * _READINESS_MARGIN / 60) * 60,
+        "readiness_s": grace_s(site),
         "qps": _target_qps(plan, choice, site) if site.serves == "online" else 0.0,
         "parts": _parts(choice) * site.replicas,
         "disk_gb": disk_gb(plan),
-        "port": _PORT,
+        "port": PORT,
         "notice_s": _NOTICE_S,
         "image": plan.spec.image,
         "version": VERSION,

@@ -12,6 +12,7 @@ from moeplan.planner.diagnostics import InfeasibleError
 from moeplan.planner.explain.facts import fact_change, is_fact, require_known, with_changes
 from moeplan.planner.inputs import Inputs, load_inputs
 from moeplan.planner.ir.fleet import Fleet
+from moeplan.planner.ir.machine import Offer
 from moeplan.planner.ir.plan import Plan
 from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.roofline import Roofline
@@ -86,15 +87,14 @@ def decide(case: Case, held: Held | None = None) -> Fleet | InfeasibleError:
         rooflines = tuple(find_roofline(workload, machine) for machine in machines)
         if offers and (found := _in_memory(spec, workload, rooflines) if held is None else held):
             try:
-                return _fleet(case, workload, rooflines, found)
+                return _fleet(case, workload, rooflines, offers, found)
             except InfeasibleError:
                 pass  # perhaps offloading makes one
         limit = spec.machine.memory_bytes if spec.machine else None
-        checkpoint = Path(spec.path).parent / spec.model.path
-        refused = inputs.unrunnable(checkpoint, workload) if spec.model.path else ()
+        refused = inputs.refusals(spec, workload)
         both = [find_policies(workload, roofline, limit, refused) for roofline in rooflines]
         answers = [answer for found in both for part in found for answer in part]
-        return _fleet(case, workload, rooflines, answers)
+        return _fleet(case, workload, rooflines, offers, answers)
     except InfeasibleError as error:
         return error
 
@@ -112,13 +112,17 @@ def _fleet(
     case: Case,
     workload: Workload,
     rooflines: Sequence[Roofline],
+    offers: Sequence[Offer],
     answers: Sequence[Policy | Rejection],
 ) -> Fleet:
     policies = [answer for answer in answers if isinstance(answer, Policy)]
     refused = [answer for answer in answers if isinstance(answer, Rejection)]
     profiled = apply_profile(workload, rooflines, policies, case.inputs.profile)
     refusals = (*refused, *profiled.rejections)
-    return find_fleet(case.spec, case.inputs, workload, rooflines, profiled.policies, refusals, False)[0]
+    fleet, _ = find_fleet(
+        case.spec, case.inputs, workload, rooflines, profiled.policies, refusals, offers, explain=False
+    )
+    return fleet
 
 
 def _in_memory(spec: Spec, workload: Workload, rooflines: Sequence[Roofline]) -> Held:

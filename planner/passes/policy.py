@@ -52,15 +52,14 @@ def _answers(
         return [_no_arithmetic(workload, requests, roofline)]
     if roofline.has("gpu") and workload.model.packing != "none":
         return [_packed_for_cpus(workload, requests, roofline)]
-    not_ours = _not_ours(workload, requests, roofline, unrunnable) if unrunnable else None
+    refusal = _not_ours(workload, requests, roofline, unrunnable) if unrunnable else None
+    refusal = refusal or _not_executed(workload, requests, roofline)
     if not roofline.has("gpu"):
         if requests.name == "online":
             return [_no_online_without_gpu(requests, roofline)]
-        refusal = not_ours or _not_executed(workload, requests, roofline)
         return [refusal or stream_policy(workload, requests, roofline, memory_limit_bytes)]
     answers = [in_memory_policy(workload, requests, roofline)]
     if roofline.roof("dram").flops_per_s > 0:
-        refusal = not_ours or _not_executed(workload, requests, roofline)
         refusal = refusal or _not_offloaded(workload, requests, roofline)
         answers.append(refusal or offload_policy(workload, requests, roofline, memory_limit_bytes))
     return answers

@@ -89,6 +89,12 @@ def _held_workloads(workload: Workload, roofline: Roofline) -> dict[WeightsDtype
     return {"checkpoint": workload}
 
 
+def _copy_of(workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy) -> _Copy:
+    """One copy of the model as `policy` holds it."""
+    held = _held_workloads(workload, roofline)[policy.weights_dtype]
+    return _Copy(held, requests, roofline, policy.gpus, policy.weights_dtype)
+
+
 def in_memory_figures(
     workload: Workload,
     requests: RequestClass,
@@ -99,8 +105,7 @@ def in_memory_figures(
     slower: Slower,
 ) -> Figures:
     """What one copy of the model does with `batch` requests of the bucket's size in flight."""
-    held = _held_workloads(workload, roofline)[policy.weights_dtype]
-    copy = _Copy(held, requests, roofline, policy.gpus, policy.weights_dtype)
+    copy = _copy_of(workload, requests, roofline, policy)
     times = copy.times(bucket, float(batch), slower)
     return Figures(
         prefill_tokens_per_s=bucket.prompt_tokens / times.prefill,
@@ -115,8 +120,7 @@ def in_memory_law(
     workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy
 ) -> ServingLaw:
     """One copy of the model, step by step."""
-    held = _held_workloads(workload, roofline)[policy.weights_dtype]
-    return _Copy(held, requests, roofline, policy.gpus, policy.weights_dtype).law(policy.sequences)
+    return _copy_of(workload, requests, roofline, policy).law(policy.sequences)
 
 
 def in_memory_fits(
@@ -128,8 +132,7 @@ def in_memory_fits(
     batch: int,
 ) -> bool:
     """Whether the cache of one copy holds `batch` requests of the bucket's size, and vLLM takes as many."""
-    held = _held_workloads(workload, roofline)[policy.weights_dtype]
-    copy = _Copy(held, requests, roofline, policy.gpus, policy.weights_dtype)
+    copy = _copy_of(workload, requests, roofline, policy)
     return batch <= _MAX_SEQUENCES and batch * copy.held_bytes(bucket) <= copy.kv_bytes
 
 
