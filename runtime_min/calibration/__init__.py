@@ -48,9 +48,7 @@ def measure(folder: Path, sizes: Sizes | None = None) -> dict[str, Any]:
     torch.set_num_threads(cores)
     keep_freed_memory()
     dtypes = ("float32", "bf16")
-    by_dtype = {
-        name: {n: kernels.measure_kernels(n, name, sizes) for n in sorted({1, cores})} for name in dtypes
-    }
+    by_dtype = kernels.measure_kernels(sorted({1, cores}), dtypes, sizes)
     peaks = {name: max(found[cores].product_flops_per_s.values()) for name, found in by_dtype.items()}
     disk = _disk(folder, sizes)
     figures = {
@@ -135,7 +133,7 @@ def _disk(folder: Path, sizes: Sizes) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
         with _readers(Path(file.name), file_bytes) as read_file:
-            alone = [_timed(read_file) for _ in range(5)]
+            alone = [_timed(read_file) for _ in range(3)]
             kept, together = _beside(read_file, sizes)
     rate = file_bytes / statistics.median(alone)
     return {
@@ -175,7 +173,7 @@ def _beside(read_file: Callable[[], object], sizes: Sizes) -> tuple[float, float
     taken: list[float] = []
 
     def read() -> None:
-        taken.extend(_timed(read_file) for _ in range(5))
+        taken.extend(_timed(read_file) for _ in range(3))
         reading.set()
 
     thread = threading.Thread(target=read)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,9 +33,13 @@ from moeplan.runtime_min.sampling import greedy
 NEAR_BYTES, FAR_BYTES = 16 << 20, (64 << 20, 192 << 20, 512 << 20)
 # Choosing a token's experts and sorting by them costs about as much as the norm of so many values.
 ROUTE_VALUES = 256
+_LONG = 5
 _LEAST_SHARE = 0.05  # of a time that is left when known parts are taken off: no noise makes it negative
 
+_SCORE_ROWS = 16
+
 Table = dict[int, float]
+_Key = tuple[str | int, ...]
 
 
 _SMALL = Shape(
@@ -75,7 +79,8 @@ class Sizes:
     contexts: tuple[int, int] = (32, 512)
     near_bytes: int = NEAR_BYTES
     far_bytes: tuple[int, ...] = FAR_BYTES
-    seconds: float = 0.06  # for each figure
+    seconds: float = 0.02  # for each time and round
+    rounds: int = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,23 +121,21 @@ class Kernels:
 
 def seconds(work: Callable[[], object], least: float) -> float:
     """The median seconds of `work` over repetitions that fill `least` seconds, after one to warm up."""
-
-    def timed() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    return repeated(timed, least)
+    return repeated(_timed(work, 1), least)[0]
 
 
-def repeated(measure: Callable[[], float], least: float) -> float:
-    """The median result of `measure` over repetitions that fill `least` seconds, after one to warm up."""
-    measure()
-    taken: list[float] = []
-    end = time.perf_counter() + least
-    while len(taken) < 3 or time.perf_counter() < end:
+def repeated(measure: Callable[[], tuple[float, ...]], least: float) -> tuple[float, ...]:
+    """The medians of what `measure` returns over repetitions that fill `least` seconds, after one to warm up.
+
+    What takes `_LONG` times as long needs no warm caches and is measured once.
+    """
+    start = time.perf_counter()
+    taken = [measure()]
+    if time.perf_counter() - start > _LONG * least:
+        return taken[0]
+    while len(taken) < 2 or time.perf_counter() - start < least:
         taken.append(measure())
-    return statistics.median(taken)
+    return _medians(taken[1:])
 
 
 def between(table: Mapping[int, float], at: float) -> float:
@@ -147,18 +150,28 @@ def between(table: Mapping[int, float], at: float) -> float:
 
 
 @torch.inference_mode()
-def measure_kernels(threads: int, dtype: str, sizes: Sizes) -> Kernels:
-    """The figures for `threads` and `dtype`; leaves the number of threads as it was."""
+def measure_kernels(
+    threads: Sequence[int], dtypes: Sequence[str], sizes: Sizes
+) -> dict[str, dict[int, Kernels]]:
+    """The figures by dtype and number of threads; leaves the number of threads as it was.
+
+    Rounds go over everything and a time is the median of its rounds, so that a neighbour who takes a core for
+    some seconds spoils one round of a few times, not the figures.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    benches = {(dtype, n): _Bench(dtype, sizes) for dtype in dtypes for n in threads}
     try:
-        return _Bench(dtype, sizes).kernels()
+        for _ in range(sizes.rounds):
+            for (_, n), bench in benches.items():
+                torch.set_num_threads(n)
+                bench.sweep()
     finally:
         torch.set_num_threads(before)
+    return {dtype: {n: benches[dtype, n].kernels() for n in threads} for dtype in dtypes}
 
 
 class _Bench:
-    """Solves for one figure after the other: each time is what is known already plus one thing more."""
+    """Measures in rounds, then solves for figures in turn: a time is what is known and one thing more."""
 
     def __init__(self, dtype: str, sizes: Sizes) -> None:
         self._dtype, self._sizes = DTYPES[dtype], sizes
@@ -166,16 +179,48 @@ class _Bench:
         most = max(sizes.sequences)
         tokens = max(sizes.rows) * max(sizes.small.experts, sizes.large.experts)
         prompt = max(sizes.prompt, -(-tokens // most))
-        self._small, self._large = (
+        self._models = tuple(
             Probe(shape, dtype, most, prompt, max(prompt, 16) + 1) for shape in (sizes.small, sizes.large)
         )
+        self._taken: dict[_Key, list[tuple[float, ...]]] = {}
+
+    def sweep(self) -> None:
+        """One round of every time."""
+        for key, work in self._works():
+            self._taken.setdefault(key, []).append(repeated(work, self._least))
+
+    def _works(self) -> Iterator[tuple[_Key, Callable[[], tuple[float, ...]]]]:
+        s = self._sizes
+        for nbytes in (s.near_bytes, *s.far_bytes):
+            yield ("weights", nbytes), self._weights(nbytes)
+        for model, probe in enumerate(self._models):
+            for rows in s.rows:
+                yield ("expert", model, rows), partial(probe.experts, rows)
+            for sequences, prompt in self._batches:
+                yield ("layer", model, sequences, prompt), partial(_layer, probe, sequences, prompt)
+            for sequences in (1, max(s.sequences))[: 2 - model]:
+                yield ("pass", model, sequences), partial(probe.generate, sequences, 4)
+        for prompt in s.prompts:
+            yield ("prompt", prompt), self._prompt(prompt)
+        for context in s.contexts:
+            yield ("decode", context), self._decode_work(context)
+        yield ("scores",), self._scores_work()
+
+    def _median(self, *key: str | int) -> tuple[float, ...]:
+        return _medians(self._taken[key])
+
+    @property
+    def _batches(self) -> list[tuple[int, int]]:
+        """Sequences and prompt of the passes whose layers are timed; a prompt of one token is decode."""
+        few = [(n, 1) for n in (1, 8) if n <= max(self._sizes.sequences)]
+        return [*few, *((n, self._sizes.prompt) for n in self._sizes.sequences)]
 
     def kernels(self) -> Kernels:
         s = self._sizes
         self._far_bytes_per_s = self._far()
         expert_s, self._products, expert_values = self._experts()
         flops = {prompt: self._prompt_flops_per_s(prompt) for prompt in s.prompts}
-        self._score_values_per_s = self._scores()
+        self._score_values_per_s = _SCORE_ROWS * 2 * s.large.vocab / self._median("scores")[0]
         attention_s, route_s, attending, routing = self._values(flops)
         row_s, pass_s, sequence_s = self._passes()
         head_s, kv_bytes_per_s = self._decode()
@@ -199,16 +244,16 @@ class _Bench:
 
     def _far(self) -> Table:
         """What many bytes of weights in turn cost more than few: by their number, bytes per second."""
-        near = self._weights_s(self._sizes.near_bytes)
-        return {n: 1 / _left(self._weights_s(n), near) for n in self._sizes.far_bytes}
+        (near,) = self._median("weights", self._sizes.near_bytes)
+        return {n: 1 / _left(self._median("weights", n)[0], near) for n in self._sizes.far_bytes}
 
-    def _weights_s(self, nbytes: int) -> float:
+    def _weights(self, nbytes: int) -> Callable[[], tuple[float, ...]]:
         """Seconds per byte of products of a few rows with `nbytes` of matrices in turn."""
         n, k = self._sizes.large.inner, self._sizes.large.hidden
         size = n * k * self._dtype.itemsize
         weights = [torch.full((n, k), 0.01, dtype=self._dtype) for _ in range(max(2, nbytes // size))]
         x = self._random(4, k)
-        return seconds(lambda: [linear(x, w) for w in weights], self._least) / (len(weights) * size)
+        return _timed(lambda: [linear(x, w) for w in weights], len(weights) * size)
 
     def _far_s(self, shape: Shape, weights: int) -> float:
         """The part of `weights` of a pass that is due to memory, in a model of `shape`."""
@@ -246,16 +291,12 @@ class _Bench:
             rest[rows] = rows * values[0] / _left(small_s, call_s + weights[0] * per_weight_s)
         return call_s, products, rest
 
-    def _both(self, rows: int) -> tuple[float, float]:
+    def _both(self, rows: int) -> tuple[float, ...]:
         """Seconds of an expert of each model, memory's part taken off."""
-        small, large = (
-            _left(
-                repeated(partial(probe.experts, rows), self._least),
-                self._far_s(probe.shape, probe.shape.expert_weights),
-            )
-            for probe in (self._small, self._large)
+        return tuple(
+            _left(self._median("expert", n, rows)[0], self._far_s(shape, shape.expert_weights))
+            for n, shape in enumerate((self._sizes.small, self._sizes.large))
         )
-        return small, large
 
     def _values(self, scores: Table) -> tuple[float, float, Table, Table]:
         """Seconds of an attention call and of a routing; by tokens, the rates of what else they do.
@@ -266,10 +307,9 @@ class _Bench:
         attending: Table = {}
         routing: Table = {}
         calls = [0.0, 0.0]
-        few = [(n, 1) for n in (1, 8) if n <= max(self._sizes.sequences)]
-        for sequences, prompt in [*few, *((n, self._sizes.prompt) for n in self._sizes.sequences)]:
+        for sequences, prompt in self._batches:
             tokens = sequences * prompt
-            left = [self._layer_s(p, sequences, prompt, scores) for p in (self._small, self._large)]
+            left = [self._layer_s(model, sequences, prompt, scores) for model in (0, 1)]
             if tokens == 1:
                 calls = [_line(self._widths(op), [s[op] for s in left])[0] for op in (0, 1)]
             for op, table in enumerate((attending, routing)):
@@ -284,15 +324,13 @@ class _Bench:
             return small.attention_values, large.attention_values
         return small.hidden + ROUTE_VALUES, large.hidden + ROUTE_VALUES
 
-    def _layer_s(self, probe: Probe, sequences: int, prompt: int, scores: Table) -> tuple[float, float]:
+    def _layer_s(self, model: int, sequences: int, prompt: int, scores: Table) -> tuple[float, float]:
         """Of one layer's attention and routing, products and scores taken off; decode where prompt is 1."""
-        shape, tokens = probe.shape, sequences * prompt
-        if prompt == 1:
-            ops, scores_s = _ops(lambda: probe.decode(sequences, 16), self._least * 2), 0.0
-        else:
-            ops = _ops(lambda: probe.prefill(sequences, prompt), self._least)
+        shape, tokens = (self._sizes.small, self._sizes.large)[model], sequences * prompt
+        attending, routing = self._median("layer", model, sequences, prompt)
+        scores_s = 0.0
+        if prompt > 1:
             scores_s = 4 * tokens * prompt * shape.heads * shape.head_dim / between(scores, prompt)
-        attending, routing = ops[ATTENTION] / shape.layers, ops[ROUTE] / shape.layers
         products = self._product_s(shape, tokens, shape.attention_weights)
         router = self._product_s(shape, tokens, shape.experts * shape.hidden)
         return _left(attending, products + scores_s), _left(routing, router)
@@ -300,27 +338,22 @@ class _Bench:
     def _passes(self) -> tuple[float, float, float]:
         """Seconds of a schedule's row, of a pass outside its rows, and of a sequence in it."""
         many = max(self._sizes.sequences)
-        few_s, _ = self._generate(self._small, 1)
-        many_s, _ = self._generate(self._small, many)
+        few_s, many_s = (self._median("pass", 0, n)[0] for n in (1, many))
         # Between the rows of the large model: its weights have driven all else out of the caches.
-        _, row_s = self._generate(self._large, 1)
+        _, row_s = self._median("pass", 1, 1)
         scores_s = (many - 1) * self._sizes.small.vocab / self._score_values_per_s
-        return row_s, few_s, _left(many_s, few_s + scores_s) / (many - 1)
-
-    def _generate(self, probe: Probe, sequences: int) -> tuple[float, float]:
-        taken = [probe.generate(sequences, 8) for _ in range(5)]
-        return statistics.median(t[0] for t in taken), statistics.median(t[1] for t in taken)
+        return row_s, few_s, _left(many_s, few_s + scores_s) / max(1, many - 1)
 
     def _decode(self) -> tuple[float, float]:
         """Seconds per key head of a sequence, and cached bytes per second: a line through two contexts."""
         heads = max(self._sizes.sequences) * self._sizes.large.kv_heads
-        taken = [self._decode_s(context) for context in self._sizes.contexts]
+        taken = [self._median("decode", context)[0] for context in self._sizes.contexts]
         width = 2 * heads * self._sizes.large.head_dim * self._dtype.itemsize
         nbytes = [width * context for context in self._sizes.contexts]
         rate = (nbytes[1] - nbytes[0]) / _left(taken[1], taken[0])
         return _left(taken[0], nbytes[0] / rate) / heads, rate
 
-    def _decode_s(self, context: int) -> float:
+    def _decode_work(self, context: int) -> Callable[[], tuple[float, ...]]:
         """Of decode attention alone, one layer's cache after the other."""
         shape, sequences, layers = self._sizes.large, max(self._sizes.sequences), 4
         tokens = sequences * kv_blocks(context) * KV_BLOCK_TOKENS
@@ -334,38 +367,53 @@ class _Bench:
             for layer in range(layers):
                 decode_attention(q, *cache.layer(layer), batch.tables, batch.lengths)
 
-        return seconds(work, self._least) / layers
+        return _timed(work, layers)
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape).mul_(1 / math.sqrt(shape[-1])).to(self._dtype)
 
     def _prompt_flops_per_s(self, prompt: int) -> float:
         shape = self._sizes.large
+        return 4 * prompt**2 * shape.heads * shape.head_dim / self._median("prompt", prompt)[0]
+
+    def _prompt(self, prompt: int) -> Callable[[], tuple[float, ...]]:
+        """Seconds of the attention of one prompt, among several."""
+        shape = self._sizes.large
         count = max(1, max(self._sizes.sequences) * self._sizes.prompt // prompt)
         q = self._random(count * prompt, shape.heads, shape.head_dim)
         k = self._random(count * prompt, shape.kv_heads, shape.head_dim)
-        flops = 4 * count * prompt**2 * shape.heads * shape.head_dim
-        return flops / seconds(lambda: prompt_attention(q, k, k, prompt), self._least)
+        return _timed(lambda: prompt_attention(q, k, k, prompt), count)
 
-    def _scores(self) -> float:
-        rows, vocab = 16, 2 * self._sizes.large.vocab
+    def _scores_work(self) -> Callable[[], tuple[float, ...]]:
+        rows, vocab = _SCORE_ROWS, 2 * self._sizes.large.vocab
         product, kept = self._random(rows, vocab), torch.empty(rows, vocab)
 
         def work() -> None:
             kept[:rows] = product
             greedy(kept)
 
-        return rows * vocab / seconds(work, self._least)
+        return _timed(work, 1)
 
 
-def _ops(run: Callable[[], Mapping[int, float]], least: float) -> dict[int, float]:
-    """The median seconds of each operation over passes that fill `least` seconds."""
-    run()
-    passes: list[Mapping[int, float]] = []
-    end = time.perf_counter() + least
-    while len(passes) < 3 or time.perf_counter() < end:
-        passes.append(run())
-    return {op: statistics.median([p[op] for p in passes]) for op in passes[0]}
+def _timed(work: Callable[[], object], parts: int) -> Callable[[], tuple[float, ...]]:
+    """Seconds of one of the `parts` of `work`."""
+
+    def timed() -> tuple[float, ...]:
+        start = time.perf_counter()
+        work()
+        return ((time.perf_counter() - start) / parts,)
+
+    return timed
+
+
+def _layer(probe: Probe, sequences: int, prompt: int) -> tuple[float, float]:
+    """Seconds of one layer's attention and routing."""
+    ops = probe.decode(sequences, 16) if prompt == 1 else probe.prefill(sequences, prompt)
+    return ops[ATTENTION] / probe.shape.layers, ops[ROUTE] / probe.shape.layers
+
+
+def _medians(taken: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(statistics.median(column) for column in zip(*taken, strict=True))
 
 
 def _left(whole: float, known: float) -> float:

@@ -49,7 +49,7 @@ from moeplan.runtime_min.plan_file import (
 from moeplan.runtime_min.sampling import Sampling
 from moeplan.runtime_min.stream import Pass, Stream, StreamModel
 
-_MANY_ROWS = 16
+_MANY_ROWS, _FULL_ROWS = 16, 256
 GREEDY = Sampling(0.0, 1.0, 0)
 
 
@@ -108,30 +108,36 @@ class Probe:
             self._model.cache.take(number, self._plan.batch.context_tokens)
 
     def prefill(self, sequences: int, prompt: int) -> dict[int, float]:
-        """Seconds of each operation of a prefill, summed over layers."""
+        """Seconds of attention and of routing in a prefill, summed over layers; experts are left out."""
         batch = prompt_batch(0, [(self._model.cache.table(n), 0, prompt) for n in range(sequences)])
         tokens = torch.randint(self.shape.vocab, (sequences * prompt,))
-        return self._timed(Pass(tokens, (batch,), 0, torch.arange(1, sequences + 1) * prompt - 1))
+        step = Pass(tokens, (batch,), 0, torch.arange(1, sequences + 1) * prompt - 1)
+        return self._timed(step, (EMBED, ATTENTION, ROUTE))
 
     def decode(self, sequences: int, context: int) -> dict[int, float]:
-        """Seconds of each operation of a decode pass, summed over layers."""
+        """The same of a decode pass, whose experts run: they drive the other weights out of the caches."""
         tables = [self._model.cache.table(n) for n in range(sequences)]
         batch = decode_batch(0, tables, [context] * sequences)
         tokens = torch.randint(self.shape.vocab, (sequences,))
-        return self._timed(Pass(tokens, (batch,), 1, torch.arange(sequences)))
+        step = Pass(tokens, (batch,), 1, torch.arange(sequences))
+        return self._timed(step, (EMBED, ATTENTION, ROUTE, EXPERTS))
 
-    def experts(self, rows: int) -> float:
-        """Mean seconds of an expert that gets `rows` tokens, where they are many only on average."""
+    def experts(self, rows: int) -> tuple[float]:
+        """Mean seconds of an expert that gets `rows` tokens, where they are many only on average.
+
+        Many rows need one layer only; of few, all: each expert then finds its weights out of the caches.
+        """
         shape = self.shape
         count = max(1, rows * shape.experts // shape.experts_per_token)
         tokens = torch.zeros(count, dtype=torch.int64)
         self._model.begin(Pass(tokens, (), 0, tokens[-1:]))
         self._model.route_as(self._routing(rows, count))
+        layers = 1 if rows >= _FULL_ROWS else shape.layers
         start = time.perf_counter()
         for row in self._order:
-            if row[0] == EXPERTS:
+            if row[0] == EXPERTS and row[2] < layers:
                 self._model.execute(row)
-        return (time.perf_counter() - start) / (shape.layers * shape.experts)
+        return ((time.perf_counter() - start) / (layers * shape.experts),)
 
     def _routing(self, rows: int, tokens: int) -> Routing:
         """Random choices, or, of few rows, the same number for each expert."""
@@ -154,13 +160,15 @@ class Probe:
         outside = stats.decode_s - lanes.inside_s - lanes.between_s
         return outside / stats.decode_passes, lanes.between_s / stats.decode_passes / (len(self._order) - 1)
 
-    def _timed(self, step: Pass) -> dict[int, float]:
-        taken = dict.fromkeys((EMBED, ATTENTION, ROUTE, EXPERTS, HEAD), 0.0)
+    def _timed(self, step: Pass, ops: tuple[int, ...]) -> dict[int, float]:
+        """Execute the rows of `ops`; seconds of each."""
+        taken = dict.fromkeys(ops, 0.0)
         self._model.begin(step)
         for row in self._order:
-            start = time.perf_counter()
-            self._model.execute(row)
-            taken[row[0]] += time.perf_counter() - start
+            if row[0] in taken:
+                start = time.perf_counter()
+                self._model.execute(row)
+                taken[row[0]] += time.perf_counter() - start
         return taken
 
     @property
