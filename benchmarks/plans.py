@@ -39,7 +39,7 @@ def compiled(
         f"workload: {{batch: {{requests: {requests}, prompt: {prompt}, output: {output}}}}}\n"
         f"machine: {{file: {machine.resolve()}{memory}}}\n"
     )
-    command = [*MOEPLAN, "compile", str(home / "spec.yaml"), "--force"]
+    command = [*MOEPLAN, "compile", str(home / "spec.yaml"), "--force", "--no-html"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     (folder,) = (home / "bench.plan" / "runtime").iterdir()
     return folder

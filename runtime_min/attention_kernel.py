@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
@@ -22,6 +22,9 @@ F32, POINTER = ir.FloatType(), ir.PointerType()
 FLOATS, INTS = ir.VectorType(F32, 16), ir.VectorType(I32, 16)
 LINE = 64  # bytes that a step takes of a row
 KEYS = 16  # keys whose scores are one vector
+# What the registers hold: 32 of 16 floats where there is AVX-512, else 16 of eight.
+_WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
+KEYS_AT_ONCE, HEADS_AT_ONCE = (16, 4) if _WIDE else (4, 2)
 
 # The table of a call. SCRATCH: of each part G * (2 D + block_tokens + 2) + 2 * G * (D + 2) floats.
 NEXT, DONE, PARTS, Q, K, V, TABLES, TABLE_STRIDE, LENGTHS, B = range(10)
@@ -45,6 +48,13 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
         builder.module, ir.FunctionType(FLOATS, [FLOATS] * 3), "llvm.fma.v16f32"
     )
     return builder.call(function, [a, b, c])
+
+
+def _fetch(builder: Any, address: Any) -> None:
+    """Ask for the line at `address`: blocks lie anywhere, so that no hardware foresees the next."""
+    kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [_at(builder, address), I32(0), I32(3), I32(1)])
 
 
 def _line(builder: Any, pointer: Any, bf16: bool) -> list[Any]:
@@ -80,10 +90,22 @@ def _transposed_sum(builder: Any, vectors: list[Any]) -> Any:
 def _scores(bf16: bool) -> Any:
     width = 2 if bf16 else 1
 
-    def compute(builder, q, k, lines, scale, out):
-        """out[i] = scale * (q · k[i]) for the KEYS rows at k."""
-        sums = [cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * 16)) for _ in range(KEYS)]
+    def compute(builder, q, k, lines, scale, out, ahead):
+        """out[i] = scale * (q · k[i]) for the KEYS rows at k; fetches those `ahead` bytes further on."""
         row_bytes = builder.mul(lines, I64(LINE))
+        sums = []
+        for first in range(0, KEYS, KEYS_AT_ONCE):
+            rows = builder.add(k, builder.mul(row_bytes, I64(first)))
+            sums += products(builder, q, rows, lines, row_bytes, ahead)
+        scores = _transposed_sum(builder, [builder.load(total) for total in sums])
+        builder.store(builder.fmul(scores, _splat(builder, scale)), _at(builder, out), align=4)
+
+    def products(builder, q, k, lines, row_bytes, ahead):
+        """Of KEYS_AT_ONCE rows at k: vectors whose elements' sum is the product with q."""
+        zero = ir.Constant(FLOATS, [0.0] * 16)
+        sums = [cgutils.alloca_once(builder, FLOATS) for _ in range(KEYS_AT_ONCE)]
+        for total in sums:
+            builder.store(zero, total)
         with cgutils.for_range(builder, lines) as loop:
             query = [
                 builder.load(_at(builder, q, builder.mul(loop.index, I64(64 * width))), typ=FLOATS, align=4)
@@ -93,22 +115,22 @@ def _scores(bf16: bool) -> Any:
                 query.append(builder.load(_at(builder, q, offset), typ=FLOATS, align=4))
             place = builder.add(k, builder.mul(loop.index, I64(LINE)))
             for total in sums:
+                _fetch(builder, builder.add(place, ahead))
                 value = builder.load(total)
                 for a, b in zip(_line(builder, _at(builder, place), bf16), query, strict=True):
                     value = _fma(builder, a, b, value)
                 builder.store(value, total)
                 place = builder.add(place, row_bytes)
-        scores = _transposed_sum(builder, [builder.load(total) for total in sums])
-        builder.store(builder.fmul(scores, _splat(builder, scale)), _at(builder, out), align=4)
+        return sums
 
     @intrinsic
-    def scores(typingctx, q, k, lines, scale, out):
+    def scores(typingctx, q, k, lines, scale, out, ahead):
         def codegen(context, builder, signature, args):
             compute(builder, *args)
             return context.get_dummy_value()
 
         i64 = types.int64
-        return types.void(i64, i64, i64, types.float32, i64), codegen
+        return types.void(i64, i64, i64, types.float32, i64, i64), codegen
 
     return scores
 
@@ -116,8 +138,11 @@ def _scores(bf16: bool) -> Any:
 def _weigh(bf16: bool, heads: int) -> Any:
     width = 2 if bf16 else 1
 
-    def compute(builder, p, stride, v, count, lines, sums):
-        """sums[g] += p[g, i] * v[i] over `count` rows at v; p[g] lie `stride` floats apart."""
+    def compute(builder, p, stride, v, count, lines, sums, ahead):
+        """sums[g] += p[g, i] * v[i] over `count` rows at v; p[g] lie `stride` floats apart.
+
+        Fetches the rows `ahead` bytes further on.
+        """
         row_bytes = builder.mul(lines, I64(LINE))
         head_bytes = builder.mul(lines, I64(64 * width))
         with cgutils.for_range(builder, lines) as line:
@@ -131,7 +156,9 @@ def _weigh(bf16: bool, heads: int) -> Any:
                 builder.store(builder.load(place, typ=FLOATS, align=4), total)
             first = builder.add(v, builder.mul(line.index, I64(LINE)))
             with cgutils.for_range(builder, count) as key:
-                parts = _line(builder, _at(builder, first, builder.mul(key.index, row_bytes)), bf16)
+                place = builder.add(first, builder.mul(key.index, row_bytes))
+                _fetch(builder, builder.add(place, ahead))
+                parts = _line(builder, _at(builder, place), bf16)
                 for g in range(heads):
                     index = builder.add(builder.mul(stride, I64(g)), key.index)
                     weight = builder.load(_at(builder, p, builder.mul(index, I64(4))), typ=F32, align=4)
@@ -142,13 +169,13 @@ def _weigh(bf16: bool, heads: int) -> Any:
                 builder.store(builder.load(total), place, align=4)
 
     @intrinsic
-    def weigh(typingctx, p, stride, v, count, lines, sums):
+    def weigh(typingctx, p, stride, v, count, lines, sums, ahead):
         def codegen(context, builder, signature, args):
             compute(builder, *args)
             return context.get_dummy_value()
 
         i64 = types.int64
-        return types.void(i64, i64, i64, i64, i64, i64), codegen
+        return types.void(*[i64] * 7), codegen
 
     return weigh
 
@@ -216,7 +243,7 @@ def _pointer(kind: Any) -> Any:
 floats_at, ints_at, longs_at = _pointer(types.float32), _pointer(types.int32), _pointer(types.int64)
 scores_bf16, scores_f32 = _scores(True), _scores(False)
 weigh1_bf16, weigh1_f32 = _weigh(True, 1), _weigh(False, 1)
-weigh4_bf16, weigh4_f32 = _weigh(True, 4), _weigh(False, 4)
+weigh_bf16, weigh_f32 = _weigh(True, HEADS_AT_ONCE), _weigh(False, HEADS_AT_ONCE)
 
 
 @njit(error_model="numpy")
@@ -226,7 +253,7 @@ def _place(d, bf16):
 
 
 @njit(error_model="numpy")
-def _score_block(a, q, keys, count, scores):
+def _score_block(a, q, keys, count, scores, ahead):
     """The scores of a block's `count` keys for all heads, the rest of a vector -inf."""
     g_count, size, tokens = a[G], a[D], a[BLOCK_TOKENS]
     lines = size * (2 if a[BF16] else 4) // LINE
@@ -236,10 +263,11 @@ def _score_block(a, q, keys, count, scores):
     for i in range(vectors):
         for g in range(g_count):
             out = scores + 4 * (g * tokens + i * KEYS)
+            further = 0 if g else ahead
             if a[BF16]:
-                scores_bf16(q + 4 * g * size, keys + i * KEYS * lines * LINE, lines, scale, out)
+                scores_bf16(q + 4 * g * size, keys + i * KEYS * lines * LINE, lines, scale, out, further)
             else:
-                scores_f32(q + 4 * g * size, keys + i * KEYS * lines * LINE, lines, scale, out)
+                scores_f32(q + 4 * g * size, keys + i * KEYS * lines * LINE, lines, scale, out, further)
     for g in range(g_count):
         for t in range(count, vectors * KEYS):
             values[g * tokens + t] = -3.0e38
@@ -281,24 +309,25 @@ def _shrink(x):
 
 
 @njit(error_model="numpy")
-def _weigh_block(a, values, count, scores, sums):
+def _weigh_block(a, values, count, scores, sums, ahead):
     """Add the block's `count` values, weighted, to the sums of all heads."""
     size, tokens = a[D], a[BLOCK_TOKENS]
     lines = size * (2 if a[BF16] else 4) // LINE
     g = 0
     while g < a[G]:
         p, to = scores + 4 * g * tokens, sums + 4 * g * size
-        if g + 4 <= a[G]:
+        further = 0 if g else ahead
+        if g + HEADS_AT_ONCE <= a[G]:
             if a[BF16]:
-                weigh4_bf16(p, tokens, values, count, lines, to)
+                weigh_bf16(p, tokens, values, count, lines, to, further)
             else:
-                weigh4_f32(p, tokens, values, count, lines, to)
-            g += 4
+                weigh_f32(p, tokens, values, count, lines, to, further)
+            g += HEADS_AT_ONCE
         else:
             if a[BF16]:
-                weigh1_bf16(p, tokens, values, count, lines, to)
+                weigh1_bf16(p, tokens, values, count, lines, to, further)
             else:
-                weigh1_f32(p, tokens, values, count, lines, to)
+                weigh1_f32(p, tokens, values, count, lines, to, further)
             g += 1
 
 
@@ -328,11 +357,13 @@ def _piece(a, sequence, head, first, last, space):
     for block in range(first, last):
         count = min(tokens, length - block * tokens)
         offset = (table[block] * a[VALUE_HEADS] + head) * bytes_
-        _score_block(a, q_at, a[K] + offset, count, scores_at)
+        following = table[min(block + 1, last - 1)]
+        ahead = (following * a[VALUE_HEADS] + head) * bytes_ - offset
+        _score_block(a, q_at, a[K] + offset, count, scores_at, ahead)
         if block == 0 and begin > 0:
             _hide(a, begin, scores_at)
         _soften(a, count, scores_at, tops, totals, sums)
-        _weigh_block(a, a[V] + offset, count, scores_at, sums_at)
+        _weigh_block(a, a[V] + offset, count, scores_at, sums_at, ahead)
 
 
 @njit(error_model="numpy")
