@@ -23,6 +23,7 @@ def operator_points(workload: Workload, replica: Replica) -> tuple[OperatorPoint
 
     Operators of which the policy gives a part to the CPU appear once for each place.
     """
+    workload = costs.held_as(workload, replica.policy.weights_dtype)
     return tuple(
         _point(workload, replica, operator, level)
         for operator in workload.operators

@@ -9,7 +9,7 @@ from typing import Literal
 from moeplan.planner.diagnostics import Span
 
 Dtype = Literal["bf16", "fp16", "float32"]
-Quantize = Literal["never", "fp8"]
+Quantize = Literal["never", "fp8", "bf12", "int8", "int4", "allow"]
 Cloud = Literal["aws", "gcp", "azure"]
 Domain = Literal["zone", "region", "cloud"]
 Purchase = Literal["any", "spot", "on-demand"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -18,10 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.planner import costs
+from moeplan.planner.catalog.quality import measured_quality
 from moeplan.planner.ir.estimate import Z90, Estimate
 from moeplan.planner.ir.machine import Kernels
 from moeplan.planner.ir.model import PACKED_BYTES
-from moeplan.planner.ir.policy import MemoryLimit, Pages, PassTime, Policy, Rejection
+from moeplan.planner.ir.policy import (
+    MemoryLimit,
+    Pages,
+    PassTime,
+    Policy,
+    Rejection,
+    WeightsDtype,
+    WeightsOption,
+)
 from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import RequestClass, Workload
@@ -68,6 +77,9 @@ _SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 
 # More than one thread must win this much: they wait for each other actively, and a busy neighbour that takes
 # a core of theirs costs milliseconds at every wait.
 _WORTH_SHARING = 1.25
+# Weights in fewer bits must win this much over more exact ones: they need a checkpoint of their own, and
+# predictions are no surer.
+WORTH_ROUNDING = 1.1
 _SIMULATED_LAYERS = 8
 _ROUNDING = 1e-9  # of sums in another order
 
@@ -76,6 +88,41 @@ def stream_policy(
     workload: Workload, requests: RequestClass, roofline: Roofline, memory_limit_bytes: int | None
 ) -> Policy | Rejection:
     """Return the fastest policy of a machine without a GPU, or what memory is short."""
+    weights: tuple[WeightsDtype, ...] = ("checkpoint", *costs.packings(workload))
+    best = {
+        w: _best_point(costs.held_as(workload, w), requests, roofline, memory_limit_bytes) for w in weights
+    }
+    feasible = {w: point for w, point in best.items() if point.fits}
+    if not feasible:
+        return _refusal(best[weights[-1]])
+    chosen = weights_chosen({w: point.generated_tokens_per_s for w, point in feasible.items()})
+    if len(weights) == 1:
+        return feasible[chosen].policy()
+    options = tuple(
+        WeightsOption(
+            weights_dtype=w,
+            weight_bytes=point.workload.model.weight_bytes(),
+            generated_tokens_per_s=point.generated_tokens_per_s if point.fits else 0.0,
+            quality=measured_quality().get(w, ()),
+        )
+        for w, point in best.items()
+    )
+    return replace(feasible[chosen].policy(), weights_dtype=chosen, weights_options=options)
+
+
+def weights_chosen(tokens_per_s: Mapping[WeightsDtype, float]) -> WeightsDtype:
+    """Of dtypes, the most exact first: fewer bits where they clearly win over all that are more exact."""
+    chosen, *others = tokens_per_s
+    for other in others:
+        if tokens_per_s[other] >= WORTH_ROUNDING * tokens_per_s[chosen]:
+            chosen = other
+    return chosen
+
+
+def _best_point(
+    workload: Workload, requests: RequestClass, roofline: Roofline, memory_limit_bytes: int | None
+) -> _Point:
+    """The fastest candidate, or, where memory holds none, one sequence."""
     workload = workload.as_one_expert()
     limit = float(memory_limit_bytes or roofline.roof("dram").bytes * HOST_SHARE)
     sizes = [n for n in _SEQUENCES if n < requests.requests] + [requests.requests]
@@ -88,9 +135,9 @@ def stream_policy(
     ]
     feasible = [point for point in points if point.fits]
     if not feasible:
-        return _refusal(points[0])
+        return points[0]
     speed = _speeds(feasible)
-    return feasible[smallest_of_best(speed, np.array([float(p.sequences) for p in feasible]))].policy()
+    return feasible[smallest_of_best(speed, np.array([float(p.sequences) for p in feasible]))]
 
 
 def _speeds(points: Sequence[_Point]) -> NDArray[np.float64]:
@@ -137,7 +184,7 @@ def _point_of(
     """The candidate with `sequences` in flight, in the memory and on the threads that `policy` may use."""
     limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
     kernels = next(k for k in kernels_of(roofline) if k.threads == policy.threads)
-    workload = workload.as_one_expert()
+    workload = costs.held_as(workload, policy.weights_dtype).as_one_expert()
     point = _Point(workload, requests, roofline, float(limit), sequences, kernels)
     return replace(point, routed=policy.pages.places > 0, most_guesses=policy.pages.guesses)
 
@@ -516,7 +563,9 @@ class _Point:
     def _costs(self) -> RuntimeCosts:
         model, size = self.workload.model, self.workload.value_bytes
         p = model.parameters
-        weights_bytes = (p.total() - p.embedding) * size  # passes that hit few experts hit others each time
+        experts = p.routed_experts * PACKED_BYTES.get(model.packing, size)
+        # Passes that hit few experts hit others each time.
+        weights_bytes = experts + (p.total() - p.embedding - p.routed_experts) * size
         return RuntimeCosts(model=model, kernels=self.kernels, value_bytes=size, weights_bytes=weights_bytes)
 
     def _rows(self, step: PassShape) -> float:

@@ -22,9 +22,11 @@ from torch import Tensor
 from moeplan.runtime_min.attention import prompt_attention
 from moeplan.runtime_min.calibration.probe import Probe, Shape
 from moeplan.runtime_min.decode_attention import decode_attention
+from moeplan.runtime_min.formats import PACKINGS, fits
 from moeplan.runtime_min.lanes import ATTENTION, ROUTE
 from moeplan.runtime_min.layers import linear
 from moeplan.runtime_min.operations import DTYPES
+from moeplan.runtime_min.packing import packed
 from moeplan.runtime_min.paged import PagedCache, decode_batch
 from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, kv_blocks
 from moeplan.runtime_min.sampling import greedy
@@ -33,6 +35,7 @@ from moeplan.runtime_min.sampling import greedy
 NEAR_BYTES, FAR_BYTES = 16 << 20, (64 << 20, 192 << 20, 512 << 20)
 # Choosing a token's experts and sorting by them costs about as much as the norm of so many values.
 ROUTE_VALUES = 256
+_UNPACKED_ROWS = 16
 _LEAST_SHARE = 0.05  # of a time that is left when known parts are taken off: no noise makes it negative
 
 Table = dict[int, float]
@@ -95,6 +98,7 @@ class Kernels:
     route_values_per_s       by tokens: norm, choice and sorting of T · (hidden + ROUTE_VALUES)
     expert_values_per_s      by rows: gathering, gate and sum of rows · (hidden + inner)
     score_values_per_s       keeping N · vocabulary scores and taking the best of each row
+    unpack_values_per_s      by packing: what products take longer where their weights are packed so
     """
 
     attention_s: float
@@ -112,6 +116,7 @@ class Kernels:
     route_values_per_s: Table
     expert_values_per_s: Table
     score_values_per_s: float
+    unpack_values_per_s: dict[str, float]
 
 
 def seconds(work: Callable[[], object], least: float) -> float:
@@ -195,7 +200,20 @@ class _Bench:
             route_values_per_s=routing,
             expert_values_per_s=expert_values,
             score_values_per_s=self._score_values_per_s,
+            unpack_values_per_s=self._unpacking(),
         )
+
+    def _unpacking(self) -> dict[str, float]:
+        """Values per second by which products of some rows are slower with packed weights, in a cache."""
+        n, k = self._sizes.large.inner, self._sizes.large.hidden
+        x, weight = self._random(_UNPACKED_ROWS, k), self._random(n, k).bfloat16()
+        plain = weight.to(self._dtype)
+        plain_s = seconds(lambda: linear(x, plain), self._least)
+        return {
+            name: n * k / _left(seconds(partial(linear, x, packed(weight, packing)), self._least), plain_s)
+            for name, packing in PACKINGS.items()
+            if fits((n, k))
+        }
 
     def _far(self) -> Table:
         """What many bytes of weights in turn cost more than few: by their number, bytes per second."""
