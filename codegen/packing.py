@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moeplan.planner.ir.model import PACKED_BYTES, Model
-from moeplan.planner.ir.policy import Policy, WeightsOption
+from moeplan.planner.ir.policy import DtypeOption, Policy
 from moeplan.planner.units import format_bytes, format_figure
 
 
@@ -36,25 +36,27 @@ def _folder(checkpoint: str) -> str:
 
 
 def option_rows(policy: Policy) -> list[tuple[str, str, str, str]]:
-    """Each dtype that was considered: name, bytes of the checkpoint, tokens per second, perplexity."""
-    return [_row(policy, option) for option in policy.weights_options]
+    """Each dtype that was considered: name, bytes, tokens per second, perplexity."""
+    weights = [_row("weights", policy.weights_dtype, option) for option in policy.weights_options]
+    return weights + [_row("KV cache", policy.kv_dtype, option) for option in policy.kv_options]
 
 
 def quality_sources(policy: Policy) -> list[str]:
     """The commands that measure perplexity, of what was considered."""
-    return list(dict.fromkeys(q.source for option in policy.weights_options for q in option.quality))
+    options = (*policy.weights_options, *policy.kv_options)
+    return list(dict.fromkeys(quality.source for option in options for quality in option.quality))
 
 
-def quality_text(option: WeightsOption) -> str:
+def _row(what: str, dtype: str, option: DtypeOption) -> tuple[str, str, str, str]:
+    plain = {"checkpoint": "as stored", "same": "as computed with"}
+    name = f"{what}, {plain.get(option.dtype, option.dtype)}" + (", chosen" if option.dtype == dtype else "")
+    size = format_bytes(option.bytes) + (" a token" if what == "KV cache" else "")
+    rate = option.generated_tokens_per_s
+    return name, size, f"{format_figure(rate)} tokens/s" if rate else "does not fit", _quality(option)
+
+
+def _quality(option: DtypeOption) -> str:
     """What rounding was measured to do to perplexity, by model."""
-    if option.weights_dtype in ("checkpoint", "bf12"):
+    if option.dtype in ("checkpoint", "same", "bf12"):
         return "as it is"
     return ", ".join(f"{q.change:+.2%} ({q.model})" for q in option.quality) or "not measured"
-
-
-def _row(policy: Policy, option: WeightsOption) -> tuple[str, str, str, str]:
-    name = "as stored" if option.weights_dtype == "checkpoint" else option.weights_dtype
-    chosen = ", chosen" if option.weights_dtype == policy.weights_dtype else ""
-    rate = option.generated_tokens_per_s
-    reached = f"{format_figure(rate)} tokens/s" if rate else "does not fit"
-    return f"{name}{chosen}", format_bytes(option.weight_bytes), reached, quality_text(option)

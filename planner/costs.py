@@ -15,7 +15,7 @@ from moeplan.planner.cold_start import cold_start
 from moeplan.planner.ir.model import PACKED_BYTES, Model, Packing
 from moeplan.planner.ir.policy import WeightsDtype
 from moeplan.planner.ir.roofline import Roof
-from moeplan.planner.ir.workload import Operator, Workload
+from moeplan.planner.ir.workload import KvDtype, Operator, Workload
 
 Quantity = float | NDArray[np.float64]
 
@@ -57,7 +57,7 @@ def weight_bytes(workload: Workload, operator: Operator, tokens: Quantity) -> Qu
 def kv_bytes_read(workload: Workload, operator: Operator, tokens: Quantity, context: Quantity) -> Quantity:
     """Bytes of cached keys and values that decode attention of `tokens` sequences reads."""
     seen = _seen_context(operator, context)
-    return tokens * seen * operator.kv_values_per_context_token * workload.value_bytes
+    return tokens * seen * operator.kv_values_per_context_token * workload.kv_value_bytes
 
 
 def activation_bytes(workload: Workload, operator: Operator, tokens: Quantity) -> Quantity:
@@ -190,8 +190,21 @@ def packings(workload: Workload) -> tuple[Packing, ...]:
     return tuple(name for name in wanted if name != "bf12" or sixteen_bit)
 
 
-def held_as(workload: Workload, weights_dtype: WeightsDtype) -> Workload:
-    """The workload with its weights as a policy holds them."""
+def kv_dtypes(workload: Workload) -> tuple[KvDtype, ...]:
+    """What the bundled runtime may keep keys and values in, the more exact first.
+
+    Its kernels take int8 rows of whole lines, and no latents.
+    """
+    attention = workload.model.attention
+    if workload.kv_cache == "same" or attention.kind == "mla" or attention.head_dim % 64:
+        return ("same",)
+    return ("int8",) if workload.kv_cache == "int8" else ("same", "int8")
+
+
+def held_as(workload: Workload, weights_dtype: WeightsDtype, kv_dtype: KvDtype = "same") -> Workload:
+    """The workload with its weights and its cache as a policy holds them."""
+    if kv_dtype != workload.kv_dtype:
+        workload = replace(workload, kv_dtype=kv_dtype)
     if weights_dtype == "checkpoint":
         return workload
     return in_fp8(workload) if weights_dtype == "fp8" else packed(workload, weights_dtype)

@@ -224,6 +224,12 @@ MODEL = Block(
             "loads; int8, int4 and bf12 (lossless): the experts, packed before by `runtime_min quantize`, on "
             "machines without a GPU; allow: any of these. Default never",
         ),
+        "kv_cache": Field(
+            kind=choice("same", "int8", "allow"),
+            default="same",
+            doc="what the bundled runtime keeps keys and values in on machines without a GPU. same: the "
+            "dtype of the arithmetic; int8: with a scale for each token and head; allow: where faster",
+        ),
     },
 )
 BATCH = Block(

@@ -56,57 +56,65 @@ def pack_int8(values, out):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _numbers(values, step, least, whole):
+def _numbers(values, inverse, least, whole):
     """The number of each value in its column's grid."""
     for i in range(32):
+        some, to = values[i], whole[i]
         for lane in range(LANES):
-            number = np.rint((values[i, lane] - least[lane]) * _inverse(step[lane]))
+            number = np.rint((some[lane] - least[lane]) * inverse[lane])
             number = number if number < _F(15) else _F(15)
-            whole[i, lane] = number if number > _F(0) else _F(0)
+            to[lane] = number if number > _F(0) else _F(0)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _inverse(step):
-    return _F(1) / step if step > SMALLEST else _F(0)
+def _inverses(step, inverse):
+    for lane in range(LANES):
+        quotient = _F(1) / step[lane]
+        inverse[lane] = quotient if step[lane] > SMALLEST else _F(0)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _errors(values, step, least, whole):
-    """Squared errors of a grid for each column; they take the place of the numbers."""
-    _numbers(values, step, least, whole)
+def _squared(values, step, least, whole):
+    """The squared errors of each column take the place of its numbers, their sum that of the first."""
     for i in range(32):
+        some, to = values[i], whole[i]
         for lane in range(LANES):
-            off = whole[i, lane] * step[lane] + least[lane] - values[i, lane]
-            whole[i, lane] = off * off
+            off = to[lane] * step[lane] + least[lane] - some[lane]
+            to[lane] = off * off
     for half in (16, 8, 4, 2, 1):
         for i in range(half):
+            to, other = whole[i], whole[i + half]
             for lane in range(LANES):
-                whole[i, lane] = whole[i, lane] + whole[i + half, lane]
+                to[lane] += other[lane]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _best_grids(values, best_step, best_least, low, high, step, least, error, whole):
-    """Of each column [32, LANES] the step and the least value whose squared error is least."""
-    for lane in range(LANES):
-        low[lane] = high[lane] = values[0, lane]
+def _extremes(values, low, high):
+    low[:] = values[0]
+    high[:] = values[0]
     for i in range(1, 32):
+        some = values[i]
         for lane in range(LANES):
-            value = values[i, lane]
-            low[lane] = low[lane] if low[lane] < value else value
-            high[lane] = high[lane] if high[lane] > value else value
+            low[lane] = low[lane] if low[lane] < some[lane] else some[lane]
+            high[lane] = high[lane] if high[lane] > some[lane] else some[lane]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _cut(low, high, cut, step, least):
+    """A grid for each column."""
     for lane in range(LANES):
-        best_step[lane], best_least[lane], error[lane] = _F(0), low[lane], _F(np.inf)
-    for cut in CUTS:
-        for lane in range(LANES):
-            shift = (high[lane] - low[lane]) * cut
-            step[lane] = _widened(_bf16((high[lane] - low[lane] - _F(2) * shift) / _F(15)))
-            least[lane] = _widened(_bf16(low[lane] + shift))
-        _errors(values, step, least, whole)
-        for lane in range(LANES):
-            better = whole[0, lane] < error[lane]
-            best_step[lane] = step[lane] if better else best_step[lane]
-            best_least[lane] = least[lane] if better else best_least[lane]
-            error[lane] = whole[0, lane] if better else error[lane]
+        shift = (high[lane] - low[lane]) * cut
+        step[lane] = _widened(_bf16((high[lane] - low[lane] - _F(2) * shift) / _F(15)))
+        least[lane] = _widened(_bf16(low[lane] + shift))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _keep_better(found, step, least, error, best_step, best_least):
+    for lane in range(LANES):
+        better = found[lane] < error[lane]
+        best_step[lane] = step[lane] if better else best_step[lane]
+        best_least[lane] = least[lane] if better else best_least[lane]
+        error[lane] = found[lane] if better else error[lane]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -115,26 +123,35 @@ def pack_int4(values, out):
     rows, inner = values.shape
     blocks, halves = inner // 64, inner // 32
     columns, whole = np.zeros((32, LANES), dtype=np.float32), np.empty((32, LANES), dtype=np.float32)
-    lanes = np.empty((7, LANES), dtype=np.float32)
-    step, least = lanes[0], lanes[1]
+    low, high, error = np.empty((3, LANES), dtype=np.float32)
+    step, least, inverse = np.empty((3, LANES), dtype=np.float32)
+    best_step, best_least = np.empty((2, LANES), dtype=np.float32)
     for row in range(rows):
         for first in range(0, halves, LANES):
             count = min(LANES, halves - first)
             for lane in range(count):
+                half = values[row, 32 * (first + lane) : 32 * (first + lane) + 32]
                 for i in range(32):
-                    columns[i, lane] = values[row, 32 * (first + lane) + i]
-            _best_grids(columns, step, least, lanes[2], lanes[3], lanes[4], lanes[5], lanes[6], whole)
-            _numbers(columns, step, least, whole)
+                    columns[i, lane] = half[i]
+            _extremes(columns, low, high)
+            best_step[:], best_least[:], error[:] = _F(0), low, _F(np.inf)
+            for cut in CUTS:
+                _cut(low, high, cut, step, least)
+                _inverses(step, inverse)
+                _numbers(columns, inverse, least, whole)
+                _squared(columns, step, least, whole)
+                _keep_better(whole[0], step, least, error, best_step, best_least)
+            _inverses(best_step, inverse)
+            _numbers(columns, inverse, best_least, whole)
             for lane in range(0, count, 2):
-                block = (first + lane) // 2
+                to = out[row, 16 * (first + lane) : 16 * (first + lane) + 32]
                 for i in range(32):
-                    pair = np.int32(whole[i, lane]) | np.int32(whole[i, lane + 1]) << 4
-                    out[row, 32 * block + i] = np.uint8(pair)
+                    to[i] = np.uint8(np.int32(whole[i, lane]) | np.int32(whole[i, lane + 1]) << 4)
             for lane in range(count):
                 place = 32 * blocks + 4 * (first + lane)
-                low, high = _bf16(step[lane]), _bf16(least[lane])
-                out[row, place], out[row, place + 1] = low & 0xFF, low >> 8
-                out[row, place + 2], out[row, place + 3] = high & 0xFF, high >> 8
+                lower, upper = _bf16(best_step[lane]), _bf16(best_least[lane])
+                out[row, place], out[row, place + 1] = lower & 0xFF, lower >> 8
+                out[row, place + 2], out[row, place + 3] = upper & 0xFF, upper >> 8
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -98,7 +98,7 @@ class PagedCache:
         """Keep k and v, or latents, [T, V, D] in the places of their tokens."""
         for kind, values in enumerate(kinds):
             if self._scales is not None:
-                values, scales = _whole(values)
+                values, scales = whole_numbers(values)
                 self._scales[layer, kind][batch.blocks, :, batch.offsets] = scales
             self.tensor[layer, kind][batch.blocks, :, batch.offsets] = values
 
@@ -122,7 +122,7 @@ class PagedCache:
         return tuple(flat[:, :, first - block * KV_BLOCK_TOKENS : end - block * KV_BLOCK_TOKENS])
 
 
-def _whole(values: Tensor) -> tuple[Tensor, Tensor]:
+def whole_numbers(values: Tensor) -> tuple[Tensor, Tensor]:
     """[..., D] as whole numbers from -127 to 127, and their scales [...], float32."""
     values = values.float()
     scales = values.abs().amax(-1) / 127

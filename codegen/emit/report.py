@@ -340,4 +340,5 @@ def _how(policy: Policy) -> str:
         else f"weights{packed} streamed from disk, {policy.resident_share:.0%} of each layer's pages resident"
         + _routed(policy.pages)
     )
-    return f"runtime_min, {held}, {batch}, in {groups}"
+    cache = ", keys and values in int8" if policy.kv_dtype == "int8" else ""
+    return f"runtime_min, {held}, {batch}{cache}, in {groups}"

@@ -102,6 +102,7 @@ def _batch_plan(policy: Policy, requests: RequestClass) -> plan_file.BatchPlan:
         context_tokens=context,
         pass_tokens=plan_file.pass_tokens(n, prompt) if stream else n * prompt,
         kv_tokens=n * (blocks if stream else context),
+        kv_cache=policy.kv_dtype,
     )
 
 

@@ -9,7 +9,7 @@ from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.machine import LevelName, Machine
 from moeplan.planner.ir.profile import Correction
 from moeplan.planner.ir.spec import Dtype
-from moeplan.planner.ir.workload import ClassName
+from moeplan.planner.ir.workload import ClassName, KvDtype
 
 Engine = Literal["runtime_min", "vllm"]
 WeightsDtype = Literal["checkpoint", "fp8", "bf12", "int8", "int4"]
@@ -162,12 +162,15 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightsOption:
-    """What the machine would do with weights in one dtype: `weight_bytes` on disk, and generated tokens per
-    second of its best policy, 0 where memory holds none. `quality` is what rounding did to other models."""
+class DtypeOption:
+    """What the machine would do with weights, or the cache, in one dtype.
 
-    weights_dtype: WeightsDtype
-    weight_bytes: int
+    `bytes` of the checkpoint, or of the cache of one token; generated tokens per second of the best policy,
+    0 where memory holds none; `quality` is what rounding was measured to do to some models.
+    """
+
+    dtype: str
+    bytes: int
     generated_tokens_per_s: float
     quality: tuple[Quality, ...]
 
@@ -184,7 +187,8 @@ class Policy:
     in decode, `experts_disk_share` are read from disk in every pass. `staged` weights go through a pinned
     ring. `weights_dtype` is what weights are held in: as the checkpoint stores them, or rounded to fp8 by
     the engine as it loads them, or experts packed before by `runtime_min quantize`; `weights_options` are
-    those it was chosen from, empty where there was no choice. `corrections` say which rates the user's
+    those it was chosen from, empty where there was no choice; `kv_dtype` and `kv_options` likewise say what
+    keys and values are kept in. `corrections` say which rates the user's
     measurements changed; pass times stay as predicted. `resident_experts` are listed where the spec says
     which experts are popular; else the first of each layer are.
     """
@@ -218,7 +222,9 @@ class Policy:
     rates: tuple[BucketRate, ...]
     bottleneck: Bottleneck
     weights_dtype: WeightsDtype = "checkpoint"
-    weights_options: tuple[WeightsOption, ...] = ()
+    weights_options: tuple[DtypeOption, ...] = ()
+    kv_dtype: KvDtype = "same"
+    kv_options: tuple[DtypeOption, ...] = ()
     corrections: tuple[Correction, ...] = ()
     resident_experts: tuple[ResidentExperts, ...] = ()
 

@@ -24,6 +24,8 @@ ROUTE_VALUES = 256
 _SPAN_SHARE = 0.25
 # So many weights of a pass lie in a cache, in which products are measured.
 NEAR_BYTES = 16 << 20
+# Of the bytes of cache that attention reads in a second, where they have to be widened.
+INT8_KV_SHARE = 0.7
 # Of one thread, where it was not measured: what `moeplan calibrate` found on a Sapphire Rapids.
 UNPACK_VALUES_PER_S: dict[Packing, float] = {"bf12": 9e9, "int8": 6e9, "int4": 4e9}
 
@@ -47,11 +49,13 @@ class PassShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeCosts:
-    """Seconds of operations, for `model` in a dtype of `value_bytes`, `weights_bytes` read in a pass."""
+    """Seconds of operations, for `model` in a dtype of `value_bytes`, its cache in `kv_value_bytes` a value;
+    `weights_bytes` are read in a pass."""
 
     model: Model
     kernels: Kernels
     value_bytes: int
+    kv_value_bytes: float
     weights_bytes: float
 
     def attention(self, step: PassShape) -> float:
@@ -71,8 +75,9 @@ class RuntimeCosts:
         if step.prefill:
             flops = step.tokens * seen * a.prefill_flops_per_pair()
             return flops / _between(k.attention_flops_per_s, step.context)
-        nbytes = step.tokens * seen * a.kv_values_per_token() * self.value_bytes
-        return step.tokens * a.kv_heads * k.head_s + nbytes / k.kv_bytes_per_s
+        nbytes = step.tokens * seen * a.kv_values_per_token() * self.kv_value_bytes
+        rate = k.kv_bytes_per_s * (INT8_KV_SHARE if self.kv_value_bytes < self.value_bytes else 1.0)
+        return step.tokens * a.kv_heads * k.head_s + nbytes / rate
 
     def _seen(self, context: float) -> float:
         """Tokens that one attends to, mean over layers."""

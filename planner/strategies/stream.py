@@ -7,9 +7,10 @@ or the pages that routing hits, some of them guessed. What memory is left holds 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -18,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.planner import costs
-from moeplan.planner.catalog.quality import measured_quality
 from moeplan.planner.ir.estimate import Z90, Estimate
 from moeplan.planner.ir.machine import Kernels
 from moeplan.planner.ir.model import PACKED_BYTES
@@ -29,7 +29,6 @@ from moeplan.planner.ir.policy import (
     Policy,
     Rejection,
     WeightsDtype,
-    WeightsOption,
 )
 from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roofline
@@ -50,6 +49,7 @@ from moeplan.planner.strategies.common import (
     too_small,
     uses,
 )
+from moeplan.planner.strategies.dtypes import dtype_options, most_exact
 from moeplan.planner.strategies.routed import (
     RIGHT_SHARE,
     RoutedLayer,
@@ -77,9 +77,6 @@ _SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 
 # More than one thread must win this much: they wait for each other actively, and a busy neighbour that takes
 # a core of theirs costs milliseconds at every wait.
 _WORTH_SHARING = 1.25
-# Weights in fewer bits must win this much over more exact ones: they need a checkpoint of their own, and
-# predictions are no surer.
-WORTH_ROUNDING = 1.1
 _SIMULATED_LAYERS = 8
 _ROUNDING = 1e-9  # of sums in another order
 
@@ -89,34 +86,27 @@ def stream_policy(
 ) -> Policy | Rejection:
     """Return the fastest policy of a machine without a GPU, or what memory is short."""
     weights: tuple[WeightsDtype, ...] = ("checkpoint", *costs.packings(workload))
-    best = {
-        w: _best_point(costs.held_as(workload, w), requests, roofline, memory_limit_bytes) for w in weights
+    caches = costs.kv_dtypes(workload)
+    points = {
+        held: _best_point(costs.held_as(workload, *held), requests, roofline, memory_limit_bytes)
+        for held in itertools.product(weights, caches)
     }
-    feasible = {w: point for w, point in best.items() if point.fits}
-    if not feasible:
-        return _refusal(best[weights[-1]])
-    chosen = weights_chosen({w: point.generated_tokens_per_s for w, point in feasible.items()})
-    if len(weights) == 1:
-        return feasible[chosen].policy()
-    options = tuple(
-        WeightsOption(
-            weights_dtype=w,
-            weight_bytes=point.workload.model.weight_bytes(),
-            generated_tokens_per_s=point.generated_tokens_per_s if point.fits else 0.0,
-            quality=measured_quality().get(w, ()),
-        )
-        for w, point in best.items()
+    rates = {held: p.generated_tokens_per_s if p.fits else 0.0 for held, p in points.items()}
+    # The cache is chosen first: rounding it changes less than rounding weights.
+    caches_of = {w: most_exact({kv: rates[w, kv] for kv in caches}) for w in weights}
+    chosen = most_exact({w: rates[w, caches_of[w]] for w in weights})
+    if not rates[chosen, caches_of[chosen]]:
+        return _refusal(points[weights[-1], caches[-1]])
+    sizes = {w: points[w, caches_of[w]].workload.model.weight_bytes() for w in weights}
+    return replace(
+        points[chosen, caches_of[chosen]].policy(),
+        weights_dtype=chosen,
+        weights_options=dtype_options({w: (sizes[w], rates[w, caches_of[w]]) for w in weights}),
+        kv_dtype=caches_of[chosen],
+        kv_options=dtype_options(
+            {kv: (points[chosen, kv].token_bytes, rates[chosen, kv]) for kv in caches}, "kv-"
+        ),
     )
-    return replace(feasible[chosen].policy(), weights_dtype=chosen, weights_options=options)
-
-
-def weights_chosen(tokens_per_s: Mapping[WeightsDtype, float]) -> WeightsDtype:
-    """Of dtypes, the most exact first: fewer bits where they clearly win over all that are more exact."""
-    chosen, *others = tokens_per_s
-    for other in others:
-        if tokens_per_s[other] >= WORTH_ROUNDING * tokens_per_s[chosen]:
-            chosen = other
-    return chosen
 
 
 def _best_point(
@@ -184,7 +174,7 @@ def _point_of(
     """The candidate with `sequences` in flight, in the memory and on the threads that `policy` may use."""
     limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
     kernels = next(k for k in kernels_of(roofline) if k.threads == policy.threads)
-    workload = costs.held_as(workload, policy.weights_dtype).as_one_expert()
+    workload = costs.held_as(workload, policy.weights_dtype, policy.kv_dtype).as_one_expert()
     point = _Point(workload, requests, roofline, float(limit), sequences, kernels)
     return replace(point, routed=policy.pages.places > 0, most_guesses=policy.pages.guesses)
 
@@ -381,8 +371,13 @@ class _Point:
         """Of sequences that each hold the blocks for the longest context, in all layers: the runtime keeps
         what is behind a window."""
         context = -(-self.requests.context_tokens_max // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+        return float(self.sequences * context * self.token_bytes)
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Of one token's keys and values in all layers."""
         values = self.workload.model.layers * self.workload.model.attention.kv_values_per_token()
-        return float(self.sequences * context * values * self.workload.value_bytes)
+        return round(values * self.workload.kv_value_bytes)
 
     @property
     def pass_tokens(self) -> int:
@@ -566,7 +561,13 @@ class _Point:
         experts = p.routed_experts * PACKED_BYTES.get(model.packing, size)
         # Passes that hit few experts hit others each time.
         weights_bytes = experts + (p.total() - p.embedding - p.routed_experts) * size
-        return RuntimeCosts(model=model, kernels=self.kernels, value_bytes=size, weights_bytes=weights_bytes)
+        return RuntimeCosts(
+            model=model,
+            kernels=self.kernels,
+            value_bytes=size,
+            kv_value_bytes=self.workload.kv_value_bytes,
+            weights_bytes=weights_bytes,
+        )
 
     def _rows(self, step: PassShape) -> float:
         """Rows of the compute lane in one pass: an attention call each, routing, pages; both ends."""

@@ -56,7 +56,7 @@ def test_the_report_has_the_alternatives(plan: Plan) -> None:
     assert "`runtime_min quantize CHECKPOINT CHECKPOINT-int8 --to int8`" in text
     stored, packed = (option.generated_tokens_per_s for option in plan.replicas[0].policy.weights_options)
     rows = [line for line in text.splitlines() if "tokens/s |" in line and "GiB" in line]
-    assert [row.split("|")[1].strip() for row in rows] == ["as stored", "int8, chosen"]
+    assert [row.split("|")[1].strip() for row in rows] == ["weights, as stored", "weights, int8, chosen"]
     assert f"{stored:.3g} tokens/s" in rows[0]
     assert f"{packed:.3g} tokens/s" in rows[1]
     assert "(tinymoe)" in rows[1]
@@ -101,5 +101,5 @@ def test_the_plan_file_says_what_was_considered(plan: Plan) -> None:
 
     policy = json.loads(plan_json.emit(plan)["plan.json"])["replicas"][0]["policy"]
     assert policy["weights_dtype"] == "int8"
-    assert [option["weights_dtype"] for option in policy["weights_options"]] == ["checkpoint", "int8"]
+    assert [option["dtype"] for option in policy["weights_options"]] == ["checkpoint", "int8"]
     assert policy["weights_options"][1]["quality"][0]["source"].startswith("python benchmarks/packing.py")

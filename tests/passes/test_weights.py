@@ -18,8 +18,9 @@ from moeplan.planner.passes.roofline import find_roofline
 from moeplan.planner.passes.workload import build_workload
 from moeplan.planner.spec import parse_spec
 from moeplan.planner.strategies.common import Slower
+from moeplan.planner.strategies.dtypes import most_exact
 from moeplan.planner.strategies.runtime_costs import kernels_of
-from moeplan.planner.strategies.stream import stream_figures, stream_policy, weights_chosen
+from moeplan.planner.strategies.stream import stream_figures, stream_policy
 
 SPEC = """\
 name: job
@@ -48,17 +49,17 @@ def test_nothing_is_rounded_that_the_spec_does_not_allow(machine: Machine) -> No
     policy = policy_of(workload_of("never"), machine)
     assert (policy.weights_dtype, policy.weights_options) == ("checkpoint", ())
     named = policy_of(workload_of("int4"), machine)
-    assert [option.weights_dtype for option in named.weights_options] == ["checkpoint", "int4"]
+    assert [option.dtype for option in named.weights_options] == ["checkpoint", "int4"]
     assert policy_of(workload_of("fp8"), machine).weights_options == ()
 
 
 def test_allowed_they_are_all_compared(machine: Machine) -> None:
     """Where the disk bounds decode, fewer bytes are faster; each option's rate is that of its own policy."""
     policy = policy_of(workload_of("allow"), machine)
-    rates = {option.weights_dtype: option.generated_tokens_per_s for option in policy.weights_options}
+    rates = {option.dtype: option.generated_tokens_per_s for option in policy.weights_options}
     assert list(rates) == ["checkpoint", "bf12", "int8", "int4"]
     assert rates["checkpoint"] < rates["bf12"] < rates["int8"]
-    assert policy.weights_dtype == weights_chosen(rates) != "checkpoint"
+    assert policy.weights_dtype == most_exact(rates) != "checkpoint"
     assert policy.generated_tokens_per_s.value == pytest.approx(rates[policy.weights_dtype])
     alone = policy_of(workload_of("never"), machine)
     assert rates["checkpoint"] == pytest.approx(alone.generated_tokens_per_s.value)
@@ -69,9 +70,9 @@ def test_bytes_are_those_of_the_packed_checkpoint(machine: Machine) -> None:
     workload = workload_of("allow")
     p = workload.model.parameters
     for option in policy_of(workload, machine).weights_options:
-        each = PACKED_BYTES.get(option.weights_dtype, 2.0)  # type: ignore[call-overload]
+        each = PACKED_BYTES.get(option.dtype, 2.0)  # type: ignore[call-overload]
         expected = p.routed_experts * each + 2 * (p.total() - p.routed_experts)
-        assert option.weight_bytes == pytest.approx(expected, abs=1)
+        assert option.bytes == pytest.approx(expected, abs=1)
 
 
 def test_a_chosen_dtype_is_what_the_figures_are_of(machine: Machine) -> None:
@@ -98,7 +99,7 @@ def test_a_chosen_dtype_is_what_the_figures_are_of(machine: Machine) -> None:
     ],
 )
 def test_the_more_exact_one_wins_a_near_tie(rates: dict, chosen: str) -> None:
-    assert weights_chosen(rates) == chosen
+    assert most_exact(rates) == chosen
 
 
 def test_where_packing_is_not_possible() -> None:
@@ -134,3 +135,36 @@ def test_quality_has_the_command_that_measures_it() -> None:
         for quality in measured_quality()[name]:
             assert quality.source.startswith("python benchmarks/packing.py ")
             assert -0.01 < quality.change < {"int8": 0.01, "int4": 0.04}[name]
+
+
+LONG = """\
+name: job
+model: {{name: mixtral-8x7b, kv_cache: {cache}}}
+workload: {{batch: {{requests: 4000, prompt: 1500, output: 500}}}}
+"""
+
+
+def kv_workload(cache: str) -> Workload:
+    spec = parse_spec(LONG.format(cache=cache), "spec.yaml")
+    return build_workload(spec, load_inputs(spec))
+
+
+def test_an_int8_cache_is_the_spec_s_choice(machine: Machine) -> None:
+    """By name it is taken; allowed it must clearly win; of a token it has 132 bytes for 256."""
+    plain, named, allowed = (policy_of(kv_workload(cache), machine) for cache in ("same", "int8", "allow"))
+    assert (plain.kv_dtype, plain.kv_options, named.kv_dtype, named.kv_options) == ("same", (), "int8", ())
+    same, int8 = allowed.kv_options
+    assert (same.dtype, int8.dtype) == ("same", "int8")
+    assert same.bytes == 32 * 2 * 8 * 128 * 2
+    assert int8.bytes == same.bytes * 132 // 256
+    assert same.generated_tokens_per_s == pytest.approx(plain.generated_tokens_per_s.value)
+    assert int8.generated_tokens_per_s == pytest.approx(named.generated_tokens_per_s.value)
+    rates = {option.dtype: option.generated_tokens_per_s for option in allowed.kv_options}
+    assert allowed.kv_dtype == most_exact(rates)
+    held = {use.item: use.bytes for use in named.memory}
+    assert held["KV cache"] == pytest.approx(int8.bytes * named.sequences * 2016, rel=1e-9)  # whole blocks
+
+
+def test_latents_are_kept_as_they_are() -> None:
+    spec = parse_spec(LONG.format(cache="int8").replace("mixtral-8x7b", "deepseek-v2-lite"), "spec.yaml")
+    assert costs.kv_dtypes(build_workload(spec, load_inputs(spec))) == ("same",)
