@@ -14,6 +14,12 @@ from moeplan.runtime_min import formats
 
 _F = np.float32
 LANES = 16
+# Places in the memory that int4 works in: values and their numbers [32, LANES], the rest [LANES]. It is one
+# array, so that LLVM knows what does not overlap.
+NUMBERS, LOW, HIGH, STEP, LEAST, INVERSE, BEST_STEP, BEST_LEAST, ERROR, SIZE = (
+    512,
+    *range(1024, 1024 + 9 * LANES, LANES),
+)
 CUTS = np.array(formats.CUTS, dtype=np.float32)
 SMALLEST = np.float32(formats.SMALLEST_STEP)
 
@@ -56,65 +62,60 @@ def pack_int8(values, out):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _numbers(values, inverse, least, whole):
-    """The number of each value in its column's grid."""
-    for i in range(32):
-        some, to = values[i], whole[i]
+def _numbers(a, step, least):
+    """The number of each value in the grid of its column; `step` and `least` are places in `a`."""
+    for lane in range(LANES):
+        quotient = _F(1) / a[step + lane]
+        a[INVERSE + lane] = quotient if a[step + lane] > SMALLEST else _F(0)
+    for i in range(0, 32 * LANES, LANES):
         for lane in range(LANES):
-            number = np.rint((some[lane] - least[lane]) * inverse[lane])
+            number = np.rint((a[i + lane] - a[least + lane]) * a[INVERSE + lane])
             number = number if number < _F(15) else _F(15)
-            to[lane] = number if number > _F(0) else _F(0)
+            a[NUMBERS + i + lane] = number if number > _F(0) else _F(0)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _inverses(step, inverse):
-    for lane in range(LANES):
-        quotient = _F(1) / step[lane]
-        inverse[lane] = quotient if step[lane] > SMALLEST else _F(0)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _squared(values, step, least, whole):
-    """The squared errors of each column take the place of its numbers, their sum that of the first."""
-    for i in range(32):
-        some, to = values[i], whole[i]
+def _squared(a):
+    """Squared errors take the place of the numbers, their sum that of the first of each column."""
+    for i in range(0, 32 * LANES, LANES):
         for lane in range(LANES):
-            off = to[lane] * step[lane] + least[lane] - some[lane]
-            to[lane] = off * off
+            off = a[NUMBERS + i + lane] * a[STEP + lane] + a[LEAST + lane] - a[i + lane]
+            a[NUMBERS + i + lane] = off * off
     for half in (16, 8, 4, 2, 1):
-        for i in range(half):
-            to, other = whole[i], whole[i + half]
-            for lane in range(LANES):
-                to[lane] += other[lane]
+        for i in range(half * LANES):
+            a[NUMBERS + i] += a[NUMBERS + half * LANES + i]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _extremes(values, low, high):
-    low[:] = values[0]
-    high[:] = values[0]
-    for i in range(1, 32):
-        some = values[i]
+def _extremes(a):
+    for lane in range(LANES):
+        a[LOW + lane] = a[HIGH + lane] = a[lane]
+    for i in range(LANES, 32 * LANES, LANES):
         for lane in range(LANES):
-            low[lane] = low[lane] if low[lane] < some[lane] else some[lane]
-            high[lane] = high[lane] if high[lane] > some[lane] else some[lane]
+            value = a[i + lane]
+            a[LOW + lane] = a[LOW + lane] if a[LOW + lane] < value else value
+            a[HIGH + lane] = a[HIGH + lane] if a[HIGH + lane] > value else value
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _cut(low, high, cut, step, least):
-    """A grid for each column."""
+def _best_grids(a):
+    """BEST_STEP and BEST_LEAST of each column: those of CUTS with the least squared error."""
+    _extremes(a)
     for lane in range(LANES):
-        shift = (high[lane] - low[lane]) * cut
-        step[lane] = _widened(_bf16((high[lane] - low[lane] - _F(2) * shift) / _F(15)))
-        least[lane] = _widened(_bf16(low[lane] + shift))
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _keep_better(found, step, least, error, best_step, best_least):
-    for lane in range(LANES):
-        better = found[lane] < error[lane]
-        best_step[lane] = step[lane] if better else best_step[lane]
-        best_least[lane] = least[lane] if better else best_least[lane]
-        error[lane] = found[lane] if better else error[lane]
+        a[ERROR + lane], a[BEST_STEP + lane], a[BEST_LEAST + lane] = _F(np.inf), _F(0), a[LOW + lane]
+    for cut in CUTS:
+        for lane in range(LANES):
+            width = a[HIGH + lane] - a[LOW + lane]
+            shift = width * cut
+            a[STEP + lane] = _widened(_bf16((width - _F(2) * shift) / _F(15)))
+            a[LEAST + lane] = _widened(_bf16(a[LOW + lane] + shift))
+        _numbers(a, STEP, LEAST)
+        _squared(a)
+        for lane in range(LANES):
+            better = a[NUMBERS + lane] < a[ERROR + lane]
+            a[BEST_STEP + lane] = a[STEP + lane] if better else a[BEST_STEP + lane]
+            a[BEST_LEAST + lane] = a[LEAST + lane] if better else a[BEST_LEAST + lane]
+            a[ERROR + lane] = a[NUMBERS + lane] if better else a[ERROR + lane]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -122,36 +123,25 @@ def pack_int4(values, out):
     """Rows of float32 [rows, inner] become bytes [rows, row bytes]: LANES half blocks at once, in columns."""
     rows, inner = values.shape
     blocks, halves = inner // 64, inner // 32
-    columns, whole = np.zeros((32, LANES), dtype=np.float32), np.empty((32, LANES), dtype=np.float32)
-    low, high, error = np.empty((3, LANES), dtype=np.float32)
-    step, least, inverse = np.empty((3, LANES), dtype=np.float32)
-    best_step, best_least = np.empty((2, LANES), dtype=np.float32)
+    a = np.zeros(SIZE, dtype=np.float32)
     for row in range(rows):
         for first in range(0, halves, LANES):
             count = min(LANES, halves - first)
             for lane in range(count):
-                half = values[row, 32 * (first + lane) : 32 * (first + lane) + 32]
                 for i in range(32):
-                    columns[i, lane] = half[i]
-            _extremes(columns, low, high)
-            best_step[:], best_least[:], error[:] = _F(0), low, _F(np.inf)
-            for cut in CUTS:
-                _cut(low, high, cut, step, least)
-                _inverses(step, inverse)
-                _numbers(columns, inverse, least, whole)
-                _squared(columns, step, least, whole)
-                _keep_better(whole[0], step, least, error, best_step, best_least)
-            _inverses(best_step, inverse)
-            _numbers(columns, inverse, best_least, whole)
+                    a[LANES * i + lane] = values[row, 32 * (first + lane) + i]
+            _best_grids(a)
+            _numbers(a, BEST_STEP, BEST_LEAST)
             for lane in range(0, count, 2):
-                to = out[row, 16 * (first + lane) : 16 * (first + lane) + 32]
                 for i in range(32):
-                    to[i] = np.uint8(np.int32(whole[i, lane]) | np.int32(whole[i, lane + 1]) << 4)
+                    place = NUMBERS + LANES * i + lane
+                    pair = np.int32(a[place]) | np.int32(a[place + 1]) << 4
+                    out[row, 16 * (first + lane) + i] = np.uint8(pair)
             for lane in range(count):
                 place = 32 * blocks + 4 * (first + lane)
-                lower, upper = _bf16(best_step[lane]), _bf16(best_least[lane])
-                out[row, place], out[row, place + 1] = lower & 0xFF, lower >> 8
-                out[row, place + 2], out[row, place + 3] = upper & 0xFF, upper >> 8
+                step, least = _bf16(a[BEST_STEP + lane]), _bf16(a[BEST_LEAST + lane])
+                out[row, place], out[row, place + 1] = step & 0xFF, step >> 8
+                out[row, place + 2], out[row, place + 3] = least & 0xFF, least >> 8
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
