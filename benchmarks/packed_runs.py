@@ -93,7 +93,7 @@ def _measure(plans: dict[str, Path], checkpoints: dict[str, Path], rounds: int) 
             for name, folder in plans.items()
         }
         for engine in engines.values():
-            _batch(engine, 0)
+            _batch(engine, 0)  # so that what lies in slots are weights
         for number in range(rounds):
             for name, engine in engines.items():
                 runs[name].append((_batch(engine, number), _batch(engine, number, read=False)))

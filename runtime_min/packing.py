@@ -106,7 +106,7 @@ def _kernel() -> Any | None:
 @functools.cache
 def _packer() -> Any | None:
     """The module of the compiled kernels that pack, or None without Numba."""
-    return team.module("pack_kernel", "formats")
+    return team.module("pack_kernel", "formats", "kernel_parts")
 
 
 def plain(packed: Packed) -> Tensor:
