@@ -222,7 +222,7 @@ MODEL = Block(
             default="never",
             doc="what 16-bit weights may be held in where that serves more. fp8: vLLM rounds them as it "
             "loads; int8, int4 and bf12 (lossless): the experts, packed before by `runtime_min quantize`, on "
-            "machines without a GPU; allow: any of these. Default never",
+            "machines without a GPU; allow: any of these",
         ),
         "kv_cache": Field(
             kind=choice("same", "int8", "allow"),
