@@ -38,7 +38,7 @@ class Int8Cache(DynamicCache):
 
 
 def _rounded(values: Tensor) -> Tensor:
-    whole, scales = whole_numbers(values.clone())
+    whole, scales = whole_numbers(values)
     return whole * scales[..., None]
 
 

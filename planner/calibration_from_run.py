@@ -106,8 +106,6 @@ def _figures(machine: _Json, slower: float) -> Figures:
 def _scaled(name: str, value: Any, slower: float) -> Any:
     """A figure of `slower` cores: rates are lower, seconds longer."""
     factor = 1 / slower if name.endswith("_per_s") else slower
-    if isinstance(value, dict):
-        return {name: rate * factor for name, rate in value.items()}
     return {row: rate * factor for row, rate in value} if isinstance(value, list) else value * factor
 
 

@@ -126,7 +126,7 @@ def whole_numbers(values: Tensor) -> tuple[Tensor, Tensor]:
     """[..., D] as whole numbers from -127 to 127, and their scales [...], float32."""
     values = values.float()
     scales = values.abs().amax(-1) / 127
-    whole = values.div_(torch.where(scales == 0, 1.0, scales)[..., None]).round_()
+    whole = (values / torch.where(scales == 0, 1.0, scales)[..., None]).round_()
     return whole.to(torch.int8), scales
 
 

@@ -294,12 +294,12 @@ def _one_kernels(fields: Fields, dtype: str, threads: int) -> Kernels:
     return kernels
 
 
-def _unpacking(fields: Fields) -> Mapping[str, float]:
+def _unpacking(fields: Fields) -> tuple[tuple[str, float], ...]:
     """Values per second by packing, where they were measured."""
     group = fields.group("unpack_values_per_s")
     if group is None:
-        return {}
-    rates = {name: group.figure(name, *_VALUES) for name in PACKED_BYTES if name in group}
+        return ()
+    rates = tuple((name, group.figure(name, *_VALUES)) for name in PACKED_BYTES if name in group)
     group.done(known=tuple(PACKED_BYTES))
     return rates
 

@@ -106,7 +106,7 @@ def _dtypes(policy: Policy) -> Iterator[Decision]:
         chosen = next((option for option in options if option.dtype == dtype), None)
         if not chosen or chosen is options[0] or not options[0].generated_tokens_per_s:
             continue
-        worse = ", ".join(f"{quality.change:+.1%} on {quality.model}" for quality in chosen.quality)
+        worse = ", ".join(f"{quality.change:+.2%} on {quality.model}" for quality in chosen.quality)
         yield Decision(
             chosen=f"{what} in {dtype}" + (f" (perplexity {worse})" if worse else ""),
             alternative=alternative,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from moeplan.planner.ir.spec import Cloud
@@ -68,7 +68,7 @@ class Kernels:
     route_values_per_s: Table
     expert_values_per_s: Table
     score_values_per_s: float
-    unpack_values_per_s: Mapping[str, float] = field(default_factory=dict)
+    unpack_values_per_s: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -139,8 +139,8 @@ class RuntimeCosts:
 
 def _unpack_values_per_s(kernels: Kernels, packing: Packing) -> float:
     """Measured, or as the threads of another machine do it."""
-    measured = kernels.unpack_values_per_s.get(packing)
-    return measured or kernels.threads * UNPACK_VALUES_PER_S[packing]
+    measured = dict(kernels.unpack_values_per_s)
+    return measured.get(packing) or kernels.threads * UNPACK_VALUES_PER_S[packing]
 
 
 def kernels_of(roofline: Roofline) -> tuple[Kernels, ...]:

@@ -120,12 +120,12 @@ def test_unpacking_costs_time(machine: Machine) -> None:
     """A machine that unpacks slowly keeps the weights as they are."""
     workload = workload_of("int8")
     measured = tuple(
-        replace(k, unpack_values_per_s={"int8": rate})
+        replace(k, unpack_values_per_s=(("int8", rate),))
         for k in kernels_of(find_roofline(workload, machine))
         for rate in (1e6,)
     )
     assert policy_of(workload, replace(machine, kernels=measured)).weights_dtype == "checkpoint"
-    fast = tuple(replace(k, unpack_values_per_s={"int8": 1e12}) for k in measured)
+    fast = tuple(replace(k, unpack_values_per_s=(("int8", 1e12),)) for k in measured)
     assert policy_of(workload, replace(machine, kernels=fast)).weights_dtype == "int8"
 
 
