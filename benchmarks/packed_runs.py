@@ -4,9 +4,9 @@ usage: python benchmarks/packed_runs.py [--model small|big] [--machine FILE] [--
            [--share 0.25]
 
 Weights and slots of every plan may take `--share` of the bf16 checkpoint's bytes; what else a plan needs (KV
-cache, workspace, process) comes on top. A round is a batch of each format, and the same with its reads left
-out. Figures are medians of the rounds. To bind it to a slower disk, run it in a control group that has
-blkio.throttle.read_bps_device (or io.max) set.
+cache, workspace, process) comes on top. A round is a batch of each format, and its streamed pages read alone:
+what a pass needs the disk for. Figures are medians of the rounds. To bind it to a slower disk, run it in a
+control group that has blkio.throttle.read_bps_device (or io.max) set.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoints import BUILD, SHAPES, Shape, weights_bytes
 from plans import calibrated, compiled
-from roof import PROMPT, TOKENS, Row, _batch
+from roof import PROMPT, TOKENS, Row, _batch, _read_rate
 from tables import show
+
+if TYPE_CHECKING:
+    from moeplan.runtime_min.plan_file import RuntimePlan
 
 FORMATS = ("bf16", "bf12", "int8", "int4")
 
@@ -51,8 +55,8 @@ def main() -> None:
         "weights",
         "resident",
         "GB/pass",
+        "disk s",
         "pass s",
-        "compute s",
         "tok/s",
         "times bf16",
         "planned",
@@ -86,37 +90,35 @@ def _measure(plans: dict[str, Path], checkpoints: dict[str, Path], rounds: int) 
     from moeplan.runtime_min.plan_file import load
     from moeplan.runtime_min.stream import Engine
 
-    runs: dict[str, list[tuple[Row, Row]]] = {name: [] for name in plans}
+    runs: dict[str, list[Row]] = {name: [] for name in plans}
     with ExitStack() as stack:
         engines = {
             name: stack.enter_context(Engine(folder, load(folder), checkpoints[name]))
             for name, folder in plans.items()
         }
         for engine in engines.values():
-            _batch(engine, 0)  # so that what lies in slots are weights
+            _batch(engine, 0)
         for number in range(rounds):
             for name, engine in engines.items():
-                runs[name].append((_batch(engine, number), _batch(engine, number, read=False)))
+                runs[name].append(_batch(engine, number) | {"rate": _read_rate(engine)})
         return [_cells(name, engines[name].plan, runs) for name in plans]
 
 
-def _cells(name: str, plan: object, runs: dict[str, list[tuple[Row, Row]]]) -> list[str]:
-    pages, batch, predicted = plan.pages, plan.batch.sequences, plan.predicted.decode_tokens_per_s  # type: ignore[attr-defined]
-    taken = _median([read["decode_s"] for read, _ in runs[name]])
-    times = [
-        bf16["decode_s"] / own["decode_s"]
-        for (bf16, _), (own, _) in zip(runs["bf16"], runs[name], strict=True)
-    ]
+def _cells(name: str, plan: RuntimePlan, runs: dict[str, list[Row]]) -> list[str]:
+    pages, own = plan.pages, runs[name]
+    taken = _median([run["decode_s"] for run in own])
+    times = [bf16["decode_s"] / run["decode_s"] for bf16, run in zip(runs["bf16"], own, strict=True)]
+    disk_s = [run["pass_bytes"] / run["rate"] if run["rate"] else 0.0 for run in own]
     return [
-        str(batch),
+        str(plan.batch.sequences),
         name,
         f"{pages.resident_pages / pages.pages_per_layer:.0%}",
-        f"{_median([read['pass_bytes'] for read, _ in runs[name]]) / 1e9:.2f}",
+        f"{_median([run['pass_bytes'] for run in own]) / 1e9:.2f}",
+        f"{_median(disk_s):.3f}",
         f"{taken:.3f}",
-        f"{_median([compute['decode_s'] for _, compute in runs[name]]):.3f}",
-        f"{batch / taken:.1f}",
+        f"{plan.batch.sequences / taken:.1f}",
         f"{_median(times):.2f} ({min(times):.2f}-{max(times):.2f})",
-        f"{predicted.value:.1f}",
+        f"{plan.predicted.decode_tokens_per_s.value:.1f}",
     ]
 
 

@@ -1,10 +1,10 @@
-"""What packing a checkpoint, or an int8 KV cache, costs in quality, and how small and how fast packing is.
+"""What packing a checkpoint, or an int8 KV cache, costs in quality, and how small it is.
 
 usage: python benchmarks/packing.py CHECKPOINT [--text FILE] [--tokens N]
 
 CHECKPOINT is a folder that transformers loads (its class, float32 arithmetic), with experts apart or a dense
 model. All matrices that `runtime_min quantize` packs are replaced by what they stand for; the perplexity of
-the text is that of windows of 512 tokens. Also printed: bits a value, and the rate of packing by one thread.
+the text is that of windows of 512 tokens. Also printed: bits a value.
 Last, with the weights as they are, all keys and values are rounded as the runtime's int8 cache holds them,
 which is what decode sees; the error of scores is the root of its mean square over that of their deviations.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +92,14 @@ def main() -> None:
     print(f"as it is: perplexity {base:.4f}")
     for name, packing in PACKINGS.items():
         size = 0
-        spent = 0.0
         for parameter, weight in zip(parameters, original, strict=True):
             flat = weight.bfloat16().reshape(-1, weight.shape[-1])
-            start = time.perf_counter()
             small = packed(flat, packing)
-            spent += time.perf_counter() - start
             size += len(small.data)
             parameter.data = unpack(small).float().view_as(weight)
         found = perplexity(model, tokens)
-        bits, rate = 8 * size / values, 2 * values / spent / 1e6
-        change = found / base - 1
-        print(f"{name}: perplexity {found:.4f} ({change:+.2%}), {bits:.2f} bits a value, {rate:,.0f} MB/s")
+        bits, change = 8 * size / values, found / base - 1
+        print(f"{name}: perplexity {found:.4f} ({change:+.2%}), {bits:.2f} bits a value")
     for parameter, weight in zip(parameters, original, strict=True):
         parameter.data = weight
     found, error = perplexity(model, tokens, Int8Cache), score_error(model, tokens)
