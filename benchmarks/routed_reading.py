@@ -179,6 +179,7 @@ def plan_of(way: Way, model: ModelPlan, prompt: int, output: int) -> RuntimePlan
         context_tokens=prompt + output,
         pass_tokens=way.sequences * prompt,
         kv_tokens=way.sequences * plan_file.kv_blocks(prompt + output) * plan_file.KV_BLOCK_TOKENS,
+        kv_cache="same",
     )
     places = plan_file.most_places(model, batch, pages) if way.routed else 0
     pages = replace(pages, slot_bytes=plan_file.slot_bytes(model, pages, 2), places=places)

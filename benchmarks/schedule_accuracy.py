@@ -200,6 +200,7 @@ def plan_of(case: Case, schedule: Schedule, text: str) -> RuntimePlan:
         prompt_tokens=case.prompt,
         pass_tokens=case.sequences * case.prompt,
         kv_tokens=case.sequences * (case.prompt + case.output),
+        kv_cache="same",
         context_tokens=case.prompt + case.output,
     )
     held = replace(

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moeplan.codegen.packing import packing_of
 from moeplan.codegen.vllm import VERSION, vllm_arguments
 from moeplan.planner.ir.machine import Machine
 from moeplan.planner.ir.placement import Site, Zone
@@ -93,8 +94,10 @@ def grace_s(site: Site) -> int:
 
 
 def disk_gb(plan: Plan) -> int:
-    """Room for the weights, a fifth more, and an image of a system and an engine."""
-    return math.ceil(plan.workload.model.weight_bytes() * 1.2 / 1e9) + 100
+    """Room for the weights, twice where they are packed there, a fifth more, and an image of a system and an
+    engine."""
+    copies = 1 + any(packing_of(choice.column.policy) for choice in plan.fleet.choices)
+    return math.ceil(plan.workload.model.weight_bytes() * copies * 1.2 / 1e9) + 100
 
 
 def google_machine_type(machine: Machine) -> str:

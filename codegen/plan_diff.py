@@ -238,7 +238,8 @@ def _policy(replica: Plan) -> Iterator[tuple[str, Fact]]:
     yield "GPUs per copy × copies", Fact(text=f"{policy['gpus']} × {policy['data_parallel']}")
     yield "sequences in flight", Fact(text=str(policy["sequences"]), number=policy["sequences"])
     yield "micro-batches", Fact(text=f"{policy['micro_batches']} of {policy['micro_batch']}")
-    yield "computed in", Fact(text=f"{policy['dtype']}, weights as {policy['weights_dtype']}")
+    kept = "" if policy.get("kv_dtype", "same") == "same" else f", KV cache in {policy['kv_dtype']}"
+    yield "computed in", Fact(text=f"{policy['dtype']}, weights as {policy['weights_dtype']}{kept}")
     yield "weights on", Fact(text=policy["weights_on"] + (", staged" if policy["staged"] else ""))
     for field, what in _SHARES.items():
         yield what, _share(policy[field])

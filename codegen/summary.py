@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from moeplan.codegen.decisions import decision_text
 from moeplan.codegen.emit.report import attained, caution, interval, latency, why_unrun
 from moeplan.codegen.fleet_text import NEVER_RUN, flip_line, status_line
+from moeplan.codegen.packing import packed_path, packing_of, quantize_command
 from moeplan.codegen.placement import bill_lines
 from moeplan.planner.ir.analysis import Decision
 from moeplan.planner.ir.fleet import Choice
@@ -37,9 +39,8 @@ def summary(
     lines += [f"  changes     {flip_line(flip)}" for flip in plan.fleet.sensitivity.flips[:1]]
     written = f"{changed} file{'s' * (changed > 1)} changed" if changed else "nothing changed"
     lines.append(f"  files       {folder} ({written}); read {folder}/{report}")
-    lines += [
-        f"  next        {_next_line(plan, replica, folder, checkpoint_option)}" for replica in plan.replicas
-    ]
+    for replica in plan.replicas:
+        lines += [f"  next        {line}" for line in _next_lines(plan, replica, folder, checkpoint_option)]
     return "\n".join(lines)
 
 
@@ -52,11 +53,12 @@ def _choice_lines(choice: Choice, site: Site) -> list[str]:
     if policy.engine == "runtime_min" and not policy.gpus:
         engine = "from disk" if policy.weights_on == "disk" else "in memory"
     machine = f"{policy.machine.name} ({column.market}{price})"
+    dtype = f"{policy.dtype}, experts in {packing_of(policy)}" if packing_of(policy) else policy.dtype
     predicted = [f"              {NEVER_RUN}"] if policy.rehearsed_only else []
     lines = [
         f"  deploy      {count} × {machine}{spare}, {engine}",
         *predicted,
-        f"  in flight   {policy.sequences} sequences, micro-batches of {policy.micro_batch}, {policy.dtype}",
+        f"  in flight   {policy.sequences} sequences, micro-batches of {policy.micro_batch}, {dtype}",
         f"  reaches     {interval(policy.generated_tokens_per_s, '', ' tokens/s generated')} per replica"
         f" [{policy.generated_tokens_per_s.provenance}]",
     ]
@@ -86,6 +88,16 @@ def _alternative_lines(plan: Plan) -> list[str]:
         f"{other.replicas} × {other.column}: {other.cost_usd:.2f} {other.note}"
         for other in plan.fleet.alternatives[:3]
     ]
+
+
+def _next_lines(plan: Plan, replica: Replica, folder: str, checkpoint_option: str) -> Iterator[str]:
+    """The command that runs a replica, and before it what makes its checkpoint here."""
+    policy = replica.policy
+    line = _next_line(plan, replica, folder, packed_path(checkpoint_option, policy))
+    if packing_of(policy) and line.startswith("moeplan run"):
+        here = checkpoint_option.removeprefix(" --checkpoint ")
+        yield quantize_command(here or str(Path(folder).parent / plan.spec.model.path), policy)
+    yield line
 
 
 def _next_line(plan: Plan, replica: Replica, folder: str, checkpoint_option: str) -> str:

@@ -26,7 +26,8 @@ def capacity_bound(workload: Workload, roofline: Roofline, policy: Policy) -> Ca
     Beyond MoE-Lens: only the weights that are not resident pass, and of them only experts that the sequences
     in flight hit; sliding windows hold less cache; T_GPU is the time of the processor that has the experts.
     """
-    workload, requests = workload.as_one_expert(), workload.request_class(policy.serves)
+    workload = costs.held_as(workload, policy.weights_dtype, policy.kv_dtype).as_one_expert()
+    requests = workload.request_class(policy.serves)
     held = float(np.asarray(costs.kv_bytes_held(workload, 1.0, requests.mean_bucket().context_tokens)))
     sequences = _cache_bytes(policy) / held if held else math.inf
     pass_s = _pass_s(workload, roofline, policy, sequences / policy.data_parallel)

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.planner.cold_start import cold_start
-from moeplan.planner.ir.model import Model
+from moeplan.planner.ir.model import PACKED_BYTES, Model, Packing
+from moeplan.planner.ir.policy import WeightsDtype
 from moeplan.planner.ir.roofline import Roof
-from moeplan.planner.ir.workload import Operator, Workload
+from moeplan.planner.ir.workload import KvDtype, Operator, Workload
 
 Quantity = float | NDArray[np.float64]
 
@@ -56,7 +57,7 @@ def weight_bytes(workload: Workload, operator: Operator, tokens: Quantity) -> Qu
 def kv_bytes_read(workload: Workload, operator: Operator, tokens: Quantity, context: Quantity) -> Quantity:
     """Bytes of cached keys and values that decode attention of `tokens` sequences reads."""
     seen = _seen_context(operator, context)
-    return tokens * seen * operator.kv_values_per_context_token * workload.value_bytes
+    return tokens * seen * operator.kv_values_per_context_token * workload.kv_value_bytes
 
 
 def activation_bytes(workload: Workload, operator: Operator, tokens: Quantity) -> Quantity:
@@ -174,6 +175,49 @@ def held_weight_bytes(workload: Workload) -> float:
     routed = held_bytes_per_parameter(model.stored_bytes_per_expert_parameter, workload)
     other = held_bytes_per_parameter(model.stored_bytes_per_other_parameter, workload)
     return p.routed_experts * routed + (p.total() - p.routed_experts) * other
+
+
+def packings(workload: Workload) -> tuple[Packing, ...]:
+    """What the bundled runtime may hold experts in that are not packed yet, the most exact first.
+
+    Their values are bf16, and so is the arithmetic of its kernels; bf12 takes no wider ones.
+    """
+    model = workload.model
+    wanted = tuple(name for name in PACKED_BYTES if workload.quantize in (name, "allow"))
+    if workload.dtype != "bf16" or not model.packable():
+        return ()
+    sixteen_bit = model.stored_bytes_per_other_parameter == 2.0
+    return tuple(name for name in wanted if name != "bf12" or sixteen_bit)
+
+
+def kv_dtypes(workload: Workload) -> tuple[KvDtype, ...]:
+    """What the bundled runtime may keep keys and values in, the more exact first.
+
+    Its kernels take int8 rows of whole lines, and no latents.
+    """
+    attention = workload.model.attention
+    if workload.kv_cache == "same" or attention.kind == "mla" or attention.head_dim % 64:
+        return ("same",)
+    return ("int8",) if workload.kv_cache == "int8" else ("same", "int8")
+
+
+def held_as(workload: Workload, weights_dtype: WeightsDtype, kv_dtype: KvDtype = "same") -> Workload:
+    """The workload with its weights and its cache as a policy holds them."""
+    if kv_dtype != workload.kv_dtype:
+        workload = replace(workload, kv_dtype=kv_dtype)
+    if weights_dtype == "checkpoint":
+        return workload
+    return in_fp8(workload) if weights_dtype == "fp8" else packed(workload, weights_dtype)
+
+
+def packed(workload: Workload, packing: Packing) -> Workload:
+    """The workload with routed experts, or the MLPs of a dense model, packed by `runtime_min quantize`."""
+    name = "routed_experts" if workload.model.experts else "dense_mlp"
+    size = PACKED_BYTES[packing]
+    operators = tuple(
+        replace(op, stored_bytes_per_parameter=size) if op.name == name else op for op in workload.operators
+    )
+    return replace(workload, model=workload.model.packed(packing), operators=operators)
 
 
 def in_fp8(workload: Workload) -> Workload:

@@ -218,9 +218,17 @@ MODEL = Block(
             doc="a CSV of layer,expert,tokens: offloading keeps the most popular experts on the GPU",
         ),
         "quantize": Field(
-            kind=choice("never", "fp8"),
+            kind=choice("never", "fp8", "bf12", "int8", "int4", "allow"),
             default="never",
-            doc="fp8: vLLM may round 16-bit weights to 8 bits as it loads them, where that serves more",
+            doc="what 16-bit weights may be held in where that serves more. fp8: vLLM rounds them as it "
+            "loads; int8, int4 and bf12 (lossless): the experts, packed before by `runtime_min quantize`, on "
+            "machines without a GPU; allow: any of these",
+        ),
+        "kv_cache": Field(
+            kind=choice("same", "int8", "allow"),
+            default="same",
+            doc="what the bundled runtime keeps keys and values in on machines without a GPU. same: the "
+            "dtype of the arithmetic; int8: with a scale for each token and head; allow: where faster",
         ),
     },
 )

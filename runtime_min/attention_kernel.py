@@ -3,7 +3,8 @@
 
 Vectors are of 16 float32, in any machine's terms: LLVM splits them where registers are shorter. A row of a
 bf16 cache is read 32 values at a time, the even ones and the odd ones as a vector each, which takes one
-operation each; queries and sums are kept in that order. G query heads of D values share keys.
+operation each; queries and sums are kept in that order. Those of an int8 cache are read 64 at a time, and a
+row's scale multiplies its score, or its weight. G query heads of D values share keys.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ KEYS_AT_ONCE, HEADS_AT_ONCE = (16, 4) if _WIDE else (4, 2)
 
 # The table of a call. SCRATCH: of each part G * (2 D + block_tokens + 2) + 2 * G * (D + 2) floats.
 NEXT, DONE, PARTS, Q, K, V, TABLES, TABLE_STRIDE, LENGTHS, B = range(10)
-VALUE_HEADS, G, D, BLOCK_TOKENS, BF16, OUT, SCRATCH, OPEN, TOTAL = range(10, 19)
-STARTS, SINKS, TABLE_SIZE = range(19, 22)  # addresses, 0 where there are none
+VALUE_HEADS, G, D, BLOCK_TOKENS, WIDTH, OUT, SCRATCH, OPEN, TOTAL = range(10, 19)  # WIDTH: a line's vectors
+STARTS, SINKS, K_SCALES, V_SCALES, TABLE_SIZE = range(19, 24)  # addresses, 0 where there are none
+FLOAT, BF16, INT8 = 1, 2, 4
 
 
 def _at(builder: Any, base: Any, offset: Any = None) -> Any:
@@ -57,10 +59,17 @@ def _fetch(builder: Any, address: Any) -> None:
     builder.call(function, [_at(builder, address), I32(0), I32(3), I32(1)])
 
 
-def _line(builder: Any, pointer: Any, bf16: bool) -> list[Any]:
-    """64 bytes of a row as vectors of float32."""
-    if not bf16:
+def _line(builder: Any, pointer: Any, width: int) -> list[Any]:
+    """64 bytes of a row as `width` vectors of float32."""
+    if width == FLOAT:
         return [builder.load(pointer, typ=FLOATS, align=4)]
+    if width == INT8:
+        start = builder.ptrtoint(pointer, I64)
+        parts = [
+            builder.load(_at(builder, start, I64(at)), typ=ir.VectorType(ir.IntType(8), 16), align=1)
+            for at in range(0, LINE, 16)
+        ]
+        return [builder.sitofp(builder.sext(part, INTS), FLOATS) for part in parts]
     pairs = builder.load(pointer, typ=INTS, align=2)
     even = builder.shl(pairs, ir.Constant(INTS, [16] * 16))
     odd = builder.and_(pairs, ir.Constant(INTS, [-65536] * 16))
@@ -87,9 +96,7 @@ def _transposed_sum(builder: Any, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-def _scores(bf16: bool) -> Any:
-    width = 2 if bf16 else 1
-
+def _scores(width: int) -> Any:
     def compute(builder, q, k, lines, scale, out, ahead):
         """out[i] = scale * (q · k[i]) for the KEYS rows at k; fetches those `ahead` bytes further on."""
         row_bytes = builder.mul(lines, I64(LINE))
@@ -107,17 +114,16 @@ def _scores(bf16: bool) -> Any:
         for total in sums:
             builder.store(zero, total)
         with cgutils.for_range(builder, lines) as loop:
+            start = builder.add(q, builder.mul(loop.index, I64(64 * width)))
             query = [
-                builder.load(_at(builder, q, builder.mul(loop.index, I64(64 * width))), typ=FLOATS, align=4)
+                builder.load(_at(builder, start, I64(64 * part)), typ=FLOATS, align=4)
+                for part in range(width)
             ]
-            if bf16:
-                offset = builder.add(builder.mul(loop.index, I64(128)), I64(64))
-                query.append(builder.load(_at(builder, q, offset), typ=FLOATS, align=4))
             place = builder.add(k, builder.mul(loop.index, I64(LINE)))
             for total in sums:
                 _fetch(builder, builder.add(place, ahead))
                 value = builder.load(total)
-                for a, b in zip(_line(builder, _at(builder, place), bf16), query, strict=True):
+                for a, b in zip(_line(builder, _at(builder, place), width), query, strict=True):
                     value = _fma(builder, a, b, value)
                 builder.store(value, total)
                 place = builder.add(place, row_bytes)
@@ -135,9 +141,7 @@ def _scores(bf16: bool) -> Any:
     return scores
 
 
-def _weigh(bf16: bool, heads: int) -> Any:
-    width = 2 if bf16 else 1
-
+def _weigh(width: int, heads: int) -> Any:
     def compute(builder, p, stride, v, count, lines, sums, ahead):
         """sums[g] += p[g, i] * v[i] over `count` rows at v; p[g] lie `stride` floats apart.
 
@@ -158,7 +162,7 @@ def _weigh(bf16: bool, heads: int) -> Any:
             with cgutils.for_range(builder, count) as key:
                 place = builder.add(first, builder.mul(key.index, row_bytes))
                 _fetch(builder, builder.add(place, ahead))
-                parts = _line(builder, _at(builder, place), bf16)
+                parts = _line(builder, _at(builder, place), width)
                 for g in range(heads):
                     index = builder.add(builder.mul(stride, I64(g)), key.index)
                     weight = builder.load(_at(builder, p, builder.mul(index, I64(4))), typ=F32, align=4)
@@ -241,36 +245,48 @@ def _pointer(kind: Any) -> Any:
 
 
 floats_at, ints_at, longs_at = _pointer(types.float32), _pointer(types.int32), _pointer(types.int64)
-scores_bf16, scores_f32 = _scores(True), _scores(False)
-weigh1_bf16, weigh1_f32 = _weigh(True, 1), _weigh(False, 1)
-weigh_bf16, weigh_f32 = _weigh(True, HEADS_AT_ONCE), _weigh(False, HEADS_AT_ONCE)
+scores_f32, scores_bf16, scores_int8 = _scores(FLOAT), _scores(BF16), _scores(INT8)
+weigh1_f32, weigh1_bf16, weigh1_int8 = _weigh(FLOAT, 1), _weigh(BF16, 1), _weigh(INT8, 1)
+weigh_f32, weigh_bf16, weigh_int8 = (_weigh(width, HEADS_AT_ONCE) for width in (FLOAT, BF16, INT8))
 
 
 @njit(error_model="numpy")
-def _place(d, bf16):
+def _place(d, width):
     """Where value d of a head stands in a query or a sum."""
-    return (d // 32) * 32 + (d % 2) * 16 + (d % 32) // 2 if bf16 else d
+    return (d // 32) * 32 + (d % 2) * 16 + (d % 32) // 2 if width == BF16 else d
 
 
 @njit(error_model="numpy")
 def _score_block(a, q, keys, count, scores, ahead):
     """The scores of a block's `count` keys for all heads, the rest of a vector -inf."""
     g_count, size, tokens = a[G], a[D], a[BLOCK_TOKENS]
-    lines = size * (2 if a[BF16] else 4) // LINE
+    lines = size // (16 * a[WIDTH])
     scale = types.float32(1.0) / types.float32(size) ** types.float32(0.5)
     vectors = (count + KEYS - 1) // KEYS
     values = carray(floats_at(scores), (g_count * tokens,))
     for i in range(vectors):
         for g in range(g_count):
             out = scores + 4 * (g * tokens + i * KEYS)
-            further = 0 if g else ahead
-            if a[BF16]:
-                scores_bf16(q + 4 * g * size, keys + i * KEYS * lines * LINE, lines, scale, out, further)
+            some, further = keys + i * KEYS * lines * LINE, 0 if g else ahead
+            if a[WIDTH] == BF16:
+                scores_bf16(q + 4 * g * size, some, lines, scale, out, further)
+            elif a[WIDTH] == INT8:
+                scores_int8(q + 4 * g * size, some, lines, scale, out, further)
             else:
-                scores_f32(q + 4 * g * size, keys + i * KEYS * lines * LINE, lines, scale, out, further)
+                scores_f32(q + 4 * g * size, some, lines, scale, out, further)
     for g in range(g_count):
         for t in range(count, vectors * KEYS):
             values[g * tokens + t] = -3.0e38
+
+
+@njit(error_model="numpy")
+def _multiply(a, scales, count, scores):
+    """The scores, or the weights, of a block's keys times the scales of their rows."""
+    values = carray(floats_at(scores), (a[G] * a[BLOCK_TOKENS],))
+    factors = carray(floats_at(scales), (a[BLOCK_TOKENS],))
+    for g in range(a[G]):
+        for t in range(count):
+            values[g * a[BLOCK_TOKENS] + t] *= factors[t]
 
 
 @njit(error_model="numpy")
@@ -312,20 +328,24 @@ def _shrink(x):
 def _weigh_block(a, values, count, scores, sums, ahead):
     """Add the block's `count` values, weighted, to the sums of all heads."""
     size, tokens = a[D], a[BLOCK_TOKENS]
-    lines = size * (2 if a[BF16] else 4) // LINE
+    lines = size // (16 * a[WIDTH])
     g = 0
     while g < a[G]:
         p, to = scores + 4 * g * tokens, sums + 4 * g * size
         further = 0 if g else ahead
         if g + HEADS_AT_ONCE <= a[G]:
-            if a[BF16]:
+            if a[WIDTH] == BF16:
                 weigh_bf16(p, tokens, values, count, lines, to, further)
+            elif a[WIDTH] == INT8:
+                weigh_int8(p, tokens, values, count, lines, to, further)
             else:
                 weigh_f32(p, tokens, values, count, lines, to, further)
             g += HEADS_AT_ONCE
         else:
-            if a[BF16]:
+            if a[WIDTH] == BF16:
                 weigh1_bf16(p, tokens, values, count, lines, to, further)
+            elif a[WIDTH] == INT8:
+                weigh1_int8(p, tokens, values, count, lines, to, further)
             else:
                 weigh1_f32(p, tokens, values, count, lines, to, further)
             g += 1
@@ -350,19 +370,24 @@ def _piece(a, sequence, head, first, last, space):
     for g in range(g_count):
         tops[g], totals[g] = -3.0e38, 0.0
         for d in range(size):
-            q[g * size + _place(d, a[BF16])] = given[g * size + d]
+            q[g * size + _place(d, a[WIDTH])] = given[g * size + d]
     sums[:] = 0.0
     begin = carray(longs_at(a[STARTS]), (a[B],))[sequence] if a[STARTS] else 0
-    bytes_ = tokens * size * (2 if a[BF16] else 4)
+    bytes_ = tokens * size * 4 // a[WIDTH]
     for block in range(first, last):
         count = min(tokens, length - block * tokens)
-        offset = (table[block] * a[VALUE_HEADS] + head) * bytes_
+        run = table[block] * a[VALUE_HEADS] + head
+        offset = run * bytes_
         following = table[min(block + 1, last - 1)]
         ahead = (following * a[VALUE_HEADS] + head) * bytes_ - offset
         _score_block(a, q_at, a[K] + offset, count, scores_at, ahead)
+        if a[K_SCALES]:
+            _multiply(a, a[K_SCALES] + 4 * run * tokens, count, scores_at)
         if block == 0 and begin > 0:
             _hide(a, begin, scores_at)
         _soften(a, count, scores_at, tops, totals, sums)
+        if a[V_SCALES]:
+            _multiply(a, a[V_SCALES] + 4 * run * tokens, count, scores_at)
         _weigh_block(a, a[V] + offset, count, scores_at, sums_at, ahead)
 
 
@@ -375,7 +400,7 @@ def _finish(a, sequence, head, tops, totals, sums):
     for g in range(g_count):
         total = totals[g] + _sink(a, head * g_count + g, tops[g])
         for d in range(size):
-            out[g * size + d] = sums[g * size + _place(d, a[BF16])] / total
+            out[g * size + d] = sums[g * size + _place(d, a[WIDTH])] / total
 
 
 @njit(error_model="numpy")

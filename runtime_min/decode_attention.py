@@ -19,6 +19,8 @@ from torch import Tensor
 
 from moeplan.runtime_min import team
 
+Scales = tuple[Tensor, Tensor]  # of keys and of values
+WIDTHS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # vectors of 16 in 64 bytes of a row
 PARTS_PER_THREAD = 4  # so that a thread that is interrupted leaves parts to the others
 
 
@@ -35,20 +37,22 @@ def decode_attention(
     lengths: Tensor,
     starts: Tensor | None = None,
     sinks: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> Tensor:
     """Attention of q [B, Q, D] over the first `lengths` [B] tokens of each sequence, one or more: [B, Q * D].
 
     Tokens before `starts` [B], which lie in the first block, are left out. `sinks` [Q] are scores of a key
-    that every query has besides, of value 0. Products and sums are float32, the result has q's dtype.
-    `tables` is int32. Compiled by Numba where it is installed, for bf16 and float32 caches whose rows are
-    multiples of 64 bytes, in blocks of a multiple of 16 tokens; `plain` computes the rest.
+    that every query has besides, of value 0. Values of an int8 cache are multiples of their rows' `scales`
+    [blocks, V, block_tokens]. Products and sums are float32, the result has q's dtype. `tables` is int32.
+    Compiled by Numba where it is installed, for bf16, float32 and int8 caches whose rows are multiples of 64
+    bytes, in blocks of a multiple of 16 tokens; `plain` computes the rest.
     """
     kernel = _kernel() if _fits(q, k_cache, v_cache) else None
     if kernel is None:
-        return plain(q, k_cache, v_cache, tables, lengths, starts, sinks)
+        return plain(q, k_cache, v_cache, tables, lengths, starts, sinks, scales)
     lengths = lengths.to(torch.int64).contiguous()
     tables = tables.to(torch.int32).contiguous()
-    return _compiled(kernel, q, k_cache, v_cache, tables, lengths, starts, sinks)
+    return _compiled(kernel, q, k_cache, v_cache, tables, lengths, starts, sinks, scales)
 
 
 def plain(
@@ -59,13 +63,17 @@ def plain(
     lengths: Tensor,
     starts: Tensor | None = None,
     sinks: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> Tensor:
     """The same in torch alone, one sequence at a time."""
     rows, begins = [], [0] * len(q) if starts is None else starts.tolist()
     for i, (begin, length) in enumerate(zip(begins, lengths.tolist(), strict=True)):
         blocks = tables[i, : -(-length // k_cache.shape[2])].long()
-        k = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, begin:length]  # [V, tokens, D]
-        v = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, begin:length]
+        k, v = k_cache[blocks].float(), v_cache[blocks].float()
+        if scales is not None:
+            k, v = k * scales[0][blocks, ..., None], v * scales[1][blocks, ..., None]
+        k = k.transpose(0, 1).flatten(1, 2)[:, begin:length]  # [V, tokens, D]
+        v = v.transpose(0, 1).flatten(1, 2)[:, begin:length]
         grouped = q[i].reshape(k.shape[0], -1, q.shape[2])  # [V, G, D]
         if sinks is None:
             rows.append(F.scaled_dot_product_attention(grouped.float(), k.float(), v.float()).flatten())
@@ -81,7 +89,7 @@ def _fits(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
     return (
         q.device.type == "cpu"
         and k_cache.dtype == v_cache.dtype
-        and k_cache.dtype in (torch.bfloat16, torch.float32)
+        and k_cache.dtype in WIDTHS
         and block_tokens % 16 == 0
         and size * k_cache.element_size() % 64 == 0
         and k_cache.is_contiguous()
@@ -104,6 +112,7 @@ def _compiled(
     lengths: Tensor,
     starts: Tensor | None,
     sinks: Tensor | None,
+    scales: Scales | None,
 ) -> Tensor:
     heads, block_tokens, size = k_cache.shape[1:]
     group = q.shape[1] // heads
@@ -118,8 +127,8 @@ def _compiled(
     table = [
         *(0, 0, parts, given.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()),
         *(tables.data_ptr(), tables.shape[1], lengths.data_ptr(), len(q), heads, group, size, block_tokens),
-        *(k_cache.dtype == torch.bfloat16, out.data_ptr(), scratch.ctypes.data, opened.ctypes.data, total),
-        *(0 if given is None else given.data_ptr() for given in (begins, extra)),
+        *(WIDTHS[k_cache.dtype], out.data_ptr(), scratch.ctypes.data, opened.ctypes.data, total),
+        *(0 if given is None else given.data_ptr() for given in (begins, extra, *(scales or (None, None)))),
     ]
     team.run(kernel.attend, table)
     return out.flatten(1).to(q.dtype)

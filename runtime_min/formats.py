@@ -22,6 +22,8 @@ BLOCK_VALUES = 64  # of a row, which have scales of their own
 HALF = BLOCK_VALUES // 2
 EXCEPTION_BYTES = 8
 FAR = 15  # the distance that marks an exception
+CUTS = (0.0, 0.03, 0.06, 0.1, 0.15)  # of a range, at both ends: the grids that int4 chooses from
+SMALLEST_STEP = 1e-37  # of a grid that has more than its least value
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,8 @@ def check_supported(path: Path, plan: RuntimePlan) -> None:
             f"{path}: weights packed in {plan.model.packing} are executed by stream plans only",
             "compile the spec for a machine without a GPU, or with the checkpoint as it was",
         )
+    if plan.batch.kv_cache == "int8" and (kind == "offload" or plan.model.latent_dim):
+        raise PlanFileError(f"{path}: a cache of int8 is kept by stream plans only, and not of latents")
     if plan.model.architecture not in ARCHITECTURES:
         raise PlanFileError(
             f"{path}: architecture {plan.model.architecture!r} is not supported",

@@ -142,7 +142,8 @@ def _packing_problems(quantization: object, packing: str) -> list[str]:
     wanted = None if packing == "none" else {"quant_method": "moeplan", "format": packing}
     if quantization == wanted:
         return []
-    return [f"quantization_config is {quantization!r}, the plan has {wanted!r}"]
+    how = f": write it with `runtime_min quantize --to {packing}`" if quantization is None else ""
+    return [f"quantization_config is {quantization!r}, the plan has {wanted!r}{how}"]
 
 
 def _renormalise(keys: Keys, kind: Architecture) -> bool:

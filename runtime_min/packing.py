@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min import team
-from moeplan.runtime_min.formats import BLOCK_VALUES, EXCEPTION_BYTES, FAR, HALF, Packing
+from moeplan.runtime_min.formats import (
+    BLOCK_VALUES,
+    CUTS,
+    EXCEPTION_BYTES,
+    FAR,
+    HALF,
+    SMALLEST_STEP,
+    Packing,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,27 @@ def pack(weight: Tensor, packing: Packing, first_row: int = 0) -> tuple[Tensor, 
 
     Exceptions count rows from `first_row`. Values that are not finite survive in bf12 only.
     """
+    kernel = _packer() if weight.device.type == "cpu" and len(weight) else None
+    if kernel is not None:
+        rows, far = _compiled(kernel, weight, packing)
+        return rows, _exceptions(weight, far, first_row)
+    return plain_pack(weight, packing, first_row)
+
+
+def _compiled(kernel: Any, weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
+    """The rows, and where exceptions are, if any."""
+    rows = torch.empty(len(weight), packing.row_bytes(weight.shape[1]), dtype=torch.uint8)
+    if packing.name == "bf12":
+        far = torch.empty(weight.shape, dtype=torch.bool)
+        bits = weight.contiguous().view(torch.int16).numpy().view("uint16")
+        return rows, far if kernel.pack_bf12(bits, rows.numpy(), far.numpy()) else None
+    pack_rows = {"int8": kernel.pack_int8, "int4": kernel.pack_int4}[packing.name]
+    pack_rows(weight.float().contiguous().numpy(), rows.numpy())
+    return rows, None
+
+
+def plain_pack(weight: Tensor, packing: Packing, first_row: int = 0) -> tuple[Tensor, Tensor]:
+    """The same in torch alone."""
     blocks = weight.reshape(weight.shape[0], -1, BLOCK_VALUES)  # [outer, blocks, 64]
     data, scales, far = {"bf12": _pack_bf12, "int8": _pack_int8, "int4": _pack_int4}[packing.name](blocks)
     rows = torch.cat((data.flatten(1), scales.flatten(1)), dim=1)
@@ -72,6 +101,12 @@ def unpack(packed: Packed) -> Tensor:
 def _kernel() -> Any | None:
     """The module of the compiled kernel, or None without Numba."""
     return team.module("packed_kernel", "kernel_parts")
+
+
+@functools.cache
+def _packer() -> Any | None:
+    """The module of the compiled kernels that pack, or None without Numba."""
+    return team.module("pack_kernel", "formats", "kernel_parts")
 
 
 def plain(packed: Packed) -> Tensor:
@@ -141,7 +176,7 @@ def _unpack_int8(data: Tensor, scales: Tensor) -> Tensor:
 def _pack_int4(blocks: Tensor) -> tuple[Tensor, Tensor, None]:
     halves = blocks.float().view(*blocks.shape[:2], 2, HALF)
     step, least = _least_error(halves)
-    whole = ((halves - least) / _divisor(step)).round_().clamp_(0, 15).to(torch.uint8)
+    whole = ((halves - least) * _inverse(step)).round_().clamp_(0, 15).to(torch.uint8)
     scales = torch.cat((step, least), dim=-1).bfloat16()  # [outer, blocks, 2, 2]
     return _pairs(whole.flatten(-2)), scales.flatten(2).view(torch.uint8), None
 
@@ -151,20 +186,31 @@ def _least_error(halves: Tensor) -> tuple[Tensor, Tensor]:
     low, high = halves.amin(-1, keepdim=True), halves.amax(-1, keepdim=True)
     best = step, least = torch.zeros_like(low), low
     error = torch.full_like(low, torch.inf)
-    for cut in (0.0, 0.03, 0.06, 0.1, 0.15):  # of the range, at both ends
+    for cut in CUTS:
         shift = (high - low) * cut
         step, least = ((high - low - 2 * shift) / 15).bfloat16().float(), (low + shift).bfloat16().float()
-        whole = ((halves - least) / _divisor(step)).round_().clamp_(0, 15)
-        found = whole.mul_(step).add_(least).sub_(halves).square_().sum(-1, keepdim=True)
+        whole = ((halves - least) * _inverse(step)).round_().clamp_(0, 15)
+        found = _sum(whole.mul_(step).add_(least).sub_(halves).square_())
         best = torch.where(found < error, step, best[0]), torch.where(found < error, least, best[1])
         error = torch.minimum(found, error)
     return best
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Of the last dimension, by halving it: in an order that the compiled kernel has too."""
+    while (half := values.shape[-1] // 2) > 0:
+        values = values[..., :half] + values[..., half:]
+    return values
 
 
 def _unpack_int4(data: Tensor, scales: Tensor) -> Tensor:
     grids = _bf16(scales).view(len(data), -1, 2, 2, 1)  # step and least value of each half
     whole = _nibbles(data).float().view(*data.shape[:2], 2, HALF)
     return whole.mul_(grids[:, :, :, 0]).add_(grids[:, :, :, 1]).bfloat16().flatten(-2)
+
+
+def _inverse(step: Tensor) -> Tensor:
+    return torch.where(step > SMALLEST_STEP, 1.0 / step, 0.0)
 
 
 def _divisor(scale: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min.attention import EVERYTHING, first_seen, prompt_attention, scored, seen
-from moeplan.runtime_min.decode_attention import decode_attention
+from moeplan.runtime_min.decode_attention import Scales, decode_attention
 from moeplan.runtime_min.model_config import Sight
 from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, kv_blocks
 
@@ -51,15 +51,25 @@ class PagedCache:
     """Keys and values of all sequences: a tensor [layers, 2, blocks, V, t, D], and who has which blocks.
 
     Of latents, which are both, `kinds` is 1. Of zeros at first: values that are masked still take part in a
-    product with zero.
+    product with zero. With `int8` each head's values of a token are whole numbers times a scale of their own,
+    [layers, 2, blocks, V, t]; what is loaded again has `dtype`.
     """
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, tokens: int, dtype: torch.dtype, kinds: int = 2
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        tokens: int,
+        dtype: torch.dtype,
+        kinds: int = 2,
+        int8: bool = False,
     ) -> None:
         blocks = kv_blocks(tokens)
         shape = (layers, kinds, blocks, kv_heads, KV_BLOCK_TOKENS, head_dim)
-        self.tensor = torch.empty(shape, dtype=dtype).zero_()
+        self._dtype = dtype
+        self.tensor = torch.empty(shape, dtype=torch.int8 if int8 else dtype).zero_()
+        self._scales = torch.empty(shape[:-1]).zero_() if int8 else None
         self._free = list(reversed(range(blocks)))
         self._tables: dict[int, Tensor] = {}
 
@@ -87,18 +97,37 @@ class PagedCache:
     def store(self, layer: int, batch: PagedBatch, *kinds: Tensor) -> None:
         """Keep k and v, or latents, [T, V, D] in the places of their tokens."""
         for kind, values in enumerate(kinds):
+            if self._scales is not None:
+                values, scales = whole_numbers(values)
+                self._scales[layer, kind][batch.blocks, :, batch.offsets] = scales
             self.tensor[layer, kind][batch.blocks, :, batch.offsets] = values
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and the values [blocks, V, t, D] of a layer; of latents twice the same."""
         return self.tensor[layer, 0], self.tensor[layer, -1]
 
+    def scales(self, layer: int) -> Scales | None:
+        """Those of the keys and of the values [blocks, V, t] of a layer, where the cache is of int8."""
+        return None if self._scales is None else (self._scales[layer, 0], self._scales[layer, -1])
+
     def load(self, layer: int, table: Tensor, first: int, end: int) -> tuple[Tensor, ...]:
         """Copies of a sequence's keys and values [V, tokens, D] from `first` to `end`, or of its latents."""
         block = first // KV_BLOCK_TOKENS
-        found = self.tensor[layer][:, table[block : kv_blocks(end)]].transpose(1, 2)  # [2, V, M, t, D]
+        found = self.tensor[layer][:, table[block : kv_blocks(end)]]
+        if self._scales is not None:
+            scales = self._scales[layer][:, table[block : kv_blocks(end)], ..., None]
+            found = (found * scales).to(self._dtype)
+        found = found.transpose(1, 2)  # [2, V, M, t, D]
         flat = found.reshape(*found.shape[:2], -1, found.shape[4])
         return tuple(flat[:, :, first - block * KV_BLOCK_TOKENS : end - block * KV_BLOCK_TOKENS])
+
+
+def whole_numbers(values: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., D] as whole numbers from -127 to 127, and their scales [...], float32."""
+    values = values.float()
+    scales = values.abs().amax(-1) / 127
+    whole = (values / torch.where(scales == 0, 1.0, scales)[..., None]).round_()
+    return whole.to(torch.int8), scales
 
 
 def decode_batch(first_row: int, tables: Sequence[Tensor], lengths: Sequence[int]) -> PagedBatch:
@@ -148,7 +177,7 @@ def attend_paged(
     cache.store(layer, batch, k, v)
     if not batch.spans:
         tables, lengths, starts = _visible(batch, sight)
-        return decode_attention(q, *cache.layer(layer), tables, lengths, starts, sinks)
+        return decode_attention(q, *cache.layer(layer), tables, lengths, starts, sinks, cache.scales(layer))
     parts = [
         _prompt(layer, s, cache, q[s.tokens], k[s.tokens], v[s.tokens], sight, sinks) for s in batch.spans
     ]

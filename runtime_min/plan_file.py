@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from moeplan.runtime_min.errors import RunError
 
-FORMAT = 4
+FORMAT = 5
 SCHEDULE_FORMAT = 2
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
 ARCHITECTURES = (  # model types that this version of the runtime executes, on CPU
@@ -98,7 +98,8 @@ class BatchPlan:
     `prompt_tokens` is the longest prompt and `context_tokens` the longest prompt plus output that a sequence
     may have; a request beyond them is answered with an error record. A pass takes at most `pass_tokens`
     tokens, the rest of longer prompts comes in later ones. The KV cache holds `kv_tokens`: a sequence enters
-    when there is room for all that it may become.
+    when there is room for all that it may become. `kv_cache` is what it holds values in: the compute dtype,
+    or int8 with a float32 scale for each token, head and layer, of keys and of values.
     """
 
     sequences: int
@@ -108,6 +109,7 @@ class BatchPlan:
     context_tokens: int
     pass_tokens: int
     kv_tokens: int
+    kv_cache: Literal["same", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,11 +283,14 @@ def kv_blocks(tokens: int) -> int:
 
 
 def kv_bytes(model: ModelPlan, batch: BatchPlan) -> int:
-    """Keys and values [layers, blocks, kv heads, block tokens, head dim], twice, in the compute dtype; or
-    once, of latents. A layer that sees only a window or chunk keeps as much as the others."""
-    tokens = kv_blocks(batch.kv_tokens) * KV_BLOCK_TOKENS
-    values = model.latent_dim or 2 * model.kv_heads * model.head_dim
-    return model.layers * tokens * values * ITEM_BYTES[model.compute_dtype]
+    """Keys and values [layers, blocks, kv heads, block tokens, head dim], twice, in the compute dtype or
+    int8; or once, of latents. A layer that sees only a window or chunk keeps as much as the others."""
+    tokens = model.layers * kv_blocks(batch.kv_tokens) * KV_BLOCK_TOKENS
+    if batch.kv_cache == "int8":
+        return tokens * 2 * model.kv_heads * (model.head_dim + 4)
+    return (
+        tokens * (model.latent_dim or 2 * model.kv_heads * model.head_dim) * ITEM_BYTES[model.compute_dtype]
+    )
 
 
 def call_tokens(batch: BatchPlan) -> int:

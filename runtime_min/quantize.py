@@ -7,12 +7,19 @@ that was killed goes on at the shard it was at.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import shutil
 import struct
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,11 +33,14 @@ from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.architecture import Architecture
 from moeplan.runtime_min.models.tensors import stored_name
 from moeplan.runtime_min.packing import pack
-from moeplan.runtime_min.pages import DTYPES
+from moeplan.runtime_min.pages import DTYPES, Shard
+from moeplan.runtime_min.plan_file import ALIGNMENT_BYTES
 
 METHOD = "moeplan"  # quantization_config's quant_method
 _SHARD_BYTES = 1 << 30  # of the source, at most, where tensors are smaller
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 4 << 20
+_FLUSH_S = 0.05
+_THREADS = 2 * (os.cpu_count() or 1)  # some wait for the disk
 _PACKED_BYTES = 512 << 10  # at once: with what packing makes of them they stay in a core's cache
 _STATE = "quantize.json"  # in a folder that is not finished
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
@@ -143,17 +153,21 @@ def _write_shard(path: Path, refs: Sequence[TensorRef], experts: set[str], packi
     room += -(8 + room) % 4096
     entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     done = 0
-    with temporary.open("wb") as file:
+    with temporary.open("wb") as file, _Source(refs) as source, _written_meanwhile(file):
         file.seek(8 + room)
-        for ref in refs:
+        for ref, pieces in groupby(source.pieces(refs, experts, packing), key=lambda piece: piece.ref):
             begin = file.tell() - 8 - room
-            if ref.name in experts:
-                _write_packed(file, ref, packing)
-            else:
-                for at in range(0, ref.nbytes, _CHUNK_BYTES):
-                    file.write(_read(ref, at, min(_CHUNK_BYTES, ref.nbytes - at)))
+            tails = []
+            for piece in pieces:
+                file.write(piece.data)
+                tails.append(piece.exceptions)
+            for tail in tails:
+                file.write(tail)
             end = file.tell() - 8 - room
             packed = ref.name in experts
+            if packed and end - begin > packing.most_bytes(ref.shape):
+                problem = f"its values differ too much in size for {packing.name}: try int8"
+                raise CheckpointError([f"{ref.path}: {ref.name}: {problem}"])
             entries[ref.name] = (
                 ("U8", (end - begin,), begin, end) if packed else (ref.dtype, ref.shape, begin, end)
             )
@@ -166,6 +180,24 @@ def _write_shard(path: Path, refs: Sequence[TensorRef], experts: set[str], packi
     temporary.replace(path)
 
 
+@contextmanager
+def _written_meanwhile(file: BinaryIO) -> Iterator[None]:
+    """Have the disk take what is written while more is made, not all of it at the end."""
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.wait(_FLUSH_S):
+            os.fdatasync(file.fileno())
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def _header(entries: dict[str, tuple[str, tuple[int, ...], int, int]]) -> bytes:
     table = {
         name: {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
@@ -174,47 +206,85 @@ def _header(entries: dict[str, tuple[str, tuple[int, ...], int, int]]) -> bytes:
     return json.dumps(table, separators=(",", ":")).encode()
 
 
-def _write_packed(file: BinaryIO, ref: TensorRef, packing: Packing) -> None:
-    """Chunks of rows are packed by a thread for each core, and written in order."""
-    rows = max(1, _PACKED_BYTES // (ref.nbytes // ref.shape[0]))
-    begin = file.tell()
-    tails: list[Tensor] = []
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        chunks = range(0, ref.shape[0], rows)
-        for packed, exceptions in threads.map(lambda first: _packed_rows(ref, packing, first, rows), chunks):
-            file.write(packed.numpy().data)
-            tails.append(exceptions)
-    for tail in tails:
-        file.write(tail.numpy().data)
-    if file.tell() - begin > packing.most_bytes(ref.shape):
-        raise CheckpointError(
-            [f"{ref.path}: {ref.name}: its values differ too much in size for {packing.name}: try int8"]
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some of a tensor as it is written, and of packed rows the exceptions, which follow all of its rows."""
+
+    ref: TensorRef
+    data: Any
+    exceptions: Any = b""
+
+
+class _Source:
+    """The files that hold some tensors, read past the page cache."""
+
+    def __init__(self, refs: Sequence[TensorRef]) -> None:
+        self._paths = {ref.path for ref in refs}
+        self._buffers = threading.local()
+
+        self._threads = ThreadPoolExecutor(_THREADS)
+
+    def __enter__(self) -> _Source:
+        self._shards = {path: Shard(path) for path in self._paths}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        for shard in self._shards.values():
+            shard.close()
+
+    def pieces(self, refs: Sequence[TensorRef], experts: set[str], packing: Packing) -> Iterator[_Piece]:
+        """All tensors in order; threads make some pieces ahead, while others wait for the disk."""
+        work = (
+            partial(self._packed, ref, packing, first, rows)
+            if ref.name in experts
+            else partial(self._plain, ref, first, rows)
+            for ref in refs
+            for rows in [_piece_rows(ref, _PACKED_BYTES if ref.name in experts else _CHUNK_BYTES)]
+            for first in range(0, max(1, _rows(ref)), rows)
         )
+        made: deque[Future[_Piece]] = deque()
+        for make in work:
+            made.append(self._threads.submit(make))
+            if len(made) > 2 * _THREADS:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
+
+    def _packed(self, ref: TensorRef, packing: Packing, first: int, rows: int) -> _Piece:
+        values = self._read(ref, first, rows)
+        data, exceptions = pack(values.view(DTYPES[ref.dtype]).view(-1, ref.shape[1]), packing, first)
+        return _Piece(ref, data.numpy().data, exceptions.numpy().data)
+
+    def _plain(self, ref: TensorRef, first: int, rows: int) -> _Piece:
+        return _Piece(ref, self._read(ref, first, rows).numpy().tobytes())
+
+    def _read(self, ref: TensorRef, first: int, rows: int) -> Tensor:
+        """Bytes of rows, in this thread's buffer: until it reads again."""
+        row_bytes = ref.nbytes // max(1, _rows(ref))
+        begin = ref.offset + first * row_bytes
+        nbytes = min(rows, _rows(ref) - first) * row_bytes
+        skipped = begin % ALIGNMENT_BYTES
+        wanted = -(-(skipped + nbytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        buffer = getattr(self._buffers, "bytes", None)
+        if buffer is None or len(buffer) < wanted:
+            self._buffers.bytes = buffer = mmap.mmap(-1, max(wanted, ALIGNMENT_BYTES))  # begins on a page
+        view = memoryview(buffer)[:wanted]
+        try:
+            self._shards[ref.path].read(begin - skipped, view)
+        except (OSError, EOFError) as error:
+            raise CheckpointError([f"{ref.path}: {ref.name}: cannot be read: {error}"]) from None
+        return torch.frombuffer(buffer, dtype=torch.uint8)[skipped : skipped + nbytes]
 
 
-def _packed_rows(ref: TensorRef, packing: Packing, first: int, rows: int) -> tuple[Tensor, Tensor]:
-    row_bytes = ref.nbytes // ref.shape[0]
-    count = min(rows, ref.shape[0] - first)
-    data = _read(ref, first * row_bytes, count * row_bytes)
-    return pack(torch.frombuffer(data, dtype=DTYPES[ref.dtype]).view(count, -1), packing, first)
+def _rows(ref: TensorRef) -> int:
+    """Of a tensor, its first dimension; of a number, one."""
+    return ref.shape[0] if ref.shape else 1
 
 
-def _read(ref: TensorRef, at: int, nbytes: int) -> bytearray:
-    """Bytes of a tensor, without filling the page cache."""
-    data = bytearray(nbytes)
-    view, got = memoryview(data), 0
-    try:
-        with ref.path.open("rb", buffering=0) as file:
-            file.seek(ref.offset + at)
-            while got < nbytes:
-                count = file.readinto(view[got:])
-                if not count:
-                    raise EOFError("ends within the tensor")
-                got += count
-            os.posix_fadvise(file.fileno(), ref.offset + at, nbytes, os.POSIX_FADV_DONTNEED)
-    except (OSError, EOFError) as error:
-        raise CheckpointError([f"{ref.path}: {ref.name}: cannot be read: {error}"]) from None
-    return data
+def _piece_rows(ref: TensorRef, most_bytes: int) -> int:
+    """As many rows as take `most_bytes`, or one."""
+    return max(1, most_bytes * _rows(ref) // max(1, ref.nbytes))
 
 
 def _finish(folder: Path, out: Path, config: dict[str, Any], where: dict[str, str], size: int) -> None:

@@ -89,7 +89,8 @@ class StreamModel(Operations):
         self._normed = torch.empty(tokens, m.hidden, dtype=dtype).zero_()
         self._logits = torch.empty(batch.sequences, m.vocab).zero_()
         heads, size, kinds = (1, m.latent_dim, 1) if m.latent_dim else (m.kv_heads, m.head_dim, 2)
-        self.cache = PagedCache(m.layers, heads, size, batch.kv_tokens, dtype, kinds)
+        int8 = batch.kv_cache == "int8"
+        self.cache = PagedCache(m.layers, heads, size, batch.kv_tokens, dtype, kinds, int8)
         self._routing = Routing(torch.empty(0), torch.empty(0), [])
         self.places = Places(plan)
 

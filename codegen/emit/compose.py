@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeplan.codegen.groups import PORT, engine_image, grace_s, serve_arguments
+from moeplan.codegen.packing import packing_of, quantize_command
 from moeplan.codegen.render import expanded_scalar, render
 from moeplan.planner.ir.placement import Site
 from moeplan.planner.ir.plan import Plan
@@ -15,6 +16,7 @@ _INPUT, _OUTPUT = "/requests/input.jsonl", "/requests/output.jsonl"
 _MODEL = ("MODEL", "what vLLM loads, a Hugging Face name")
 _IMAGE = ("MOEPLAN_IMAGE", "an image with `moeplan[runtime]` installed")
 _CHECKPOINT = ("CHECKPOINT", "the folder of the checkpoint")
+_PACKED = "CHECKPOINT_{}", "the folder that `{}` writes"
 _REQUESTS = ("REQUESTS", "a folder with input.jsonl (OpenAI batch format), where output.jsonl will be")
 
 
@@ -82,6 +84,7 @@ def _service(plan: Plan, policy: Policy, site: Site) -> Service:
 
 
 def _runtime(policy: Policy, site: Site) -> Service:
+    checkpoint = _packed(policy) if packing_of(policy) else _CHECKPOINT
     words = ["runtime_min", "run", f"/plan/runtime/{site.column}", "--checkpoint", "/checkpoint"]
     return Service(
         column=site.column,
@@ -90,7 +93,7 @@ def _runtime(policy: Policy, site: Site) -> Service:
         command=_words([*words, "--input", _INPUT, "--output", _OUTPUT]),
         volumes=(
             Volume(type="bind", source=".", target="/plan", read_only=True),
-            _bound(_CHECKPOINT, "/checkpoint", read_only=True),
+            _bound(checkpoint, "/checkpoint", read_only=True),
             _bound(_REQUESTS, "/requests"),
             Volume(type="volume", source="cache", target="/cache"),
         ),
@@ -98,8 +101,15 @@ def _runtime(policy: Policy, site: Site) -> Service:
         grace_s=0,
         gpus=policy.gpus * policy.data_parallel,
         rehearsed_only=policy.rehearsed_only,
-        settings=(_IMAGE, _CHECKPOINT, _REQUESTS),
+        settings=(_IMAGE, checkpoint, _REQUESTS),
     )
+
+
+def _packed(policy: Policy) -> tuple[str, str]:
+    """The setting that names a packed checkpoint, with the command that makes it."""
+    name, meaning = _PACKED
+    command = quantize_command(_CHECKPOINT[0], policy)
+    return name.format(packing_of(policy).upper()), meaning.format(command)
 
 
 def _words(words: Sequence[str]) -> tuple[str, ...]:

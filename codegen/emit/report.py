@@ -6,6 +6,7 @@ from typing import Any
 
 from moeplan.codegen.emit.chart import chart_path
 from moeplan.codegen.fleet_text import NEVER_RUN, fleet_lines, status_line
+from moeplan.codegen.packing import option_rows, packing_of, quality_sources, quantize_command
 from moeplan.codegen.placement import site_lines
 from moeplan.codegen.render import render
 from moeplan.codegen.vllm import vllm_arguments
@@ -215,6 +216,9 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
         ],
         "pipeline": _pipeline(replica.name, replica.pipeline, policy) if replica.pipeline else None,
         "bound": _bound_line(replica.bound, policy) if replica.bound else "",
+        "options": option_rows(policy),
+        "option_sources": quality_sources(policy),
+        "quantize": quantize_command(plan.spec.model.path or "CHECKPOINT", policy),
         "unrun": why_unrun(plan, policy) or caution(policy),
         "command": _vllm_command(plan, policy) if policy.engine == "vllm" else "",
         "latency": latency(policy) if policy.serves == "online" else "",
@@ -329,10 +333,12 @@ def _how(policy: Policy) -> str:
             f"runtime_min, {copies}{policy.gpus} GPU{'s' * (policy.gpus > 1)}, {moved}, {_placed(policy)}, "
             f"{batch}, in {groups}"
         )
+    packed = f" packed in {packing_of(policy)}" if packing_of(policy) else ""
     held = (
-        "weights held in memory"
+        f"weights{packed} held in memory"
         if policy.weights_on == "dram"
-        else f"weights streamed from disk, {policy.resident_share:.0%} of each layer's pages resident"
+        else f"weights{packed} streamed from disk, {policy.resident_share:.0%} of each layer's pages resident"
         + _routed(policy.pages)
     )
-    return f"runtime_min, {held}, {batch}, in {groups}"
+    cache = ", keys and values in int8" if policy.kv_dtype == "int8" else ""
+    return f"runtime_min, {held}, {batch}{cache}, in {groups}"

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from moeplan.codegen.data import rounded
 from moeplan.codegen.emit.schedule_py import schedule_text
+from moeplan.codegen.packing import as_packed, packed_path
 from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.plan import Plan, Replica
@@ -40,7 +41,9 @@ def _runtime_plan(plan: Plan, replica: Replica, schedule: Schedule, text: str) -
         name=f"{plan.spec.name}/{replica.name}",
         device="accelerator" if policy.gpus else "cpu",
         threads=policy.threads,
-        model=model_plan(plan.workload.model, plan.spec.model.path, policy.dtype),
+        model=model_plan(
+            as_packed(plan.workload.model, policy), packed_path(plan.spec.model.path, policy), policy.dtype
+        ),
         batch=_batch_plan(policy, requests),
         pages=_page_plan(policy, schedule.constants),
         offload=_offload_plan(plan, policy) if policy.gpus else plan_file.NO_OFFLOAD,
@@ -99,6 +102,7 @@ def _batch_plan(policy: Policy, requests: RequestClass) -> plan_file.BatchPlan:
         context_tokens=context,
         pass_tokens=plan_file.pass_tokens(n, prompt) if stream else n * prompt,
         kv_tokens=n * (blocks if stream else context),
+        kv_cache=policy.kv_dtype,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from moeplan.codegen.emit.report import caution, why_unrun
 from moeplan.codegen.groups import PORT, disk_gb, grace_s
+from moeplan.codegen.packing import packing_of
 from moeplan.codegen.render import render
 from moeplan.codegen.vllm import VERSION, vllm_arguments
 from moeplan.planner.ir.fleet import Choice
@@ -76,6 +77,7 @@ def _values(plan: Plan, choice: Choice, site: Site) -> dict[str, Any]:
         "port": PORT,
         "notice_s": _NOTICE_S,
         "image": plan.spec.image,
+        "packing": packing_of(policy),
         "version": VERSION,
         "vllm": vllm_arguments(plan, policy) if policy.engine == "vllm" else (),
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moeplan.planner.catalog.yaml_tree import Entry, Fields, Problems
 from moeplan.planner.ir.machine import COMPUTE_KEPT, DISK_KEPT, Kernels, Level, Machine, Provenance, Table
+from moeplan.planner.ir.model import PACKED_BYTES
 
 DTYPES = ("bf16", "fp16", "float32", "fp8", "int8", "fp4")
 _PROVENANCES: tuple[Provenance, ...] = ("datasheet", "analytic", "calibrated", "measured")
@@ -287,9 +288,20 @@ def _one_kernels(fields: Fields, dtype: str, threads: int) -> Kernels:
         route_values_per_s=_table(fields, "route_values_per_s", _VALUES),
         expert_values_per_s=_table(fields, "expert_values_per_s", _VALUES),
         score_values_per_s=fields.figure("score_values_per_s", *_VALUES),
+        unpack_values_per_s=_unpacking(fields),
     )
     fields.done()
     return kernels
+
+
+def _unpacking(fields: Fields) -> tuple[tuple[str, float], ...]:
+    """Values per second by packing, where they were measured."""
+    group = fields.group("unpack_values_per_s")
+    if group is None:
+        return ()
+    rates = tuple((name, group.figure(name, *_VALUES)) for name in PACKED_BYTES if name in group)
+    group.done(known=tuple(PACKED_BYTES))
+    return rates
 
 
 def _table(fields: Fields, key: str, bounds: tuple[float, float]) -> Table:

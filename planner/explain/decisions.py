@@ -85,6 +85,7 @@ def _of_a_replica(workload: Workload, replica: Replica) -> Iterator[Decision]:
         if fits_at(workload, replica.roofline, other, *_mean(workload, other), policy.sequences):
             value, rate = (_tokens_per_s(workload, replica, p) for p in (policy, other))
             yield Decision(chosen=chosen, alternative=alternative, unit="tokens/s", value=value, other=rate)
+    yield from _dtypes(policy)
     if replica.pipeline and replica.pipeline.others:
         fastest = min(replica.pipeline.others, key=lambda other: other.pass_s)
         yield Decision(
@@ -93,6 +94,25 @@ def _of_a_replica(workload: Workload, replica: Replica) -> Iterator[Decision]:
             unit="s per decode pass",
             value=replica.pipeline.pass_s,
             other=fastest.pass_s,
+        )
+
+
+def _dtypes(policy: Policy) -> Iterator[Decision]:
+    """Experts as the checkpoint stores them, the cache in the dtype of the arithmetic, where they are not but
+    could be."""
+    of_weights = "experts", policy.weights_dtype, "as the checkpoint stores them", policy.weights_options
+    of_cache = "KV cache", policy.kv_dtype, f"in {policy.dtype}", policy.kv_options
+    for what, dtype, alternative, options in (of_weights, of_cache):
+        chosen = next((option for option in options if option.dtype == dtype), None)
+        if not chosen or chosen is options[0] or not options[0].generated_tokens_per_s:
+            continue
+        worse = ", ".join(f"{quality.change:+.2%} on {quality.model}" for quality in chosen.quality)
+        yield Decision(
+            chosen=f"{what} in {dtype}" + (f" (perplexity {worse})" if worse else ""),
+            alternative=alternative,
+            unit="tokens/s",
+            value=chosen.generated_tokens_per_s,
+            other=options[0].generated_tokens_per_s,
         )
 
 

@@ -23,6 +23,8 @@ def operator_points(workload: Workload, replica: Replica) -> tuple[OperatorPoint
 
     Operators of which the policy gives a part to the CPU appear once for each place.
     """
+    policy = replica.policy
+    workload = costs.held_as(workload, policy.weights_dtype, policy.kv_dtype)
     return tuple(
         _point(workload, replica, operator, level)
         for operator in workload.operators

@@ -45,9 +45,10 @@ class Level:
 class Kernels:
     """How fast the bundled runtime's operators run on `threads` of the cores, for one dtype.
 
-    Tables map rows or prompt tokens to a rate, ascending; between two entries seconds are interpolated, see
-    `strategies/runtime_costs.py`. What each figure counts: `runtime_min/calibration/kernels.py`, which
-    measures them.
+    `unpack_values_per_s`, by packing, is what products of weights packed so take longer; empty where that was
+    not measured. Tables map rows or prompt tokens to a rate, ascending; between two entries seconds are
+    interpolated, see `strategies/runtime_costs.py`. What each figure counts:
+    `runtime_min/calibration/kernels.py`, which measures them.
     """
 
     threads: int
@@ -67,6 +68,7 @@ class Kernels:
     route_values_per_s: Table
     expert_values_per_s: Table
     score_values_per_s: float
+    unpack_values_per_s: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

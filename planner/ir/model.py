@@ -10,7 +10,9 @@ AttentionKind = Literal["gqa", "mla"]
 
 Packing = Literal["none", "bf12", "int8", "int4"]
 # Bytes of a packed value, scales included: as runtime_min.plan_file.STORED_BYTES has it.
-PACKED_BYTES: dict[str, float] = {"bf12": (97 / 64) * (1 + 1 / 256), "int8": 66 / 64, "int4": 40 / 64}
+PACKED_BYTES: dict[Packing, float] = {"bf12": (97 / 64) * (1 + 1 / 256), "int8": 66 / 64, "int4": 40 / 64}
+_BLOCK_VALUES, _MOST_VALUES = 64, 1 << 16  # of a packed row: as runtime_min.formats has them
+_EXPERTS_TOGETHER = ("dbrx", "gpt_oss", "llama4", "llama4_text")  # in one tensor, which is not packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +140,22 @@ class Model:
         p = self.parameters
         routed = p.routed_experts * self.stored_bytes_per_expert_parameter
         return round(routed + (p.total() - p.routed_experts) * self.stored_bytes_per_other_parameter)
+
+    def packable(self) -> bool:
+        """Whether `runtime_min quantize` takes it: values of at least 16 bits, each expert's matrices apart,
+        in rows of whole blocks."""
+        rows = (self.hidden, self.expert_intermediate if self.experts else self.dense_intermediate)
+        stored = min(self.stored_bytes_per_expert_parameter, self.stored_bytes_per_other_parameter)
+        return (
+            self.packing == "none"
+            and stored >= 2.0
+            and self.model_type not in _EXPERTS_TOGETHER
+            and all(row % _BLOCK_VALUES == 0 and row <= _MOST_VALUES for row in rows)
+        )
+
+    def packed(self, packing: Packing) -> Model:
+        """The model as `runtime_min quantize` writes it: routed experts, or MLPs of a dense model, packed."""
+        return replace(self, packing=packing, stored_bytes_per_expert_parameter=PACKED_BYTES[packing])
 
     def as_one_expert(self) -> Model:
         """The model as runtime_min runs it: the MLP of a dense one is an expert that every token takes."""

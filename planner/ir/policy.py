@@ -9,10 +9,10 @@ from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.machine import LevelName, Machine
 from moeplan.planner.ir.profile import Correction
 from moeplan.planner.ir.spec import Dtype
-from moeplan.planner.ir.workload import ClassName
+from moeplan.planner.ir.workload import ClassName, KvDtype
 
 Engine = Literal["runtime_min", "vllm"]
-WeightsDtype = Literal["checkpoint", "fp8"]
+WeightsDtype = Literal["checkpoint", "fp8", "bf12", "int8", "int4"]
 Phase = Literal["prefill", "decode", "steps"]  # steps of continuous batching do both
 
 
@@ -147,6 +147,35 @@ class ResidentExperts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """Perplexity of a trained model as it is and rounded, and the command that measures it."""
+
+    model: str
+    exact_perplexity: float
+    perplexity: float
+    source: str
+
+    @property
+    def change(self) -> float:
+        """Relative; above 0 where rounding makes the model worse."""
+        return self.perplexity / self.exact_perplexity - 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DtypeOption:
+    """What the machine would do with weights, or the cache, in one dtype.
+
+    `bytes` of the checkpoint, or of the cache of one token; generated tokens per second of the best policy,
+    0 where memory holds none; `quality` is what rounding was measured to do to some models.
+    """
+
+    dtype: str
+    bytes: int
+    generated_tokens_per_s: float
+    quality: tuple[Quality, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """One way to run a class on a machine.
 
@@ -156,10 +185,12 @@ class Policy:
     out of GPU memory; the rest of the cache is in host memory. Weights rest at `weights_on`. Of each layer's
     routed experts `resident_share` stay where they are computed, `experts_cpu_share` are computed by the CPU
     in decode, `experts_disk_share` are read from disk in every pass. `staged` weights go through a pinned
-    ring. `weights_dtype` is what weights are held in: as the checkpoint stores them, or rounded to
-    fp8 by the engine as it loads them. `corrections` say which rates the user's measurements changed; pass
-    times stay as predicted. `resident_experts` are listed where the spec says which experts are popular;
-    else the first of each layer are.
+    ring. `weights_dtype` is what weights are held in: as the checkpoint stores them, or rounded to fp8 by
+    the engine as it loads them, or experts packed before by `runtime_min quantize`; `weights_options` are
+    those it was chosen from, empty where there was no choice; `kv_dtype` and `kv_options` likewise say what
+    keys and values are kept in. `corrections` say which rates the user's
+    measurements changed; pass times stay as predicted. `resident_experts` are listed where the spec says
+    which experts are popular; else the first of each layer are.
     """
 
     machine: Machine
@@ -191,6 +222,9 @@ class Policy:
     rates: tuple[BucketRate, ...]
     bottleneck: Bottleneck
     weights_dtype: WeightsDtype = "checkpoint"
+    weights_options: tuple[DtypeOption, ...] = ()
+    kv_dtype: KvDtype = "same"
+    kv_options: tuple[DtypeOption, ...] = ()
     corrections: tuple[Correction, ...] = ()
     resident_experts: tuple[ResidentExperts, ...] = ()
 

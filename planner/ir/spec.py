@@ -9,7 +9,8 @@ from typing import Literal
 from moeplan.planner.diagnostics import Span
 
 Dtype = Literal["bf16", "fp16", "float32"]
-Quantize = Literal["never", "fp8"]
+Quantize = Literal["never", "fp8", "bf12", "int8", "int4", "allow"]
+KvCache = Literal["same", "int8", "allow"]
 Cloud = Literal["aws", "gcp", "azure"]
 Domain = Literal["zone", "region", "cloud"]
 Purchase = Literal["any", "spot", "on-demand"]
@@ -24,6 +25,7 @@ class ModelRef:
     path: str = ""
     dtype: Dtype = "bf16"
     quantize: Quantize = "never"
+    kv_cache: KvCache = "same"
     popularity: str = ""
 
 

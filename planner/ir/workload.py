@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from moeplan.planner.ir.model import Model
-from moeplan.planner.ir.spec import Dtype, Quantize, Slo
+from moeplan.planner.ir.spec import Dtype, KvCache, Quantize, Slo
 
 ClassName = Literal["batch", "online"]
 OperatorName = Literal[
@@ -21,6 +21,9 @@ OperatorName = Literal[
 ]
 
 BYTES_PER_VALUE: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "float32": 4}
+
+
+KvDtype = Literal["same", "int8"]  # int8: a float32 scale for each token and head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,16 +111,19 @@ class ExpertPopularity:
 class Workload:
     """What must be computed: the model's operators and the request classes.
 
-    `quantize` says whether an engine may store 16-bit weights in fewer bits; `popularity` is empty where
-    all experts count as equally popular.
+    `quantize` says whether an engine may store 16-bit weights in fewer bits, `kv_cache` whether it may keep
+    the cache so, `kv_dtype` what it does keep it in. `popularity` is empty where all experts count as equally
+    popular.
     """
 
     model: Model
     dtype: Dtype
     quantize: Quantize
+    kv_cache: KvCache
     operators: tuple[Operator, ...]
     classes: tuple[RequestClass, ...]
     popularity: tuple[ExpertPopularity, ...] = ()
+    kv_dtype: KvDtype = "same"
 
     def as_one_expert(self) -> Workload:
         """The workload as the bundled runtime computes it: the MLP of a dense model is an expert that every
@@ -142,6 +148,11 @@ class Workload:
             if requests.name == name:
                 return requests
         raise KeyError(name)
+
+    @property
+    def kv_value_bytes(self) -> float:
+        """Bytes of a cached value; in int8 with its part of a float32 scale for each head's values."""
+        return 1.0 + 4.0 / self.model.attention.head_dim if self.kv_dtype == "int8" else self.value_bytes
 
     @property
     def value_bytes(self) -> int:

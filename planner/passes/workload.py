@@ -29,6 +29,7 @@ def build_workload(spec: Spec, inputs: Inputs) -> Workload:
         model=inputs.model,
         dtype=spec.model.dtype,
         quantize=spec.model.quantize,
+        kv_cache=spec.model.kv_cache,
         operators=_operators(inputs.model),
         classes=tuple(classes),
         popularity=inputs.popularity,

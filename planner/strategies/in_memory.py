@@ -84,7 +84,7 @@ def _held_workloads(workload: Workload, roofline: Roofline) -> dict[WeightsDtype
     and later: those with 8-bit arithmetic of some kind."""
     known = roofline.machine.level("gpu").flops_per_s
     sixteen_bit = workload.model.stored_bytes_per_expert_parameter >= 2.0
-    if workload.quantize == "fp8" and sixteen_bit and ("fp8" in known or "int8" in known):
+    if workload.quantize in ("fp8", "allow") and sixteen_bit and ("fp8" in known or "int8" in known):
         return {"checkpoint": workload, "fp8": costs.in_fp8(workload)}
     return {"checkpoint": workload}
 
@@ -337,7 +337,7 @@ def _what_would_fit(copy: _Copy, need: float) -> str:
         f"{count} {machine.gpu} GPUs in one machine" if machine.gpu else f"{count} such GPUs in one machine"
     )
     smaller = replace(copy, workload=costs.in_fp8(copy.workload))
-    if copy.workload.quantize == "never" and smaller.kv_bytes >= smaller.longest_request_bytes:
+    if copy.workload.quantize not in ("fp8", "allow") and smaller.kv_bytes >= smaller.longest_request_bytes:
         hint += ", or `quantize: fp8` in the spec's model"
     return hint
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moeplan.planner import costs
 from moeplan.planner.ir.machine import Kernels, Table
-from moeplan.planner.ir.model import Model
+from moeplan.planner.ir.model import PACKED_BYTES, Model, Packing
 from moeplan.planner.ir.roofline import Roofline
 
 # Choosing a token's experts and sorting by them costs about as much as the norm of so many values.
@@ -24,6 +24,10 @@ ROUTE_VALUES = 256
 _SPAN_SHARE = 0.25
 # So many weights of a pass lie in a cache, in which products are measured.
 NEAR_BYTES = 16 << 20
+# Of the bytes of cache that attention reads in a second, where they have to be widened.
+INT8_KV_SHARE = 0.7
+# Of one thread, where it was not measured: what `moeplan calibrate` found on a Sapphire Rapids.
+UNPACK_VALUES_PER_S: dict[Packing, float] = {"bf12": 9e9, "int8": 6e9, "int4": 4e9}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +49,13 @@ class PassShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeCosts:
-    """Seconds of operations, for `model` in a dtype of `value_bytes`, `weights_bytes` read in a pass."""
+    """Seconds of operations, for `model` in a dtype of `value_bytes`, its cache in `kv_value_bytes` a value;
+    `weights_bytes` are read in a pass."""
 
     model: Model
     kernels: Kernels
     value_bytes: int
+    kv_value_bytes: float
     weights_bytes: float
 
     def attention(self, step: PassShape) -> float:
@@ -69,8 +75,9 @@ class RuntimeCosts:
         if step.prefill:
             flops = step.tokens * seen * a.prefill_flops_per_pair()
             return flops / _between(k.attention_flops_per_s, step.context)
-        nbytes = step.tokens * seen * a.kv_values_per_token() * self.value_bytes
-        return step.tokens * a.kv_heads * k.head_s + nbytes / k.kv_bytes_per_s
+        nbytes = step.tokens * seen * a.kv_values_per_token() * self.kv_value_bytes
+        rate = k.kv_bytes_per_s * (INT8_KV_SHARE if self.kv_value_bytes < self.value_bytes else 1.0)
+        return step.tokens * a.kv_heads * k.head_s + nbytes / rate
 
     def _seen(self, context: float) -> float:
         """Tokens that one attends to, mean over layers."""
@@ -101,7 +108,8 @@ class RuntimeCosts:
         pieces = math.ceil(rows / hit / step.call_tokens)
         each = rows / hit / pieces
         values_s = rows * (model.hidden + model.expert_intermediate) / _between(k.expert_values_per_s, each)
-        return hit * pieces * (self._products(each, model.expert_parameters()) + k.expert_s) + values_s
+        products_s = self._products(each, model.expert_parameters(), model.packing)
+        return hit * pieces * (products_s + k.expert_s) + values_s
 
     def ends(self, step: PassShape, head_rows: int, schedule_rows: float) -> float:
         """Embedding, LM head, choice of tokens and bookkeeping of one pass, its schedule included."""
@@ -113,15 +121,26 @@ class RuntimeCosts:
         fixed_s = k.pass_s + n * k.sequence_s + schedule_rows * k.row_s
         return fixed_s + embedding_s + head_s + n * model.vocab / k.score_values_per_s
 
-    def _products(self, rows: float, weights: float) -> float:
-        """Products of `rows` with matrices of `weights` in all, one after the other; calls not counted."""
+    def _products(self, rows: float, weights: float, packing: Packing = "none") -> float:
+        """Products of `rows` with matrices of `weights` in all, one after the other; calls not counted.
+
+        Rows of packed ones are unpacked once for all tokens, into a cache.
+        """
         k = self.kernels
         near_s = weights * 2 * rows / _between(k.product_flops_per_s, rows)
-        return near_s + weights * self.value_bytes * self._far_s_per_byte
+        if packing != "none":
+            near_s += weights / _unpack_values_per_s(k, packing)
+        return near_s + weights * PACKED_BYTES.get(packing, self.value_bytes) * self._far_s_per_byte
 
     @property
     def _far_s_per_byte(self) -> float:
         return _far_s_per_byte(self.kernels.far_bytes_per_s, self.weights_bytes)
+
+
+def _unpack_values_per_s(kernels: Kernels, packing: Packing) -> float:
+    """Measured, or as the threads of another machine do it."""
+    measured = dict(kernels.unpack_values_per_s)
+    return measured.get(packing) or kernels.threads * UNPACK_VALUES_PER_S[packing]
 
 
 def kernels_of(roofline: Roofline) -> tuple[Kernels, ...]:

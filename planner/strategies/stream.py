@@ -7,6 +7,7 @@ or the pages that routing hits, some of them guessed. What memory is left holds 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,14 @@ from moeplan.planner import costs
 from moeplan.planner.ir.estimate import Z90, Estimate
 from moeplan.planner.ir.machine import Kernels
 from moeplan.planner.ir.model import PACKED_BYTES
-from moeplan.planner.ir.policy import MemoryLimit, Pages, PassTime, Policy, Rejection
+from moeplan.planner.ir.policy import (
+    MemoryLimit,
+    Pages,
+    PassTime,
+    Policy,
+    Rejection,
+    WeightsDtype,
+)
 from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import RequestClass, Workload
@@ -41,6 +49,7 @@ from moeplan.planner.strategies.common import (
     too_small,
     uses,
 )
+from moeplan.planner.strategies.dtypes import dtype_options, most_exact
 from moeplan.planner.strategies.routed import (
     RIGHT_SHARE,
     RoutedLayer,
@@ -76,6 +85,34 @@ def stream_policy(
     workload: Workload, requests: RequestClass, roofline: Roofline, memory_limit_bytes: int | None
 ) -> Policy | Rejection:
     """Return the fastest policy of a machine without a GPU, or what memory is short."""
+    weights: tuple[WeightsDtype, ...] = ("checkpoint", *costs.packings(workload))
+    caches = costs.kv_dtypes(workload)
+    points = {
+        held: _best_point(costs.held_as(workload, *held), requests, roofline, memory_limit_bytes)
+        for held in itertools.product(weights, caches)
+    }
+    rates = {held: p.generated_tokens_per_s if p.fits else 0.0 for held, p in points.items()}
+    # The cache is chosen first: rounding it changes less than rounding weights.
+    caches_of = {w: most_exact({kv: rates[w, kv] for kv in caches}) for w in weights}
+    chosen = most_exact({w: rates[w, caches_of[w]] for w in weights})
+    if not rates[chosen, caches_of[chosen]]:
+        return _refusal(points[weights[-1], caches[-1]])
+    sizes = {w: points[w, caches_of[w]].workload.model.weight_bytes() for w in weights}
+    return replace(
+        points[chosen, caches_of[chosen]].policy(),
+        weights_dtype=chosen,
+        weights_options=dtype_options({w: (sizes[w], rates[w, caches_of[w]]) for w in weights}),
+        kv_dtype=caches_of[chosen],
+        kv_options=dtype_options(
+            {kv: (points[chosen, kv].token_bytes, rates[chosen, kv]) for kv in caches}, "kv-"
+        ),
+    )
+
+
+def _best_point(
+    workload: Workload, requests: RequestClass, roofline: Roofline, memory_limit_bytes: int | None
+) -> _Point:
+    """The fastest candidate, or, where memory holds none, one sequence."""
     workload = workload.as_one_expert()
     limit = float(memory_limit_bytes or roofline.roof("dram").bytes * HOST_SHARE)
     sizes = [n for n in _SEQUENCES if n < requests.requests] + [requests.requests]
@@ -88,9 +125,9 @@ def stream_policy(
     ]
     feasible = [point for point in points if point.fits]
     if not feasible:
-        return _refusal(points[0])
+        return points[0]
     speed = _speeds(feasible)
-    return feasible[smallest_of_best(speed, np.array([float(p.sequences) for p in feasible]))].policy()
+    return feasible[smallest_of_best(speed, np.array([float(p.sequences) for p in feasible]))]
 
 
 def _speeds(points: Sequence[_Point]) -> NDArray[np.float64]:
@@ -137,7 +174,7 @@ def _point_of(
     """The candidate with `sequences` in flight, in the memory and on the threads that `policy` may use."""
     limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
     kernels = next(k for k in kernels_of(roofline) if k.threads == policy.threads)
-    workload = workload.as_one_expert()
+    workload = costs.held_as(workload, policy.weights_dtype, policy.kv_dtype).as_one_expert()
     point = _Point(workload, requests, roofline, float(limit), sequences, kernels)
     return replace(point, routed=policy.pages.places > 0, most_guesses=policy.pages.guesses)
 
@@ -334,8 +371,13 @@ class _Point:
         """Of sequences that each hold the blocks for the longest context, in all layers: the runtime keeps
         what is behind a window."""
         context = -(-self.requests.context_tokens_max // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+        return float(self.sequences * context * self.token_bytes)
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Of one token's keys and values in all layers."""
         values = self.workload.model.layers * self.workload.model.attention.kv_values_per_token()
-        return float(self.sequences * context * values * self.workload.value_bytes)
+        return round(values * self.workload.kv_value_bytes)
 
     @property
     def pass_tokens(self) -> int:
@@ -516,8 +558,16 @@ class _Point:
     def _costs(self) -> RuntimeCosts:
         model, size = self.workload.model, self.workload.value_bytes
         p = model.parameters
-        weights_bytes = (p.total() - p.embedding) * size  # passes that hit few experts hit others each time
-        return RuntimeCosts(model=model, kernels=self.kernels, value_bytes=size, weights_bytes=weights_bytes)
+        experts = p.routed_experts * PACKED_BYTES.get(model.packing, size)
+        # Passes that hit few experts hit others each time.
+        weights_bytes = experts + (p.total() - p.embedding - p.routed_experts) * size
+        return RuntimeCosts(
+            model=model,
+            kernels=self.kernels,
+            value_bytes=size,
+            kv_value_bytes=self.workload.kv_value_bytes,
+            weights_bytes=weights_bytes,
+        )
 
     def _rows(self, step: PassShape) -> float:
         """Rows of the compute lane in one pass: an attention call each, routing, pages; both ends."""

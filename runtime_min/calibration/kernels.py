@@ -22,9 +22,11 @@ from torch import Tensor
 from moeplan.runtime_min.attention import prompt_attention
 from moeplan.runtime_min.calibration.probe import Probe, Shape
 from moeplan.runtime_min.decode_attention import decode_attention
+from moeplan.runtime_min.formats import PACKINGS, fits
 from moeplan.runtime_min.lanes import ATTENTION, ROUTE
 from moeplan.runtime_min.layers import linear
 from moeplan.runtime_min.operations import DTYPES
+from moeplan.runtime_min.packing import packed
 from moeplan.runtime_min.paged import PagedCache, decode_batch
 from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, kv_blocks
 from moeplan.runtime_min.sampling import greedy
@@ -34,6 +36,7 @@ NEAR_BYTES, FAR_BYTES = 16 << 20, (64 << 20, 192 << 20, 512 << 20)
 # Choosing a token's experts and sorting by them costs about as much as the norm of so many values.
 ROUTE_VALUES = 256
 _LONG = 5
+_UNPACKED_ROWS = 16
 _LEAST_SHARE = 0.05  # of a time that is left when known parts are taken off: no noise makes it negative
 
 _SCORE_ROWS = 16
@@ -100,6 +103,7 @@ class Kernels:
     route_values_per_s       by tokens: norm, choice and sorting of T · (hidden + ROUTE_VALUES)
     expert_values_per_s      by rows: gathering, gate and sum of rows · (hidden + inner)
     score_values_per_s       keeping N · vocabulary scores and taking the best of each row
+    unpack_values_per_s      by packing: what products take longer where their weights are packed so
     """
 
     attention_s: float
@@ -117,6 +121,7 @@ class Kernels:
     route_values_per_s: Table
     expert_values_per_s: Table
     score_values_per_s: float
+    unpack_values_per_s: dict[str, float]
 
 
 def seconds(work: Callable[[], object], least: float) -> float:
@@ -205,6 +210,7 @@ class _Bench:
         for context in s.contexts:
             yield ("decode", context), self._decode_work(context)
         yield ("scores",), self._scores_work()
+        yield from self._packed_works()
 
     def _median(self, *key: str | int) -> tuple[float, ...]:
         return _medians(self._taken[key])
@@ -240,7 +246,24 @@ class _Bench:
             route_values_per_s=routing,
             expert_values_per_s=expert_values,
             score_values_per_s=self._score_values_per_s,
+            unpack_values_per_s=self._unpacking(),
         )
+
+    def _unpacking(self) -> dict[str, float]:
+        """Values per second by which products of some rows are slower with packed weights, in a cache."""
+        values = self._sizes.large.inner * self._sizes.large.hidden
+        (plain_s,) = self._median("packed", "none")
+        names = (key[1] for key in self._taken if key[0] == "packed" and key[1] != "none")
+        return {str(name): values / _left(self._median("packed", name)[0], plain_s) for name in names}
+
+    def _packed_works(self) -> Iterator[tuple[_Key, Callable[[], tuple[float, ...]]]]:
+        """Products of some rows with one weight, plain and packed."""
+        n, k = self._sizes.large.inner, self._sizes.large.hidden
+        x, weight = self._random(_UNPACKED_ROWS, k), self._random(n, k).bfloat16()
+        yield ("packed", "none"), _timed(partial(linear, x, weight.to(self._dtype)), 1)
+        for name, packing in PACKINGS.items():
+            if fits((n, k)):
+                yield ("packed", name), _timed(partial(linear, x, packed(weight, packing)), 1)
 
     def _far(self) -> Table:
         """What many bytes of weights in turn cost more than few: by their number, bytes per second."""

@@ -263,6 +263,7 @@ def _plan(shape: Shape, dtype: Any, sequences: int, prompt: int, context: int) -
             context_tokens=context,
             pass_tokens=sequences * prompt,
             kv_tokens=sequences * kv_blocks(context) * KV_BLOCK_TOKENS,
+            kv_cache="same",
         ),
         pages=PagePlan(
             pages_per_layer=1 + shape.experts,

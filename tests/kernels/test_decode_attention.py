@@ -6,6 +6,7 @@ from torch import Tensor
 
 from moeplan.runtime_min import decode_attention as attention
 from moeplan.runtime_min import team
+from moeplan.runtime_min.paged import whole_numbers
 
 # sequences, key heads, query heads to each, head dimension, longest, tokens of a block
 SHAPES = [
@@ -109,3 +110,22 @@ def test_plain_threads_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = attention.decode_attention(*arguments)
     monkeypatch.setattr(team, "_parallel", lambda: team._plain_threads)
     assert torch.equal(attention.decode_attention(*arguments), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_int8_cache_is_multiples_of_its_scales(shape: tuple[int, ...]) -> None:
+    """Both forms attend to whole numbers times scales; what no sequence may look at has scale NaN."""
+    q, k_cache, v_cache, tables, lengths = case(shape, torch.float32)
+    held = [whole_numbers(cache.nan_to_num()) for cache in (k_cache, v_cache)]
+    for (_, scales), cache in zip(held, (k_cache, v_cache), strict=True):
+        scales[cache[..., 0].isnan()] = torch.nan
+    stood_for = [whole * scales[..., None] for whole, scales in held]
+    exact = written_out(q, *stood_for, tables, lengths)
+    whole, scales = (part[0] for part in held), tuple(part[1] for part in held)
+    caches = tuple(whole)
+    for form in (attention.decode_attention, attention.plain):
+        found = form(q, *caches, tables, lengths, scales=scales).double()
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=2e-6)
+    for given, stands in zip((k_cache, v_cache), stood_for, strict=True):
+        error = (given - stands).nan_to_num().abs()
+        assert (error <= 0.51 / 127 * given.nan_to_num().abs().amax(-1, keepdim=True)).all()

@@ -156,6 +156,7 @@ def make_plan(shape: Shape, **changes: Any) -> RuntimePlan:
             context_tokens=64,
             pass_tokens=changes.get("sequences", 4) * 48,
             kv_tokens=changes.get("sequences", 4) * 64,
+            kv_cache="same",
         ),
         changes,
     )

@@ -39,7 +39,7 @@ SIZES = kernels.Sizes(
     contexts=(4, 8),
     near_bytes=1 << 16,
     far_bytes=(1 << 18, 1 << 20),
-    seconds=0.001,
+    seconds=0.004,
     rounds=3,
 )
 
