@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     if out is None:
         out = vectors.linear(x, weight)
     if out is None:
-        plain = unpack(weight).to(x.dtype) if isinstance(weight, Packed) else weight
+        plain = unpack(weight, x.dtype) if isinstance(weight, Packed) else weight
         return F.linear(pad_rows(x), plain, bias)[: x.shape[0]]
     return out if bias is None else out.add_(bias)
 
