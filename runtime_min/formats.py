@@ -14,7 +14,7 @@ Bits of 4 come in pairs: byte i of a block's 32 has value i below and value 32 +
 Matrices that other checkpoints have in fewer bits keep their scales in a tensor of their own, and stand for
 float32 values, rounded to the compute dtype where they are used:
 
-fp8    float8 e4m3; a scale for each block of some rows and columns (DeepSeek-V3, arXiv 2412.19437, section 3.3)
+fp8    float8 e4m3; a scale for each block of rows and columns (DeepSeek-V3, arXiv 2412.19437, section 3.3)
 mxfp4  float4 e2m1, value 2i in the lower half of byte i; a power of two for 32 of a row (OCP MX 1.0)
 """
 

@@ -15,16 +15,18 @@ from moeplan.runtime_min.attention import prompt_attention, scored, seen
 from moeplan.runtime_min.decode_attention import decode_attention
 from moeplan.runtime_min.layers import linear
 from moeplan.runtime_min.model_config import Latent, Sight
+from moeplan.runtime_min.packing import Matrix, Packed, unpack
 from moeplan.runtime_min.paged import PagedBatch, PagedCache, Span
 
 
 def attend_latent(
-    layer: int, batch: PagedBatch, cache: PagedCache, q: Tensor, latents: Tensor, up: Tensor, sizes: Latent
+    layer: int, batch: PagedBatch, cache: PagedCache, q: Tensor, latents: Tensor, up: Matrix, sizes: Latent
 ) -> Tensor:
     """Store latents [T, W]; return the attention of q [T, Q, plain + rotated]: [T, Q * value].
 
     `up` [Q * (plain + value), L] makes keys and values of latents.
     """
+    up = unpack(up, q.dtype) if isinstance(up, Packed) else up
     cache.store(layer, batch, latents[:, None])
     if not batch.spans:
         return _absorbed(layer, batch, cache, q, up, sizes)

@@ -242,7 +242,7 @@ class Memory:
         self.outside = [experts.others(layer) for layer in range(m.layers)]
         moving = {n for layer, es in enumerate(self.outside) for e in es for n in expert_names(m, layer, e)}
         self.resident = {
-            name: torch.empty(ref.shape, dtype=kept_as(name, self._dtype), device=device)
+            name: torch.empty(ref.shape, dtype=kept_as(ref, self._dtype), device=device)
             for name, ref in refs.items()
             if name not in moving
         }

@@ -134,7 +134,8 @@ def plain(packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def _plain_scaled(packed: Packed, dtype: torch.dtype) -> Tensor:
     """Some rows after the other."""
-    assert packed.grid is not None and packed.scales is not None
+    assert packed.grid is not None
+    assert packed.scales is not None
     (outer, inner), out = packed.shape, torch.empty(packed.shape, dtype=dtype)
     height, width, count = packed.grid.tolist()[1:]
     data, scales = packed.data.view(outer, -1), packed.scales.view(-1, count)
@@ -143,7 +144,9 @@ def _plain_scaled(packed: Packed, dtype: torch.dtype) -> Tensor:
         some = slice(first, min(outer, first + rows))
         blocks = torch.arange(some.start, some.stop) // height
         factors = scales[blocks].repeat_interleave(width, dim=1)[:, :inner]
-        out[some] = _fp4(data[some], factors) if packed.packing is SCALED["mxfp4"] else _fp8(data[some], factors)
+        out[some] = (
+            _fp4(data[some], factors) if packed.packing is SCALED["mxfp4"] else _fp8(data[some], factors)
+        )
     return out
 
 

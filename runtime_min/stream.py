@@ -49,7 +49,6 @@ from moeplan.runtime_min.model_config import ModelConfig, read_config
 from moeplan.runtime_min.models.tensors import (
     expert_names,
     find_parts,
-    packed_names,
     page_experts,
     page_names,
 )
@@ -253,7 +252,7 @@ class Engine(Stream):
             for name in page_names(m, self.config, pages, layer, page)
         }
         shapes = {name: ref.shape for name, ref in refs.items()}
-        check_memory(folder / "runtime.json", plan, shapes, moving, packed_names(m, self.config))
+        check_memory(folder / "runtime.json", plan, shapes, moving)
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
         prepare()
