@@ -56,7 +56,8 @@ from moeplan.runtime_min.operations import DTYPES, Operations
 from moeplan.runtime_min.paged import PagedBatch, PagedCache, attend_paged, decode_batch, prompt_batch
 from moeplan.runtime_min.pages import PageStore, Weights
 from moeplan.runtime_min.places import Places
-from moeplan.runtime_min.plan_file import RuntimePlan, call_tokens
+from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, RuntimePlan, call_tokens
+from moeplan.runtime_min.prefixes import Prefixes
 
 Read = Callable[[int, int, int], Sequence[Block]]  # layer, page, slot
 
@@ -153,17 +154,22 @@ class Stream(Batches):
         super().__init__(plan, lanes)
         self.model = model
         self._read = read
+        self._prefixes = Prefixes()
 
     def _room(self, candidates: Sequence[Generation]) -> int:
         return self.model.cache.room(g.most_tokens for g in candidates)
 
     def _enter(self, place: int, generation: Generation) -> None:
         super()._enter(place, generation)
-        self.model.cache.take(place, generation.most_tokens)
+        shared = self._prefixes.find(place, generation.prompt)
+        blocks = self.model.cache.take(place, generation.most_tokens, shared)
+        self._prefixes.keep(place, generation, blocks)
+        generation.cached = len(shared) * KV_BLOCK_TOKENS
+        self.stats.shared_tokens += generation.cached
 
     def _leave(self, place: int, generation: Generation) -> None:
         super()._leave(place, generation)
-        self.model.cache.give_back(place)
+        self._prefixes.forget(self.model.cache.give_back(place))
 
     def _pass(self, active: Active, more: bool) -> None:
         step, asking = self._step(active)

@@ -231,7 +231,7 @@ def test_what_is_in_other_bits_is_refused_by_planner_and_runtime_alike(
     told = json.loads((folder / "config.json").read_text())
     told["quantization_config"] |= change
     (tmp_path / "config.json").write_text(json.dumps(told))
-    with pytest.raises(CheckpointError, match="quantization_config is .*, the plan has"):
+    with pytest.raises(CheckpointError, match=r"quantization_config is .*, the plan has"):
         read_config(tmp_path, counted, 64)
     if "weight_block_size" in change or name == "mixtral, by channel":
         with pytest.raises(CompileError, match=r"weight_block_size|quant_method 'compressed-tensors'"):
