@@ -31,12 +31,6 @@ def check_supported(path: Path, plan: RuntimePlan) -> None:
             "parallelism); this version executes one copy on one GPU",
             "compile the spec for a machine with one GPU",
         )
-    if plan.model.latent_dim and kind == "offload":
-        raise PlanFileError(
-            f"{path}: offload plans of {plan.model.architecture} are not supported: the cache of latent "
-            "attention is kept by stream plans only",
-            "compile the spec for a machine without a GPU",
-        )
     if plan.model.packing != "none" and kind == "offload":
         raise PlanFileError(
             f"{path}: weights in {plan.model.packing} are executed by stream plans only",

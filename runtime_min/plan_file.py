@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from moeplan.runtime_min.errors import RunError
 
-FORMAT = 4
+FORMAT = 5
 SCHEDULE_FORMAT = 2
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
 ARCHITECTURES = (  # model types that this version of the runtime executes, on CPU
@@ -313,12 +313,16 @@ def kv_blocks(tokens: int) -> int:
     return -(-tokens // KV_BLOCK_TOKENS)
 
 
+def kv_shape(model: ModelPlan) -> tuple[int, int, int]:
+    """What the cache holds of a token in a layer: kinds (keys and values, or latents), heads, their width."""
+    return (1, 1, model.latent_dim) if model.latent_dim else (2, model.kv_heads, model.head_dim)
+
+
 def kv_bytes(model: ModelPlan, batch: BatchPlan) -> int:
     """Keys and values [layers, blocks, kv heads, block tokens, head dim], twice, in the compute dtype; or
     once, of latents. A layer that sees only a window or chunk keeps as much as the others."""
     tokens = kv_blocks(batch.kv_tokens) * KV_BLOCK_TOKENS
-    values = model.latent_dim or 2 * model.kv_heads * model.head_dim
-    return model.layers * tokens * values * ITEM_BYTES[model.compute_dtype]
+    return model.layers * tokens * math.prod(kv_shape(model)) * ITEM_BYTES[model.compute_dtype]
 
 
 def call_tokens(batch: BatchPlan) -> int:

@@ -56,7 +56,7 @@ from moeplan.runtime_min.operations import DTYPES, Operations
 from moeplan.runtime_min.paged import PagedBatch, PagedCache, attend_paged, decode_batch, prompt_batch
 from moeplan.runtime_min.pages import PageStore, Weights
 from moeplan.runtime_min.places import Places
-from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, RuntimePlan, call_tokens
+from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, RuntimePlan, call_tokens, kv_shape
 from moeplan.runtime_min.prefixes import Prefixes
 
 Read = Callable[[int, int, int], Sequence[Block]]  # layer, page, slot
@@ -88,7 +88,7 @@ class StreamModel(Operations):
         self._hidden = torch.empty(tokens, m.hidden).zero_()  # the residual stream, always float32
         self._normed = torch.empty(tokens, m.hidden, dtype=dtype).zero_()
         self._logits = torch.empty(batch.sequences, m.vocab).zero_()
-        heads, size, kinds = (1, m.latent_dim, 1) if m.latent_dim else (m.kv_heads, m.head_dim, 2)
+        kinds, heads, size = kv_shape(m)
         self.cache = PagedCache(m.layers, heads, size, batch.kv_tokens, dtype, kinds)
         self._routing = Routing(torch.empty(0), torch.empty(0), [])
         self.places = Places(plan)

@@ -39,6 +39,10 @@ class Attention:
             return self.kv_lora_dim + self.rope_dim
         return self.kv_heads * (self.head_dim + self.value_dim)
 
+    def attended_values(self) -> int:
+        """Numbers of a token's queries in decode, and of what they attend to: in MLA they meet latents."""
+        return self.heads * (self.kv_lora_dim + self.rope_dim if self.kind == "mla" else self.head_dim)
+
     def score_flops_per_pair(self) -> int:
         """FLOPs of QK^T and PV for one query token against one cached token, all heads.
 

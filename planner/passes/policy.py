@@ -125,24 +125,15 @@ def _packed_for_cpus(workload: Workload, requests: RequestClass, roofline: Roofl
 
 def _not_offloaded(workload: Workload, requests: RequestClass, roofline: Roofline) -> Rejection | None:
     """A refusal where the bundled runtime executes the model on a CPU only."""
-    if workload.model.packing != "none":
-        return impossible(
-            roofline.machine.name,
-            requests,
-            "model",
-            f"the bundled runtime executes weights in {workload.model.packing} on a CPU only "
-            f"({workload.model.name})",
-            "GPUs that hold the whole model, or a checkpoint in bf16",
-        )
-    if workload.model.attention.kind != "mla":
+    if workload.model.packing == "none":
         return None
     return impossible(
         roofline.machine.name,
         requests,
         "model",
-        f"the bundled runtime keeps the cache of latent attention on a CPU only "
-        f"({workload.model.name}, {workload.model.model_type})",
-        "GPUs that hold the whole model, or a machine without one",
+        f"the bundled runtime executes weights in {workload.model.packing} on a CPU only "
+        f"({workload.model.name})",
+        "GPUs that hold the whole model, or a checkpoint in bf16",
     )
 
 

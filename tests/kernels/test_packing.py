@@ -94,6 +94,16 @@ def small_float(bits: int, exponent_bits: int, mantissa_bits: int) -> float:
     return sign * float(mantissa / (1 << mantissa_bits) + (exponent > 0)) * 2.0**least
 
 
+def some_scaled(name: str, outer: int, inner: int) -> Packed:
+    """Random values in blocks of 16 x 64, or of 32."""
+    data = torch.randint(0, 120, (SCALED[name].data_bytes((outer, inner)),), dtype=torch.uint8)
+    if name == "mxfp4":
+        exponents = torch.randint(115, 125, (outer * inner // 32,), dtype=torch.uint8)
+        return scaled(data, exponents, (outer, inner), SCALED[name], (1, 32))
+    scales = torch.rand(-(-outer // 16) * -(-inner // 64))
+    return scaled(data, scales, (outer, inner), SCALED[name], (16, 64))
+
+
 FP8 = [(128, 128), (16, 64), (1, 0), (0, 0), (5, 24), (3, 128)]  # rows and values of a block; 0: all
 
 
