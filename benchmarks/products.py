@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeplan.runtime_min import amx, cpu, layers, vectors
-from moeplan.runtime_min.formats import PACKINGS
-from moeplan.runtime_min.packing import Matrix, packed
+from moeplan.runtime_min.formats import MX_VALUES, PACKINGS, SCALED
+from moeplan.runtime_min.packing import Matrix, packed, scaled
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 1024)
 SHAPES = ((2048, 1024), (1024, 2048), (5632, 2048), (2048, 5632), (4096, 14336))  # out, in
@@ -64,9 +64,22 @@ def compare(x: Tensor, weights: list[Tensor], ours: list[Matrix]) -> tuple[float
     return statistics.median(times[0]), statistics.median(times[1])
 
 
+def in_fewer_bits(weight: Tensor, name: str) -> Matrix:
+    """The weight packed; in the formats of other checkpoints random values of its shape."""
+    if name in PACKINGS:
+        return packed(weight, PACKINGS[name])
+    outer, inner = weight.shape
+    data = torch.randint(0, 120, (SCALED[name].data_bytes((outer, inner)),), dtype=torch.uint8)
+    if name == "mxfp4":
+        exponents = torch.full((outer * inner // MX_VALUES,), 120, dtype=torch.uint8)
+        return scaled(data, exponents, (outer, inner), SCALED[name], (1, MX_VALUES))
+    scales = torch.full((-(-outer // 128) * -(-inner // 128),), 1e-3)
+    return scaled(data, scales, (outer, inner), SCALED[name], (128, 128))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--packed", choices=PACKINGS)
+    parser.add_argument("--packed", choices=[*PACKINGS, *SCALED])
     options = parser.parse_args()
     if not amx.usable() and not vectors.usable():
         print("torch does the products of this CPU", file=sys.stderr)
@@ -77,8 +90,8 @@ def main() -> int:
     for outer, inner in SHAPES:
         nbytes = 2 * outer * inner
         weights = [torch.randn(outer, inner).bfloat16() for _ in range(max(2, -(-COPIES_BYTES // nbytes)))]
-        packing = PACKINGS[options.packed] if options.packed else None
-        given: list[Matrix] = [packed(weight, packing) for weight in weights] if packing else [*weights]
+        name = options.packed
+        given: list[Matrix] = [in_fewer_bits(weight, name) for weight in weights] if name else [*weights]
         for rows in ROWS:
             ours = compare(torch.randn(rows, inner).bfloat16(), weights, given)
             flops, gb = ([work / s / 1e9 for s in ours] for work in (nbytes * rows, nbytes))

@@ -370,7 +370,7 @@ def _recorder(plan: Path, replica: str, profile: Path) -> Callable[[Report], Non
             model=compiled["workload"]["model"]["name"],
             engine="runtime_min",
             gpus=policy["gpus"],
-            prompt_tokens=full.sums.prompt_tokens / requests,
+            prompt_tokens=(full.sums.prompt_tokens + full.sums.shared_tokens) / requests,
             output_tokens=full.sums.generated_tokens / requests,
             batch=full.sequences,
             figures={name: value for name in FIGURES if (value := full.figures().get(name))},

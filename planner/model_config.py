@@ -8,13 +8,15 @@ the routers' score-correction buffers (one number per expert) are not in them.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
-from moeplan.planner.ir.model import PACKED_BYTES, Attention, Model, Packing, Parameters
+from moeplan.planner.ir.model import PACKED_BYTES, Attention, Model, Packing, Parameters, Scaled
 
 _STORED_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0}
 _CONFIG_BYTES_LIMIT = 16 * 2**20  # a config.json has a few kilobytes
@@ -57,7 +59,7 @@ def model_from_config(config: Mapping[str, object], name: str, source: str, wher
     architecture = adapter(keys)
     architecture.check(keys)
     experts_bytes, other_bytes = _stored_bytes(keys, architecture)
-    packing = _packing(keys)
+    packing, block = _packing(keys)
     keys.raise_problems()
     return Model(
         name=name,
@@ -81,6 +83,7 @@ def model_from_config(config: Mapping[str, object], name: str, source: str, wher
         router_corrections=architecture.moe_layers * architecture.experts * architecture.router_correction,
         not_executed=tuple(_not_executed(keys)),
         packing=packing,
+        scaled=_scaled(keys, architecture, packing, block),
     )
 
 
@@ -656,12 +659,14 @@ _ROPE_TYPES = (None, "default", "llama3", "yarn", "longrope")
 
 def _not_executed(keys: _Keys) -> Iterator[str]:
     """What of a model runtime_min refuses, in words: as runtime_min.model_config has it."""
+    quantization = keys.value("quantization_config")
+    if quantization is not None and _packing(keys)[0] == "none":
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        yield f"quantised checkpoints ({method})"
     if keys.value("text_config") is not None:
         keys = keys.group("text_config")
     rope = _rope(keys)
     rope_type = rope.get("rope_type", rope.get("type"))
-    if keys.value("quantization_config") is not None and _packing(keys) == "none":
-        yield "quantised checkpoints"
     if keys.value("mlp_bias"):
         yield "biases in MLPs"
     if keys.value("hidden_act") not in (None, "silu"):
@@ -686,16 +691,93 @@ def _rope(keys: _Keys) -> Mapping[str, object]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _packing(keys: _Keys) -> Packing:
-    """How runtime_min has packed the experts of this checkpoint; every known format has a size."""
-    quantization = keys.optional_group("quantization_config")
-    if quantization is None or quantization.text("quant_method") != "moeplan":
-        return "none"
-    wanted = quantization.text("format")
-    found = next((name for name in get_args(Packing) if name == wanted and name in PACKED_BYTES), None)
-    if found is None:
-        keys.wrong(f"quantization_config has format {wanted!r}, supported are {', '.join(PACKED_BYTES)}")
-    return found or "none"
+_FUSED = ("dbrx", "gpt_oss", "llama4", "llama4_text")  # what several projections or experts share is a tensor
+_KEPT_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
+_KEPT = ("lm_head", "embed_tokens", "norm", ".gate", ".router", ".shared_expert_gate")  # never in fp8
+
+
+def _packing(keys: _Keys) -> tuple[Packing, tuple[int, int]]:
+    """The format in which runtime_min reads this checkpoint, and the rows and values that share a scale in
+    fp8 (0: all); every known format has a size. As runtime_min.model_config has it."""
+    found = keys.value("quantization_config")
+    match found:
+        case {"quant_method": "moeplan", "format": wanted}:
+            if name := next((n for n in get_args(Packing) if n == wanted and n in PACKED_BYTES), None):
+                return name, (0, 0)
+            keys.wrong(f"quantization_config has format {wanted!r}, supported are {', '.join(PACKED_BYTES)}")
+        case {"quant_method": "mxfp4"} if keys.value("model_type") == "gpt_oss":
+            return "mxfp4", (0, 0)
+        case {"quant_method": "fp8" | "compressed-tensors"} if keys.value("model_type") not in _FUSED:
+            block = _fp8_block(found)
+            return ("none", (0, 0)) if block is None else ("fp8", block)
+    return "none", (0, 0)
+
+
+def _fp8_block(quantization: Mapping[str, object]) -> tuple[int, int] | None:
+    """Rows and values that share a scale; None where the weights are in something else, or some in bf16."""
+    lists = [quantization.get(key) or () for key in _KEPT_KEYS]
+    kept = [name for names in lists if isinstance(names, (list, tuple)) for name in names]
+    if any(not re.sub(r"[^\w.]", "", str(name)).endswith(_KEPT) for name in kept):
+        return None
+    match quantization:
+        case {"quant_method": "fp8"}:
+            block = quantization.get("weight_block_size") or [0, 0]
+            good = isinstance(block, list) and [type(n) for n in block] == [int, int] and min(block) >= 0
+            return (block[0], block[1]) if good and quantization.get("fmt", "e4m3") == "e4m3" else None
+        case {"config_groups": {**groups}} if len(groups) == 1 and not quantization.get("kv_cache_scheme"):
+            (group,) = groups.values()
+            match group:
+                case {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": how}}:
+                    return {"channel": (1, 0), "tensor": (0, 0)}.get(str(how))
+    return None
+
+
+def _scaled(keys: _Keys, architecture: _Architecture, packing: Packing, block: tuple[int, int]) -> Scaled:
+    """What matrices take whose scales lie apart: experts', and in fp8 all of a layer but its router."""
+    a, hidden = architecture, architecture.hidden
+
+    def sizes(*matrices: tuple[int, int]) -> tuple[int, int]:
+        values = sum(rows * columns for rows, columns in matrices)
+        if packing == "mxfp4":
+            return values, values // 2 + values // 32
+        blocks = (
+            math.ceil(rows / (block[0] or rows)) * math.ceil(columns / (block[1] or columns))
+            for rows, columns in matrices
+            if rows and columns
+        )
+        return values, values + 4 * sum(blocks)
+
+    def mlp(width: int) -> tuple[int, int]:
+        return sizes((width, hidden), (hidden, width), (width, hidden))
+
+    if packing not in ("fp8", "mxfp4"):
+        return Scaled()
+    expert = mlp(a.expert_intermediate)
+    if packing == "mxfp4":
+        return Scaled(expert_values=expert[0], expert_bytes=expert[1])
+    attention = sizes(*_projections(keys, a.attention, hidden))
+    dense, shared = mlp(a.dense_intermediate), mlp(a.shared_intermediate)
+    return Scaled(
+        attention_values=attention[0],
+        attention_bytes=attention[1],
+        expert_values=expert[0],
+        expert_bytes=expert[1],
+        mlp_values=a.dense_layers * dense[0] + a.moe_layers * shared[0],
+        mlp_bytes=a.dense_layers * dense[1] + a.moe_layers * shared[1],
+    )
+
+
+def _projections(keys: _Keys, a: Attention, hidden: int) -> Iterator[tuple[int, int]]:
+    """Rows and columns of the matrices of a layer's attention."""
+    queries, outward = a.heads * a.head_dim, (hidden, a.heads * a.value_dim)
+    if a.kind == "gqa":
+        keys_shape = (a.kv_heads * a.head_dim, hidden)
+        return iter(((queries, hidden), keys_shape, keys_shape, outward))
+    compressed = keys.optional_size("q_lora_rank")
+    inward = ((compressed, hidden), (queries, compressed)) if compressed else ((queries, hidden),)
+    down = (a.kv_lora_dim + a.rope_dim, hidden)
+    up = (a.heads * (a.head_dim - a.rope_dim + a.value_dim), a.kv_lora_dim)
+    return iter((*inward, down, up, outward))
 
 
 # Bytes in the checkpoint ------------------------------------------------------------------------------------
@@ -710,6 +792,8 @@ def _stored_bytes(keys: _Keys, architecture: _Architecture) -> tuple[float, floa
     method = quantization.text("quant_method")
     if method == "mxfp4":
         return _mxfp4_bytes(architecture, plain), plain
+    if method == "compressed-tensors" and _packing(keys)[0] == "fp8":
+        return _layer_bytes(architecture, plain, 1.0, 4.0, 0)
     if method == "fp8":
         return _layer_bytes(architecture, plain, 1.0, 4.0, quantization.block_values())
     if method in ("awq", "gptq"):
@@ -718,7 +802,10 @@ def _stored_bytes(keys: _Keys, architecture: _Architecture) -> tuple[float, floa
     if method == "moeplan":
         return PACKED_BYTES.get(quantization.text("format"), plain), plain
     if method:
-        keys.wrong(f"unsupported quant_method {method!r}: supported are awq, fp8, gptq, moeplan and mxfp4")
+        keys.wrong(
+            f"unsupported quant_method {method!r}: supported are awq, compressed-tensors in fp8, "
+            "fp8, gptq, moeplan and mxfp4"
+        )
     return plain, plain
 
 

@@ -169,7 +169,7 @@ def _compiled(x: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
         team.run(kernel.product, table)
         return out
     room = torch.empty(torch.get_num_threads() * kernel.ROWS * inner, dtype=torch.bfloat16)
-    table[kernel.CODE :] = [weight.packing.code, weight.exceptions(), 0, room.data_ptr()]
+    table[kernel.CODE :] = [weight.packing.code, weight.beside(), 0, room.data_ptr()]
     team.run(kernel.packed_product, table)
     return out
 

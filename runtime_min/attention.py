@@ -56,7 +56,8 @@ class MicroBatch:
 
 
 class KvCache:
-    """Keys and values of all sequences: a tensor [layers, 2, places, V, context, D].
+    """Keys and values of all sequences: a tensor [layers, 2, places, V, context, D]; of latents, which are
+    both, [layers, 1, places, 1, context, D].
 
     Of zeros at first: masked values still take part in a product with zero.
     """
@@ -64,16 +65,16 @@ class KvCache:
     def __init__(self, cache: Tensor) -> None:
         self.tensor = cache
 
-    def store(self, layer: int, batch: MicroBatch, k: Tensor, v: Tensor) -> None:
-        """Keep k and v [T, V, D] at the places and positions of their tokens."""
-        self.tensor[layer, 0][batch.places, :, batch.positions] = k
-        self.tensor[layer, 1][batch.places, :, batch.positions] = v
+    def store(self, layer: int, batch: MicroBatch, kept: Sequence[Tensor]) -> None:
+        """Keep k and v, or latents, [T, V, D] at the places and positions of their tokens."""
+        for kind, values in enumerate(kept):
+            self.tensor[layer, kind][batch.places, :, batch.positions] = values
 
     def load(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
         """The keys and values [B, V, length, D] of a span, as views."""
         return (
             self.tensor[layer, 0, span.places, :, : span.length],
-            self.tensor[layer, 1, span.places, :, : span.length],
+            self.tensor[layer, -1, span.places, :, : span.length],
         )
 
 
@@ -82,15 +83,13 @@ def attend(
     batch: MicroBatch,
     cache: KvCache,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    kept: Sequence[Tensor],
     sight: Sight = EVERYTHING,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Store k and v [T, V, D]; return the attention of q [T, Q, D] over each sequence: [T, Q * D]."""
-    cache.store(layer, batch, k, v)
-    if batch.prefill:
-        return attend_prompts(batch, q, k, v, sight, sinks)
+    """Store new keys and values, or latents, [B, V, D]; return the attention of q [B, Q, D], a token of each
+    sequence: [B, Q * D]."""
+    cache.store(layer, batch, kept)
     parts = [
         _decode(q[s.tokens], *cache.load(layer, s), _seen_of(batch, s, sight), sinks) for s in batch.spans
     ]
@@ -104,11 +103,11 @@ def attend_prompts(
     v: Tensor,
     sight: Sight = EVERYTHING,
     sinks: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """The attention of q [T, Q, D] of whole prompts over k and v [T, V, D]: [T, Q * D]."""
-    return _joined(
-        [prompt_attention(q[s.tokens], k[s.tokens], v[s.tokens], s.new, sight, sinks) for s in batch.spans]
-    )
+    spans = ((q[s.tokens], k[s.tokens], v[s.tokens], s.new) for s in batch.spans)
+    return _joined([prompt_attention(*span, sight, sinks, scale) for span in spans])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

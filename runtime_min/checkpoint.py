@@ -9,19 +9,25 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moeplan.runtime_min.errors import RunError
-from moeplan.runtime_min.formats import PACKINGS, fits
+from moeplan.runtime_min.formats import EXPONENTS, PACKINGS, SCALED, fits
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_STORED_AS = {EXPONENTS: "U8", **{name: scaled.stored_as for name, scaled in SCALED.items()}}
+_VALUE_BYTES = {**ITEM_BYTES, EXPONENTS: 1, **{name: 1 / scaled.per_byte for name, scaled in SCALED.items()}}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _STRANGE = "is none of the tensors that this runtime knows of the architecture"
 MAX_HEADER_BYTES = 100 << 20  # as the safetensors library has it
+
+
+_HEADER_BYTES = {**ITEM_BYTES, "U8": 1, "F8_E4M3": 1}
+_NONE: Mapping[str, str] = {}
 
 
 class CheckpointError(RunError):
@@ -35,7 +41,11 @@ class CheckpointError(RunError):
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """One tensor: `nbytes` bytes at `offset` of the file `path`, row-major, little-endian."""
+    """One tensor: `nbytes` bytes at `offset` of the file `path`, row-major, little-endian.
+
+    `dtype` is the checkpoint's, or a format of `formats`; of one whose scales lie apart, each is of a `block`
+    of rows and values.
+    """
 
     name: str
     path: Path
@@ -43,6 +53,7 @@ class TensorRef:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    block: tuple[int, int] = (0, 0)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,12 +71,11 @@ def find_tensors(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
     unused: Callable[[str], bool] = lambda name: False,
-    packed: Collection[str] = (),
-    packing: str = "",
+    formats: Mapping[str, str] = _NONE,
 ) -> dict[str, TensorRef]:
     """Locate every tensor of `shapes` in `folder`; raises CheckpointError with all that is wrong.
 
-    Those named in `packed` are in the format `packing`, which their refs have as dtype.
+    Those named in `formats` are in the format that it says, which their refs have as dtype.
 
     A tensor that is not among them is wrong too, unless `unused` says that the model does without: it may
     stand for something that the runtime does not compute.
@@ -83,8 +93,8 @@ def find_tensors(
         if name not in found and readable:
             problems.append(f"{folder}: {name}: is missing")
         elif name in found:
-            if name in packed:
-                found[name] = _as_packed(found[name], packing, shape, problems)
+            if name in formats:
+                found[name] = _in_format(found[name], formats[name], shape, problems)
                 continue
             problems += _tensor_problems(found[name], shape)
     if problems:
@@ -92,8 +102,13 @@ def find_tensors(
     return {name: found[name] for name in shapes}
 
 
-def _as_packed(ref: TensorRef, packing: str, shape: tuple[int, ...], problems: list[str]) -> TensorRef:
-    """The bytes `ref` as a matrix of `shape`."""
+def _in_format(ref: TensorRef, packing: str, shape: tuple[int, ...], problems: list[str]) -> TensorRef:
+    """The bytes `ref` as a tensor of `shape`."""
+    if packing in _STORED_AS:
+        if (ref.dtype, ref.shape) != (_STORED_AS[packing], shape):
+            wanted = f"{_STORED_AS[packing]} {list(shape)} of {packing}"
+            problems.append(f"{ref.path}: {ref.name}: is {ref.dtype} {list(ref.shape)}, not {wanted}")
+        return replace(ref, dtype=packing)
     least, most = PACKINGS[packing].least_bytes(shape), PACKINGS[packing].most_bytes(shape)
     if ref.dtype != "U8" or len(ref.shape) != 1 or not fits(shape) or not least <= ref.nbytes <= most:
         problems.append(f"{ref.path}: {ref.name}: is {ref.dtype} {list(ref.shape)}, not {shape} in {packing}")
@@ -112,14 +127,13 @@ def every_tensor(folder: Path) -> list[TensorRef]:
     return found
 
 
-def cut(ref: TensorRef, name: str, first: int, shape: tuple[int, ...]) -> TensorRef:
-    """The elements of a tensor from `first` on, as the tensor `name` of their own; a packed one is whole."""
+def cut(ref: TensorRef, name: str, first: int, shape: tuple[int, ...], block: tuple[int, int]) -> TensorRef:
+    """The values of a tensor from `first` on, as the tensor `name` of their own; a packed one is whole."""
     if ref.dtype in PACKINGS:
         return ref
-    item = ITEM_BYTES[ref.dtype]
-    return replace(
-        ref, name=name, offset=ref.offset + first * item, nbytes=math.prod(shape) * item, shape=shape
-    )
+    item = _VALUE_BYTES[ref.dtype]
+    offset, nbytes = ref.offset + int(first * item), int(math.prod(shape) * item)
+    return replace(ref, name=name, offset=offset, nbytes=nbytes, shape=shape, block=block)
 
 
 def _shards(
@@ -189,7 +203,8 @@ def _layout_problems(path: Path, size: int, refs: list[TensorRef]) -> list[str]:
     problems = []
     end, last = 0, ""
     for ref in sorted(refs, key=lambda ref: (ref.offset, ref.nbytes)):
-        if ref.dtype in ITEM_BYTES and ref.nbytes != math.prod(ref.shape) * ITEM_BYTES[ref.dtype]:
+        item = _HEADER_BYTES.get(ref.dtype)
+        if item and ref.nbytes != math.prod(ref.shape) * item:
             problems.append(f"{path}: {ref.name}: {ref.nbytes} bytes are not {ref.dtype} {list(ref.shape)}")
         if ref.offset + ref.nbytes > size:
             problems.append(f"{path}: {ref.name}: ends at byte {ref.offset + ref.nbytes}, the file at {size}")
@@ -204,6 +219,6 @@ def _tensor_problems(ref: TensorRef, shape: tuple[int, ...]) -> list[str]:
     problems = []
     if ref.dtype not in ITEM_BYTES:
         problems.append(f"{ref.path}: {ref.name}: has dtype {ref.dtype}, expected {', '.join(ITEM_BYTES)}")
-    if ref.shape != shape:
+    if ref.shape != shape and not (shape == (1,) and ref.shape == ()):
         problems.append(f"{ref.path}: {ref.name}: has shape {list(ref.shape)}, the plan {list(shape)}")
     return problems

@@ -81,6 +81,7 @@ class Stats:
     decode_s: float = 0.0
     mixed_s: float = 0.0
     first_tokens_s: float = 0.0
+    shared_tokens: int = 0  # of prompts that begin like others, and were not read again
 
     @property
     def seconds(self) -> float:
@@ -182,7 +183,7 @@ class Batches:
         new = waiting.first(room)
         waiting.drop(room)
         places = pack([len(g.prompt) for g in new], {p: g.length for p, g in active}, n, most)
-        for place, generation in zip(places, new, strict=True):
+        for place, generation in sorted(zip(places, new, strict=True), key=lambda member: member[0]):
             self._enter(place, generation)
         return sorted([*active, *zip(places, new, strict=True)], key=lambda member: member[0])
 

@@ -10,10 +10,17 @@ int8  a signed byte for each value, a bf16 scale for each block
 int4  4 bits for each value, a bf16 step and a bf16 least value for each half block: bits · step + least
 
 Bits of 4 come in pairs: byte i of a block's 32 has value i below and value 32 + i above.
+
+Matrices that other checkpoints have in fewer bits keep their scales in a tensor of their own, and stand for
+float32 values, rounded to the compute dtype where they are used:
+
+fp8    float8 e4m3; a scale for each block of rows and columns (DeepSeek-V3, arXiv 2412.19437, section 3.3)
+mxfp4  float4 e2m1, value 2i in the lower half of byte i; a power of two for 32 of a row (OCP MX 1.0)
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moeplan.runtime_min.plan_file import STORED_BYTES
@@ -55,6 +62,25 @@ PACKINGS = {
         Packing("int4", 2, HALF, 8),
     )
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A format whose scales lie apart: the dtype that its values have in a checkpoint, and how many a byte
+    has. `code` is the kernels' number for it."""
+
+    name: str
+    code: int
+    stored_as: str
+    per_byte: int
+
+    def data_bytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) // self.per_byte
+
+
+SCALED = {scaled.name: scaled for scaled in (Scaled("fp8", 3, "F8_E4M3", 1), Scaled("mxfp4", 4, "U8", 2))}
+EXPONENTS = "exponents"  # the scales of mxfp4: bytes s that stand for 2^(s - 127)
+MX_VALUES = 32  # that share one of them
 
 
 def fits(shape: tuple[int, ...]) -> bool:

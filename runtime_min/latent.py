@@ -15,16 +15,18 @@ from moeplan.runtime_min.attention import prompt_attention, scored, seen
 from moeplan.runtime_min.decode_attention import decode_attention
 from moeplan.runtime_min.layers import linear
 from moeplan.runtime_min.model_config import Latent, Sight
+from moeplan.runtime_min.packing import Matrix, Packed, unpack
 from moeplan.runtime_min.paged import PagedBatch, PagedCache, Span
 
 
 def attend_latent(
-    layer: int, batch: PagedBatch, cache: PagedCache, q: Tensor, latents: Tensor, up: Tensor, sizes: Latent
+    layer: int, batch: PagedBatch, cache: PagedCache, q: Tensor, latents: Tensor, up: Matrix, sizes: Latent
 ) -> Tensor:
     """Store latents [T, W]; return the attention of q [T, Q, plain + rotated]: [T, Q * value].
 
     `up` [Q * (plain + value), L] makes keys and values of latents.
     """
+    up = unpack(up, q.dtype) if isinstance(up, Packed) else up
     cache.store(layer, batch, latents[:, None])
     if not batch.spans:
         return _absorbed(layer, batch, cache, q, up, sizes)
@@ -35,13 +37,25 @@ def attend_latent(
 def _absorbed(
     layer: int, batch: PagedBatch, cache: PagedCache, q: Tensor, up: Tensor, sizes: Latent
 ) -> Tensor:
-    plain, rotated = q.tensor_split((sizes.plain,), 2)
-    keys, values = up.view(q.shape[1], -1, sizes.kv).tensor_split((sizes.plain,), 1)
-    wide = torch.cat((torch.bmm(plain.transpose(0, 1), keys).transpose(0, 1), rotated), dim=2)  # [B, Q, W]
-    wide = wide.float() * (sizes.score_scale * wide.shape[2] ** 0.5)  # the kernel divides by the root of W
+    wide = absorbed_queries(q, up, sizes)
     out = decode_attention(wide, *cache.layer(layer), batch.tables, batch.lengths)
-    attended = out.view(wide.shape)[..., : sizes.kv].to(q.dtype)
-    return torch.bmm(attended.transpose(0, 1), values.transpose(1, 2)).transpose(0, 1).flatten(1)
+    return values_of(out.view(wide.shape).to(q.dtype), up, sizes)
+
+
+def absorbed_queries(q: Tensor, up: Tensor, sizes: Latent) -> Tensor:
+    """Queries [B, Q, plain + rotated] as they meet latents: [B, Q, W] float32, to be divided by the root of W
+    as those that meet keys are."""
+    plain, rotated = q.tensor_split((sizes.plain,), 2)
+    keys = up.view(q.shape[1], -1, sizes.kv)[:, : sizes.plain]
+    wide = torch.cat((torch.bmm(plain.transpose(0, 1), keys).transpose(0, 1), rotated), dim=2)
+    return wide.float() * (sizes.score_scale * wide.shape[2] ** 0.5)
+
+
+def values_of(attended: Tensor, up: Tensor, sizes: Latent) -> Tensor:
+    """What was attended of latents [B, Q, W] as values [B, Q * value]."""
+    values = up.view(attended.shape[1], -1, sizes.kv)[:, sizes.plain :]
+    latents = attended[..., : sizes.kv].transpose(0, 1)
+    return torch.bmm(latents, values.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
 def _prompt(
@@ -49,16 +63,16 @@ def _prompt(
 ) -> Tensor:
     """Causal attention of whole prompts, given flat, or of a later part of one."""
     if span.start == 0:
-        k, v = _expand(latents, up, q.shape[1], sizes)
+        k, v = expand(latents, up, q.shape[1], sizes)
         return prompt_attention(q, k, v, span.new, scale=sizes.score_scale)
     (cached,) = cache.load(layer, span.table, 0, span.start + span.new)
-    k, v = _expand(cached[0], up, q.shape[1], sizes)
+    k, v = expand(cached[0], up, q.shape[1], sizes)
     mask = seen(Sight(), 0, span.start, span.new, q.device)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return scored(q, k, v, mask, scale=sizes.score_scale)[0].transpose(0, 1).flatten(1)
 
 
-def _expand(latents: Tensor, up: Tensor, heads: int, sizes: Latent) -> tuple[Tensor, Tensor]:
+def expand(latents: Tensor, up: Tensor, heads: int, sizes: Latent) -> tuple[Tensor, Tensor]:
     """Keys [T, Q, plain + rotated] and values [T, Q, value] of latents [T, W]."""
     both = linear(latents[:, : sizes.kv].contiguous(), up).view(len(latents), heads, -1)
     plain, values = both.tensor_split((sizes.plain,), 2)

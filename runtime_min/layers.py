@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     if out is None:
         out = vectors.linear(x, weight)
     if out is None:
-        plain = unpack(weight).to(x.dtype) if isinstance(weight, Packed) else weight
+        plain = unpack(weight, x.dtype) if isinstance(weight, Packed) else weight
         return F.linear(pad_rows(x), plain, bias)[: x.shape[0]]
     return out if bias is None else out.add_(bias)
 
@@ -71,17 +71,22 @@ def fused_expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def clamped_expert(
-    x: Tensor, gate_up: Tensor, gate_up_bias: Tensor, down: Tensor, bias: Tensor, limit: float, gain: float
+    x: Tensor, gate_up: Matrix, gate_up_bias: Tensor, down: Matrix, bias: Tensor, limit: float, gain: float
 ) -> Tensor:
     """down · ((up + 1) · gate · sigmoid(gain · gate)) of x [T, H], gates cut above and ups on both sides.
 
-    Gates and ups alternate in gate_up [H, 2 I]; down is [I, H].
+    Gates and ups alternate in gate_up [H, 2 I]; down is [I, H]. Packed ones lie transposed.
     Source: gpt-oss, arXiv 2508.10925, section 2.2, and transformers 5.23.0, `modeling_gpt_oss.py`.
     """
-    both = linear(x, gate_up.T, gate_up_bias)  # [T, 2 I]
+    both = linear(x, _as_rows(gate_up), gate_up_bias)  # [T, 2 I]
     gate, up = both[:, ::2].clamp_(max=limit), both[:, 1::2].clamp_(-limit, limit)
     inner = torch.sigmoid_(gate * gain).mul_(gate).mul_(up.add_(1))
-    return linear(inner, down.T, bias)
+    return linear(inner, _as_rows(down), bias)
+
+
+def _as_rows(weight: Matrix) -> Matrix:
+    """[out, in]: as MXFP4 has it, while plain ones of pairs are stored transposed."""
+    return weight if isinstance(weight, Packed) else weight.T
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from moeplan.runtime_min.formats import PACKINGS
-from moeplan.runtime_min.models.tensors import CORRECTION
+from moeplan.runtime_min.formats import PACKINGS, SCALED
+from moeplan.runtime_min.models.tensors import CORRECTION, SCALES, packed
 from moeplan.runtime_min.plan_file import (
     ALIGNMENT_BYTES,
     ARCHITECTURES,
@@ -31,16 +31,10 @@ def check_supported(path: Path, plan: RuntimePlan) -> None:
             "parallelism); this version executes one copy on one GPU",
             "compile the spec for a machine with one GPU",
         )
-    if plan.model.latent_dim and kind == "offload":
-        raise PlanFileError(
-            f"{path}: offload plans of {plan.model.architecture} are not supported: the cache of latent "
-            "attention is kept by stream plans only",
-            "compile the spec for a machine without a GPU",
-        )
     if plan.model.packing != "none" and kind == "offload":
         raise PlanFileError(
-            f"{path}: weights packed in {plan.model.packing} are executed by stream plans only",
-            "compile the spec for a machine without a GPU, or with the checkpoint as it was",
+            f"{path}: weights in {plan.model.packing} are executed by stream plans only",
+            "compile the spec for a machine without a GPU, or for a checkpoint in bf16",
         )
     if plan.batch.kv_cache == "int8" and (kind == "offload" or plan.model.latent_dim):
         raise PlanFileError(f"{path}: a cache of int8 is kept by stream plans only, and not of latents")
@@ -123,16 +117,11 @@ def check_memory(
     plan: RuntimePlan,
     shapes: Mapping[str, tuple[int, ...]],
     moving: Collection[str],
-    packed: Collection[str] = (),
 ) -> None:
     """Raise PlanFileError where a need exceeds its item of the plan, or all together the budget."""
     memory, pages = plan.memory, plan.pages
     check_parameters(path, plan, shapes)
-    stay = sum(
-        PACKINGS[plan.model.packing].most_bytes(shape) if name in packed else stay_bytes(plan, name, shape)
-        for name, shape in shapes.items()
-        if name not in moving
-    )
+    stay = sum(stay_bytes(plan, name, shape) for name, shape in shapes.items() if name not in moving)
     items = {
         "weights": (stay, memory.weights_bytes),
         "slots": (pages.slots * pages.slot_bytes if moving else 0, memory.slots_bytes),
@@ -145,7 +134,7 @@ def check_memory(
 
 def check_parameters(path: Path, plan: RuntimePlan, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise PlanFileError where the checkpoint has not as many parameters as the plan counts."""
-    found = sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(CORRECTION))
+    found = sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith((CORRECTION, SCALES)))
     if found != plan.model.parameters:
         raise PlanFileError(
             f"{path}: the checkpoint has {found:,} parameters, the plan counts {plan.model.parameters:,}",
@@ -155,7 +144,13 @@ def check_parameters(path: Path, plan: RuntimePlan, shapes: Mapping[str, tuple[i
 
 def stay_bytes(plan: RuntimePlan, name: str, shape: tuple[int, ...]) -> int:
     """What a tensor takes that stays in memory."""
-    item = 4 if name.endswith(CORRECTION) else ITEM_BYTES[plan.model.compute_dtype]
+    packing = plan.model.packing
+    if packed(plan.model, name, shape):
+        kind = SCALED.get(packing)
+        return kind.data_bytes(shape) if kind else PACKINGS[packing].most_bytes(shape)
+    if name.endswith(SCALES) and packing == "mxfp4":
+        return math.prod(shape)
+    item = 4 if name.endswith((CORRECTION, SCALES)) else ITEM_BYTES[plan.model.compute_dtype]
     return math.prod(shape) * item
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ _TRIVIAL: dict[str, tuple[object, ...]] = {
     "mlp_bias": (False,),
     "hidden_act": ("silu",),
 }
+_KEPT_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
+_KEPT = ("lm_head", "embed_tokens", "norm", ".gate", ".router", ".shared_expert_gate")  # never in fp8
 _SCORING = {"grouped softmax": "softmax", "sigmoid": "sigmoid"}
 
 
@@ -63,7 +66,8 @@ class ModelConfig:
     The first `rotary_dim` dimensions of a head are rotated (0: all), but not in the layers `unrotated`, where
     `temperature` (a, tokens) multiplies queries by a · log(1 + position / tokens) + 1. All that is rotated is
     multiplied by `rope_factor`. Layers `dense` have no experts. `sights` is empty where all layers see all.
-    `clamp` (limit, gain) are those of a clamped SwiGLU.
+    `clamp` (limit, gain) are those of a clamped SwiGLU. In fp8 a `scale_block` of so many rows and values of
+    a matrix shares a scale, 0 being all.
     """
 
     norm_eps: float
@@ -86,6 +90,7 @@ class ModelConfig:
     sights: tuple[Sight, ...] = ()
     choice: Choice = Choice()
     clamp: tuple[float, float] = (0.0, 0.0)
+    scale_block: tuple[int, int] = (0, 0)
 
     def sight(self, layer: int) -> Sight:
         return self.sights[layer] if self.sights else Sight()
@@ -103,6 +108,7 @@ def read_config(folder: Path, model: ModelPlan, context_tokens: int) -> ModelCon
     dense = _dense_layers(keys, kind, model.layers)
     biased = bool(keys.get(kind.bias_key, kind.has_biases))
     rotated = _rotated_layers(keys, kind, model.layers)
+    packing, block = _packing(keys.get("quantization_config"), kind)
     config = ModelConfig(
         norm_eps=keys.number("rms_norm_eps", kind.norm_eps),
         rope_theta=_theta(keys, kind, rope),
@@ -124,26 +130,58 @@ def read_config(folder: Path, model: ModelPlan, context_tokens: int) -> ModelCon
         sights=_sights(keys, kind, model.layers, context_tokens, rotated),
         choice=_choice(keys, kind),
         clamp=(keys.number("swiglu_limit", 7.0), keys.number("swiglu_alpha", 1.702)),
+        scale_block=block,
     )
     problems = [
         *keys.problems,
         *_shape_problems(keys, model, kind, config),
         *_feature_problems(outer, keys, kind, biased),
         *_context_problems(keys, context_tokens),
-        *_packing_problems(keys.get("quantization_config"), model.packing),
+        *_packing_problems(keys.get("quantization_config"), packing, model.packing),
     ]
     if problems:
         raise CheckpointError([f"{folder / 'config.json'}: {problem}" for problem in problems])
     return config
 
 
-def _packing_problems(quantization: object, packing: str) -> list[str]:
+def _packing(quantization: object, kind: Architecture) -> tuple[str, tuple[int, int]]:
+    """The format that a checkpoint is in, "unknown" where it is none of this runtime's, and fp8's block."""
+    match quantization:
+        case None:
+            return "none", (0, 0)
+        case {"quant_method": "moeplan", "format": str(name), **others} if not others:
+            return name, (0, 0)
+        case {"quant_method": "mxfp4"} if kind.experts == "pairs":
+            return "mxfp4", (0, 0)
+        case {"quant_method": "fp8" | "compressed-tensors"} if kind.experts == "apart" and not kind.fused_qkv:
+            block = _fp8_block(quantization)
+            return ("unknown", (0, 0)) if block is None else ("fp8", block)
+    return "unknown", (0, 0)
+
+
+def _fp8_block(quantization: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and values that share a scale; None where the weights are in something else, or some in bf16."""
+    kept = [name for key in _KEPT_KEYS for name in quantization.get(key) or ()]
+    if any(not re.sub(r"[^\w.]", "", str(name)).endswith(_KEPT) for name in kept):
+        return None
+    match quantization:
+        case {"quant_method": "fp8"}:
+            block = quantization.get("weight_block_size") or [0, 0]
+            good = isinstance(block, list) and [type(n) for n in block] == [int, int] and min(block) >= 0
+            return (block[0], block[1]) if good and quantization.get("fmt", "e4m3") == "e4m3" else None
+        case {"config_groups": {**groups}} if len(groups) == 1 and not quantization.get("kv_cache_scheme"):
+            (group,) = groups.values()
+            match group:
+                case {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": how}}:
+                    return {"channel": (1, 0), "tensor": (0, 0)}.get(how)
+    return None
+
+
+def _packing_problems(quantization: object, packing: str, planned: str) -> list[str]:
     """A checkpoint in other bits than the plan's."""
-    wanted = None if packing == "none" else {"quant_method": "moeplan", "format": packing}
-    if quantization == wanted:
-        return []
-    how = f": write it with `runtime_min quantize --to {packing}`" if quantization is None else ""
-    return [f"quantization_config is {quantization!r}, the plan has {wanted!r}{how}"]
+    packable = quantization is None and planned in PACKINGS
+    how = f": write it with `runtime_min quantize --to {planned}`" if packable else ""
+    return [f"quantization_config is {quantization!r}, the plan has {planned}{how}"] * (packing != planned)
 
 
 def _renormalise(keys: Keys, kind: Architecture) -> bool:

@@ -28,6 +28,7 @@ from moeplan.runtime_min.checksums import verification
 from moeplan.runtime_min.cpu import keep_freed_memory
 from moeplan.runtime_min.engine import Active, Batches, goes_on, groups
 from moeplan.runtime_min.lanes import Blocks, Lanes, Row, check_schedule, load_schedule, single
+from moeplan.runtime_min.latent import absorbed_queries, expand, values_of
 from moeplan.runtime_min.layers import sort_by_expert
 from moeplan.runtime_min.limits import check_offload
 from moeplan.runtime_min.model_config import Sight, read_config
@@ -41,7 +42,7 @@ from moeplan.runtime_min.offload_memory import (
     check_pages,
 )
 from moeplan.runtime_min.operations import DTYPES, Operations
-from moeplan.runtime_min.plan_file import RuntimePlan
+from moeplan.runtime_min.plan_file import RuntimePlan, kv_shape
 
 LANES = ("gpu", "h2d", "d2h", "cpu", "copier", "disk")
 DECODE_OPS = (
@@ -266,11 +267,20 @@ class Offload(Batches):
         """The residual stream of micro-batch j: [B, H], float32."""
         return self._on["hidden"][j, : len(step.groups[j].active)]
 
-    def _queries(self, step: Step, layer: int, j: int, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _queries(self, step: Step, layer: int, j: int, batch: MicroBatch) -> tuple[Tensor, ...]:
+        """Queries, and what the cache is to keep: keys and values, or latents with queries that meet them."""
         hidden = self._hidden(step, j)
         if layer > 0:
             self._add_partial(hidden, j)
-        return self._device_ops.queries(layer, hidden, batch.positions, self._memory.resident)
+        if self.config.latent is None:
+            return self._device_ops.queries(layer, hidden, batch.positions, self._memory.resident)
+        q, latents = self._device_ops.latents(layer, hidden, batch.positions, self._memory.resident)
+        wide = absorbed_queries(q, self._up_projection(layer), self.config.latent)
+        return wide.to(self._dtype), latents[:, None]
+
+    def _up_projection(self, layer: int) -> Tensor:
+        """What makes keys and values of latents."""
+        return self._memory.resident[f"model.layers.{layer}.self_attn.kv_b_proj.weight"]
 
     def _add_partial(self, hidden: Tensor, j: int) -> None:
         """Add what the CPU's experts of the layer before have said."""
@@ -290,9 +300,10 @@ class Offload(Batches):
         group, m = step.groups[j], self._model
         if group.host is not None:
             qkv = self._pinned["qkv"][j, : len(group.active)]
-            q, k, v = qkv.tensor_split((m.heads, m.heads + m.kv_heads), 1)
+            kinds, heads, _ = kv_shape(m)
+            q, *kept = qkv.split([m.heads, *[heads] * kinds], 1)
             cache, sinks = self._memory.host_cache, self._host_sinks[layer]
-            out = attend(layer, group.host, cache, q, k, v, self.config.sight(layer), sinks)
+            out = attend(layer, group.host, cache, q, kept, self.config.sight(layer), sinks)
             self._pinned["attended"][j, : len(out)] = out
 
     def _load_hidden(self, step: Step, _: int, j: int, __: int) -> None:
@@ -302,7 +313,7 @@ class Offload(Batches):
         host, there = self._memory.host_cache.tensor[layer], self._memory.kv_in.tensor[slot]
         first = j * self.plan.batch.micro_batch
         for place, tokens in cached:
-            for kv in range(2):
+            for kv in range(len(host)):
                 source = host[kv, place, :, :tokens]
                 there[kv, place - first, :, :tokens].copy_(source, non_blocking=True)
 
@@ -310,23 +321,23 @@ class Offload(Batches):
         group = step.groups[j]
         if group.device is None:
             return
-        q, k, v = self._queries(step, layer, j, group.device)
+        q, *kept = self._queries(step, layer, j, group.device)
         sight, sinks = self._sight(layer)
         if slot < 0:
-            out = attend(layer, group.device, self._memory.device_cache, q, k, v, sight, sinks)
+            out = attend(layer, group.device, self._memory.device_cache, q, kept, sight, sinks)
         else:
-            out = attend(slot, group.device, self._memory.kv_in, q, k, v, sight, sinks)
-            self._keep(slot, k, v)
+            out = attend(slot, group.device, self._memory.kv_in, q, kept, sight, sinks)
+            self._keep(slot, kept)
         self._on["attended"][j, : len(out)] = out
 
     def _sight(self, layer: int) -> tuple[Sight, Tensor | None]:
         """What the device's queries see in a layer, and their sinks."""
         return self.config.sight(layer), self._device_ops.sinks(layer, self._memory.resident)
 
-    def _keep(self, slot: int, k: Tensor, v: Tensor) -> None:
-        """New keys and values [T, V, D], for the host."""
-        self._on["kv_out"][slot, 0, : len(k)] = k
-        self._on["kv_out"][slot, 1, : len(v)] = v
+    def _keep(self, slot: int, kept: Sequence[Tensor]) -> None:
+        """New keys and values, or latents, [T, V, D], for the host."""
+        for kind, values in enumerate(kept):
+            self._on["kv_out"][slot, kind, : len(values)] = values
 
     def _store_kv(self, step: Step, layer: int, j: int, slot: int) -> None:
         group = step.groups[j]
@@ -336,17 +347,20 @@ class Offload(Batches):
     def _store(self, layer: int, batch: MicroBatch, slot: int, tokens: slice) -> None:
         """Spread `tokens` of kv_out over the host's cache."""
         pinned = self._pinned["kv_out"][slot, :, tokens]
-        for kv in range(2):
+        for kv in range(len(pinned)):
             pinned[kv].copy_(self._on["kv_out"][slot, kv, tokens], non_blocking=True)
         if self._device.type != "cpu":
             torch.accelerator.current_stream().synchronize()  # now they are here, to be spread
-        self._memory.host_cache.store(layer, batch, pinned[0], pinned[1])
+        self._memory.host_cache.store(layer, batch, list(pinned))
 
     def _post_attention(self, step: Step, layer: int, j: int, half: int) -> None:
         hidden = self._hidden(step, j)
         if not len(hidden):
             return
         attended = self._on["attended"][j, : len(hidden)]
+        if self.config.latent:
+            per_head = attended.view(len(hidden), self._model.heads, -1)
+            attended = values_of(per_head, self._up_projection(layer), self.config.latent)
         self._device_ops.add_attended(layer, hidden, attended, self._memory.resident)
         normed, choice = self._choose(layer, hidden)
         if self._s.decode_cpu_experts:
@@ -421,20 +435,29 @@ class Offload(Batches):
         piece = step.pieces[q]
         hidden = self._piece(piece, layer, slot)
         weights, ops = self._memory.resident, self._device_ops
-        queries, k, v = ops.queries(layer, hidden, piece.batch.positions, weights)
-        out = attend_prompts(piece.batch, queries, k, v, *self._sight(layer))
+        out, kept = self._attend_piece(layer, piece, hidden)
         ops.add_attended(layer, hidden, out, weights)
         tokens, batch = piece.device
         if tokens.stop > tokens.start:
-            self._memory.device_cache.store(layer, batch, k[tokens], v[tokens])
+            self._memory.device_cache.store(layer, batch, [values[tokens] for values in kept])
         if self._buffers.host_places:
-            self._keep(slot, k, v)
+            self._keep(slot, kept)
         normed, choice = self._choose(layer, hidden)
         if self._s.prefill_cpu_experts:
             self._tell("piece_", slot, normed, choice)
         half = (step.number * self._s.layers + layer) % 2
         self._add_experts(layer, half, normed, choice, hidden, bool(self._s.prefill_cpu_experts))
         self._on["piece_out"][slot][: len(hidden)] = hidden
+
+    def _attend_piece(self, layer: int, piece: Piece, hidden: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """What prompts attend to, and what the cache is to keep of them."""
+        positions, weights, sizes = piece.batch.positions, self._memory.resident, self.config.latent
+        if sizes is None:
+            q, *kept = self._device_ops.queries(layer, hidden, positions, weights)
+            return attend_prompts(piece.batch, q, *kept, *self._sight(layer)), kept
+        q, latents = self._device_ops.latents(layer, hidden, positions, weights)
+        k, v = expand(latents, self._up_projection(layer), self._model.heads, sizes)
+        return attend_prompts(piece.batch, q, k, v, scale=sizes.score_scale), [latents[:, None]]
 
     def _piece(self, piece: Piece, layer: int, slot: int) -> Tensor:
         """The residual stream of a piece before `layer`: [T, H], float32."""

@@ -29,7 +29,7 @@ from moeplan.runtime_min.limits import check_items, check_parameters, stay_bytes
 from moeplan.runtime_min.models.tensors import expert_names, expert_shapes
 from moeplan.runtime_min.operations import DTYPES
 from moeplan.runtime_min.pages import Reader, Shard, kept_as
-from moeplan.runtime_min.plan_file import PlanFileError, RuntimePlan, scratch_bytes
+from moeplan.runtime_min.plan_file import PlanFileError, RuntimePlan, kv_shape, scratch_bytes
 
 READERS, _BLOCK_BYTES = 4, 4 << 20  # direct reads of this size reached the disks' rates in calibrations
 _ROUNDING_BYTES = 4096  # what a plan's sizes may be short by, per buffer
@@ -125,20 +125,20 @@ class Buffers:
         return most - self.host_places
 
     def cache(self, layers: int, places: int) -> tuple[int, ...]:
-        """The shape of a cache, [layers, 2, places, V, context, D]."""
-        m = self.plan.model
-        return (layers, 2, places, m.kv_heads, self.plan.batch.context_tokens, m.head_dim)
+        """The shape of a cache, [layers, 2, places, V, context, D]; of latents with 1 in place of 2 and V."""
+        kinds, heads, width = kv_shape(self.plan.model)
+        return (layers, kinds, places, heads, self.plan.batch.context_tokens, width)
 
     def shared(self) -> Sizes:
         """On the device, with a pinned counterpart: what micro-batches and pieces send and receive."""
         m, s, dtype = self.plan.model, self.s, DTYPES[self.plan.model.compute_dtype]
         count, micro = s.micro_batches, self.plan.batch.micro_batch
-        heads = m.heads + 2 * m.kv_heads
+        kinds, heads, width = kv_shape(m)
         rows = max(self.piece_tokens, micro) if self.host_places else 0
         return {
-            "qkv": ((s.cpu_attended, micro, heads, m.head_dim), dtype),
-            "attended": ((count, micro, m.heads * m.head_dim), dtype),
-            "kv_out": ((2, 2, rows, m.kv_heads, m.head_dim), dtype),
+            "qkv": ((s.cpu_attended, micro, m.heads + kinds * heads, width), dtype),
+            "attended": ((count, micro, m.heads * width), dtype),
+            "kv_out": ((2, kinds, rows, heads, width), dtype),
             "partial": ((count * s.decode_cpu_experts, micro, m.hidden), dtype),
             **self._routed("", count * s.decode_cpu_experts, micro),
         }
@@ -242,7 +242,7 @@ class Memory:
         self.outside = [experts.others(layer) for layer in range(m.layers)]
         moving = {n for layer, es in enumerate(self.outside) for e in es for n in expert_names(m, layer, e)}
         self.resident = {
-            name: torch.empty(ref.shape, dtype=kept_as(name, self._dtype), device=device)
+            name: torch.empty(ref.shape, dtype=kept_as(ref, self._dtype), device=device)
             for name, ref in refs.items()
             if name not in moving
         }

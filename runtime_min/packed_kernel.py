@@ -27,10 +27,10 @@ from moeplan.runtime_min.kernel_parts import (
 I8 = ir.IntType(8)
 BYTES, HALF_BYTES = ir.VectorType(I8, 64), ir.VectorType(I8, 32)
 SHORTS = ir.VectorType(I16, 64)
-BF12, INT8, INT4 = range(3)  # packing.Packing.code
+BF12, INT8, INT4, FP8, MXFP4 = range(5)  # formats: code of Packing and Scaled
 ROWS = 32  # unpacked at once
 
-# The table of a call. FAR: exceptions, which follow the rows.
+# The table of a call. FAR: exceptions, which follow the rows; or where Packed.grid lies.
 NEXT, PARTS, DATA, CODE, OUTER, INNER, FAR, OUT, TABLE_SIZE = range(9)
 
 
@@ -128,6 +128,55 @@ def int4_block(typingctx, data, scales, out):
     return types.void(*[types.int64] * 3), codegen
 
 
+def _small_float(builder: Any, bits: Any, sign: int, mantissa_bits: int, bias: int) -> Any:
+    """16 floats of few bits (int32), their highest one `sign`, as float32."""
+    magnitude = builder.and_(bits, _constant(INTS, sign - 1))
+    exponent = _constant(INTS, (127 - bias) << 23)
+    normal = builder.add(builder.shl(magnitude, _constant(INTS, 23 - mantissa_bits)), exponent)
+    step = ir.Constant(FLOATS, [2.0 ** (1 - bias - mantissa_bits)] * 16)
+    tiny = builder.bitcast(builder.fmul(builder.sitofp(magnitude, FLOATS), step), INTS)
+    below = builder.icmp_signed("<", magnitude, _constant(INTS, 1 << mantissa_bits))
+    signs = builder.shl(builder.and_(bits, _constant(INTS, sign)), _constant(INTS, 32 - sign.bit_length()))
+    return builder.bitcast(builder.or_(builder.select(below, tiny, normal), signs), FLOATS)
+
+
+@intrinsic
+def fp8_block(typingctx, data, scale, out):
+    """64 values e4m3 at `data` times the float32 at `scale`; no NaN among them."""
+
+    def codegen(context, builder, signature, args):
+        data, scale, out = args
+        factor = _splat(builder, _load(builder, scale, F32), 16)
+        for i in range(0, 64, 16):
+            some = _load(builder, builder.add(data, I64(i)), ir.VectorType(I8, 16))
+            value = _small_float(builder, builder.zext(some, INTS), 0x80, 3, 7)
+            bits = builder.bitcast(builder.fmul(value, factor), INTS)
+            _store(builder, rounded(builder, bits), builder.add(out, I64(2 * i)))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+@intrinsic
+def mxfp4_block(typingctx, data, scales, out):
+    """64 values e2m1 at `data` times the powers of two that the two bytes at `scales` stand for."""
+
+    def codegen(context, builder, signature, args):
+        data, scales, out = args
+        low, high = _halves(builder, data)
+        for i in range(0, 64, 16):
+            order = [i // 2 + j // 2 + 32 * (j % 2) for j in range(16)]  # lower and upper bits by turns
+            some = builder.shuffle_vector(low, high, ir.Constant(INTS, order))
+            value = _small_float(builder, builder.zext(some, INTS), 8, 1, 1)
+            power = builder.zext(_load(builder, builder.add(scales, I64(i // 32)), I8), I32)
+            factor = builder.bitcast(builder.shl(power, I32(23)), F32)
+            bits = builder.bitcast(builder.fmul(value, _splat(builder, factor, 16)), INTS)
+            _store(builder, rounded(builder, bits), builder.add(out, I64(2 * i)))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
 @intrinsic
 def copy_bits(typingctx, source, out):
     """Two bytes at `source` go to `out`."""
@@ -143,14 +192,15 @@ def _number_at(kind: Any) -> Any:
     @intrinsic
     def number_at(typingctx, address):
         def codegen(context, builder, signature, args):
-            return builder.zext(_load(builder, args[0], kind), I64)
+            found = _load(builder, args[0], kind)
+            return found if kind == I64 else builder.zext(found, I64)
 
         return types.int64(types.int64), codegen
 
     return number_at
 
 
-row_at, column_at = _number_at(I32), _number_at(I16)
+row_at, column_at, number_at = _number_at(I32), _number_at(I16), _number_at(I64)
 
 
 @njit(error_model="numpy")
@@ -164,6 +214,9 @@ def row_bytes(code, inner):
 @njit(error_model="numpy")
 def unpack_rows(data, code, outer, inner, far, first, end, out):
     """Rows first..end of the packed matrix at `data` become bf16 at `out`, row after row."""
+    if code >= FP8:
+        _unpack_scaled(data, code, inner, far, first, end, out)
+        return
     blocks, stride = inner // 64, row_bytes(code, inner)
     for row in range(first, end):
         source, to = data + row * stride, out + (row - first) * 2 * inner
@@ -178,6 +231,23 @@ def unpack_rows(data, code, outer, inner, far, first, end, out):
                 int4_block(source + 32 * i, source + 32 * blocks + 8 * i, to + 128 * i)
     if far:
         _place_exceptions(data + outer * stride, inner, far, first, end, out)
+
+
+@njit(error_model="numpy")
+def _unpack_scaled(data, code, inner, grid, first, end, out):
+    """The same where scales lie apart: see packing.Packed."""
+    scales, height, width = number_at(grid), number_at(grid + 8), number_at(grid + 16)
+    count = number_at(grid + 24)
+    for row in range(first, end):
+        line, to = scales, out + (row - first) * 2 * inner
+        if code == FP8:
+            line += row // height * count * 4
+            for i in range(inner // 64):
+                fp8_block(data + row * inner + 64 * i, line + 64 * i // width * 4, to + 128 * i)
+        else:
+            line += row * count
+            for i in range(inner // 64):
+                mxfp4_block(data + row * inner // 2 + 32 * i, line + 2 * i, to + 128 * i)
 
 
 @njit(error_model="numpy")

@@ -16,21 +16,54 @@ from moeplan.runtime_min.formats import (
     EXCEPTION_BYTES,
     FAR,
     HALF,
+    MX_VALUES,
+    SCALED,
     SMALLEST_STEP,
     Packing,
+    Scaled,
 )
+
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1, the sign apart
+_PLAIN_VALUES = 1 << 20  # that torch unpacks at once
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A packed matrix [outer, inner] in memory: `data` are its bytes."""
+    """A packed matrix [outer, inner] in memory: `data` are its bytes.
+
+    `scales` are those that lie apart, and `grid` tells the kernels of them: address, rows and values of a
+    block, scales of a row of blocks.
+    """
 
     data: Tensor
     shape: tuple[int, int]
-    packing: Packing
+    packing: Packing | Scaled
+    scales: Tensor | None = None
+    grid: Tensor | None = None
 
-    def exceptions(self) -> int:
-        return (len(self.data) - self.packing.least_bytes(self.shape)) // EXCEPTION_BYTES
+    def beside(self) -> int:
+        """How many exceptions follow the rows, or the address of `grid`."""
+        if isinstance(self.packing, Packing):
+            return (len(self.data) - self.packing.least_bytes(self.shape)) // EXCEPTION_BYTES
+        assert self.grid is not None
+        return self.grid.data_ptr()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether kernels take it: whole blocks of 64 values, each with one scale."""
+        if self.grid is None:
+            return True
+        values = int(self.grid[2])
+        alone = values % BLOCK_VALUES == 0 or values >= self.shape[1] or values == MX_VALUES
+        return self.shape[1] % BLOCK_VALUES == 0 and alone
+
+
+def scaled(
+    data: Tensor, scales: Tensor, shape: tuple[int, int], packing: Scaled, block: tuple[int, int]
+) -> Packed:
+    """A matrix [outer, inner] of `data` with a scale for each `block` of rows and values."""
+    grid = torch.tensor([scales.data_ptr(), *block, -(-shape[1] // block[1])])
+    return Packed(data, shape, packing, scales, grid)
 
 
 Matrix = Tensor | Packed
@@ -41,7 +74,7 @@ def lies_ready(x: Tensor, weight: Matrix) -> bool:
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.dim() != 2 or x.numel() == 0:
         return False
     if isinstance(weight, Packed):
-        return True
+        return weight.compiled
     return weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous()
 
 
@@ -84,17 +117,19 @@ def packed(weight: Tensor, packing: Packing) -> Packed:
     return Packed(data, (weight.shape[0], weight.shape[1]), packing)
 
 
-def unpack(packed: Packed) -> Tensor:
-    """The matrix, bf16 [outer, inner]; compiled where Numba is installed."""
-    kernel = _kernel()
+def unpack(packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The matrix [outer, inner] in `dtype`; compiled where Numba is installed."""
+    if packed.grid is not None and dtype != torch.bfloat16:
+        return plain(packed, dtype)  # more than bf16 holds
+    kernel = _kernel() if packed.compiled else None
     if kernel is None or packed.data.device.type != "cpu":
-        return plain(packed)
+        return plain(packed, dtype)
     outer, inner = packed.shape
     out = torch.empty(packed.shape, dtype=torch.bfloat16)
     parts, code = -(-outer // kernel.ROWS), packed.packing.code
     address = packed.data.data_ptr()
-    team.run(kernel.unpack, [0, parts, address, code, outer, inner, packed.exceptions(), out.data_ptr()])
-    return out
+    team.run(kernel.unpack, [0, parts, address, code, outer, inner, packed.beside(), out.data_ptr()])
+    return out.to(dtype)
 
 
 @functools.cache
@@ -109,9 +144,11 @@ def _packer() -> Any | None:
     return team.module("pack_kernel", "formats", "kernel_parts")
 
 
-def plain(packed: Packed) -> Tensor:
+def plain(packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The same in torch alone."""
     (outer, inner), packing = packed.shape, packed.packing
+    if isinstance(packing, Scaled):
+        return _plain_scaled(packed, dtype)
     size = packing.least_bytes(packed.shape)
     rows = packed.data[:size].view(outer, -1)
     cut = inner // BLOCK_VALUES * packing.data_bytes
@@ -121,11 +158,40 @@ def plain(packed: Packed) -> Tensor:
     if len(packed.data) > size:
         row, column, value = read_exceptions(packed)
         out[row, column] = value
+    return out.to(dtype)
+
+
+def _plain_scaled(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """Some rows after the other."""
+    assert packed.grid is not None
+    assert packed.scales is not None
+    (outer, inner), out = packed.shape, torch.empty(packed.shape, dtype=dtype)
+    height, width, count = packed.grid.tolist()[1:]
+    data, scales = packed.data.view(outer, -1), packed.scales.view(-1, count)
+    rows = max(1, _PLAIN_VALUES // inner)
+    for first in range(0, outer, rows):
+        some = slice(first, min(outer, first + rows))
+        blocks = torch.arange(some.start, some.stop) // height
+        factors = scales[blocks].repeat_interleave(width, dim=1)[:, :inner]
+        out[some] = (
+            _fp4(data[some], factors) if packed.packing is SCALED["mxfp4"] else _fp8(data[some], factors)
+        )
     return out
+
+
+def _fp8(data: Tensor, factors: Tensor) -> Tensor:
+    return data.view(torch.float8_e4m3fn).float() * factors
+
+
+def _fp4(data: Tensor, exponents: Tensor) -> Tensor:
+    table = torch.tensor([*_FP4, *(-value for value in _FP4)])
+    pairs = torch.stack((table[data.int() & 15], table[data.int() >> 4]), dim=2)
+    return torch.ldexp(pairs.flatten(1), exponents.int() - 127)
 
 
 def read_exceptions(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, columns and values of those that follow the rows."""
+    assert isinstance(packed.packing, Packing)
     tail = packed.data[packed.packing.least_bytes(packed.shape) :].clone().view(-1, EXCEPTION_BYTES)
     row = tail[:, :4].contiguous().view(torch.int32)[:, 0].long()
     column = tail[:, 4:6].contiguous().view(torch.int16)[:, 0].long() & 0xFFFF

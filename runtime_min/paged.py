@@ -71,6 +71,7 @@ class PagedCache:
         self.tensor = torch.empty(shape, dtype=torch.int8 if int8 else dtype).zero_()
         self._scales = torch.empty(shape[:-1]).zero_() if int8 else None
         self._free = list(reversed(range(blocks)))
+        self._holders = [0] * blocks
         self._tables: dict[int, Tensor] = {}
 
     def room(self, tokens: Iterable[int]) -> int:
@@ -82,13 +83,22 @@ class PagedCache:
             fitting += left >= 0
         return fitting
 
-    def take(self, key: int, tokens: int) -> None:
-        """Give the sequence `key` the blocks for `tokens`."""
-        self._tables[key] = torch.tensor([self._free.pop() for _ in range(kv_blocks(tokens))]).int()
+    def take(self, key: int, tokens: int, shared: Sequence[int] = ()) -> list[int]:
+        """Give the sequence `key` the blocks for `tokens`, `shared` ones among them; return all."""
+        blocks = [*shared, *(self._free.pop() for _ in range(kv_blocks(tokens) - len(shared)))]
+        for block in blocks:
+            self._holders[block] += 1
+        self._tables[key] = torch.tensor(blocks).int()
+        return blocks
 
-    def give_back(self, key: int) -> None:
-        """The sequence `key` is done."""
-        self._free += reversed(self._tables.pop(key).tolist())
+    def give_back(self, key: int) -> list[int]:
+        """The sequence `key` is done; return the blocks that nobody holds any longer."""
+        blocks = self._tables.pop(key).tolist()
+        for block in blocks:
+            self._holders[block] -= 1
+        freed = [block for block in reversed(blocks) if not self._holders[block]]
+        self._free += freed
+        return freed
 
     def table(self, key: int) -> Tensor:
         """The blocks [M] of the sequence `key`, int32."""

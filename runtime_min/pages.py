@@ -24,14 +24,14 @@ from torch import Tensor
 from moeplan.runtime_min.checkpoint import TensorRef
 from moeplan.runtime_min.checksums import Verification
 from moeplan.runtime_min.errors import RunError
-from moeplan.runtime_min.formats import PACKINGS
-from moeplan.runtime_min.models.tensors import CORRECTION
-from moeplan.runtime_min.packing import Matrix, Packed
+from moeplan.runtime_min.formats import EXPONENTS, PACKINGS, SCALED
+from moeplan.runtime_min.models.tensors import CORRECTION, SCALES
+from moeplan.runtime_min.packing import Matrix, Packed, scaled
 from moeplan.runtime_min.plan_file import ALIGNMENT_BYTES, PagePlan
 
 # Of packed matrices those of their bytes.
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-DTYPES |= dict.fromkeys(PACKINGS, torch.uint8)
+DTYPES |= dict.fromkeys((*PACKINGS, *SCALED, EXPONENTS), torch.uint8)
 
 Names = Callable[[int, int], Sequence[str]]  # layer, page -> the names of its tensors
 Block = Callable[[], int]  # reads one block; returns its bytes
@@ -140,9 +140,11 @@ class PageView(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Matrix:
         ref, at = self._layout.places[name]
         data = self._slot[at : at + ref.nbytes]
+        if ref.dtype in SCALED:
+            return _scaled(data, self[name + SCALES], ref)
         if ref.dtype in PACKINGS:
-            return _matrix(data, ref)
-        return _typed(data, ref).view(ref.shape).to(self._dtype)
+            return _packed(data, ref)
+        return _typed(data, ref).view(ref.shape).to(kept_as(ref, self._dtype))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layout.places)
@@ -190,7 +192,12 @@ class PageStore:
         stay = [ref for name, ref in refs.items() if name not in moving]
         kept = {ref.name: _room(ref, dtype) for ref in stay}
         Reader(self._shards, plan.readers, plan.block_bytes, verification).load(stay, kept)
-        self.resident: dict[str, Any] = {ref.name: _matrix(kept[ref.name], ref) for ref in stay}
+        self.resident: dict[str, Any] = {**kept}
+        for ref in stay:
+            if ref.dtype in SCALED:
+                self.resident[ref.name] = _scaled(kept[ref.name], kept[ref.name + SCALES], ref)
+            elif ref.dtype in PACKINGS:
+                self.resident[ref.name] = _packed(kept[ref.name], ref)
 
     def view(self, layer: int, page: int, slot: int) -> Mapping[str, Any]:
         """The tensors of a page: in `slot`, or resident where `slot` is -1."""
@@ -251,21 +258,24 @@ class PageStore:
 
 def _room(ref: TensorRef, dtype: torch.dtype) -> Tensor:
     """Memory for a tensor that stays, as it is kept."""
-    if ref.dtype in PACKINGS:
+    if ref.dtype in PACKINGS or ref.dtype in SCALED:
         return torch.empty(ref.nbytes, dtype=torch.uint8)
-    return torch.empty(ref.shape, dtype=kept_as(ref.name, dtype))
+    return torch.empty(ref.shape, dtype=kept_as(ref, dtype))
 
 
-def _matrix(data: Tensor, ref: TensorRef) -> Matrix:
-    """What was read as it is used."""
-    if ref.dtype not in PACKINGS:
-        return data
+def _packed(data: Tensor, ref: TensorRef) -> Packed:
     return Packed(data, (ref.shape[0], ref.shape[1]), PACKINGS[ref.dtype])
 
 
-def kept_as(name: str, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor that stays is kept in."""
-    return torch.float32 if name.endswith(CORRECTION) else dtype
+def _scaled(data: Tensor, scales: Tensor, ref: TensorRef) -> Packed:
+    return scaled(data, scales, (ref.shape[0], ref.shape[1]), SCALED[ref.dtype], ref.block)
+
+
+def kept_as(ref: TensorRef, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is kept in."""
+    if ref.dtype == EXPONENTS:
+        return torch.uint8
+    return torch.float32 if ref.name.endswith((CORRECTION, SCALES)) else dtype
 
 
 class Reader:

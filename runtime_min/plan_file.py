@@ -51,6 +51,25 @@ class PlanFileError(RunError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScaledPlan:
+    """Matrices in fewer bits whose scales lie apart, as in fp8 and MXFP4: how many values, and how many bytes
+    they take with their scales, which in fp8 are held in float32. Of a layer's attention, of an expert, and
+    of all shared experts and MLPs without experts."""
+
+    attention_values: int
+    attention_bytes: int
+    expert_values: int
+    expert_bytes: int
+    mlp_values: int
+    mlp_bytes: int
+
+
+NOT_SCALED = ScaledPlan(
+    attention_values=0, attention_bytes=0, expert_values=0, expert_bytes=0, mlp_values=0, mlp_bytes=0
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
     """The shape the plan was made for; a checkpoint that differs is refused.
 
@@ -62,7 +81,8 @@ class ModelPlan:
     `shared_intermediate` takes all tokens beside the experts. `attention_parameters` are those of a layer but
     for its norms, `expert_parameters` those of an expert, biases with both; `parameters` those of the model,
     to which come `router_corrections` numbers in float32. `packing` says how experts' matrices are stored
-    and held in memory; the other tensors are plain. Of a token the cache holds keys and values of
+    and held in memory, in fp8 all of a layer but its router; `scaled` has the sizes of those whose scales lie
+    apart. The other tensors are plain. Of a token the cache holds keys and values of
     `kv_heads` in each layer, or, where `latent_dim` is not 0, a latent of so many values.
     """
 
@@ -86,7 +106,8 @@ class ModelPlan:
     expert_parameters: int
     router_corrections: int
     parameters: int
-    packing: Literal["none", "bf12", "int8", "int4"]
+    packing: Literal["none", "bf12", "int8", "int4", "fp8", "mxfp4"]
+    scaled: ScaledPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,9 +253,10 @@ def page_parameters(model: ModelPlan, pages: PagePlan, page: int) -> int:
 def page_tensors(model: ModelPlan, pages: PagePlan, page: int) -> int:
     """The most tensors that page `page` of a layer holds; each may lie in a place of its own in the file.
 
-    Attention with a bias to each of its four projections and sinks; experts of four tensors.
+    Attention with a bias to each of its four projections and sinks; experts of four tensors; and scales.
     """
-    return 9 if page == 0 else 4 * min(pages.experts_per_page, model.experts)
+    attention, expert = (14, 6) if model.packing in ("fp8", "mxfp4") else (9, 4)
+    return attention if page == 0 else expert * min(pages.experts_per_page, model.experts)
 
 
 def most_places(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
@@ -248,14 +270,24 @@ def packed_bytes(model: ModelPlan, parameters: int, item_bytes: float) -> int:
     return math.ceil(parameters * STORED_BYTES.get(model.packing, item_bytes))
 
 
+def page_bytes(model: ModelPlan, pages: PagePlan, page: int, item_bytes: float) -> int:
+    """Bytes of a page whose plain values take `item_bytes` each."""
+    parameters, scaled = page_parameters(model, pages, page), model.scaled
+    if page == 0:
+        return math.ceil((parameters - scaled.attention_values) * item_bytes) + scaled.attention_bytes
+    if not scaled.expert_values:
+        return packed_bytes(model, parameters, item_bytes)
+    experts = parameters // model.expert_parameters
+    plain = math.ceil((model.expert_parameters - scaled.expert_values) * item_bytes)
+    return experts * (plain + scaled.expert_bytes)
+
+
 def slot_bytes(model: ModelPlan, pages: PagePlan, stored_item_bytes: int) -> int:
     """What a slot must hold so that every streamed page fits: its tensors as stored, each in whole blocks."""
 
     def needed(page: int) -> int:
         padding = 2 * ALIGNMENT_BYTES * page_tensors(model, pages, page)
-        parameters = page_parameters(model, pages, page)
-        plain = parameters * stored_item_bytes
-        return padding + (packed_bytes(model, parameters, stored_item_bytes) if page else plain)
+        return padding + page_bytes(model, pages, page, stored_item_bytes)
 
     streamed = range(pages.resident_pages, pages.pages_per_layer)
     return _align(max(map(needed, streamed), default=0))
@@ -267,9 +299,10 @@ def weights_bytes(model: ModelPlan, pages: PagePlan) -> int:
     item = ITEM_BYTES[model.compute_dtype]
     sizes = [page_parameters(model, pages, page) for page in range(pages.pages_per_layer)]
     all_pages = model.layers * sizes[0] + model.moe_layers * sum(sizes[1:])
-    resident = model.layers * sizes[0] * item if pages.resident_pages else 0
-    resident += model.moe_layers * sum(packed_bytes(model, n, item) for n in sizes[1 : pages.resident_pages])
-    return (model.parameters - all_pages) * item + resident + 4 * model.router_corrections
+    held = [page_bytes(model, pages, page, item) for page in range(pages.resident_pages)]
+    resident = model.layers * sum(held[:1]) + model.moe_layers * sum(held[1:])
+    always = (model.parameters - all_pages - model.scaled.mlp_values) * item + model.scaled.mlp_bytes
+    return always + resident + 4 * model.router_corrections
 
 
 def pass_tokens(sequences: int, prompt_tokens: int) -> int:
@@ -282,15 +315,18 @@ def kv_blocks(tokens: int) -> int:
     return -(-tokens // KV_BLOCK_TOKENS)
 
 
+def kv_shape(model: ModelPlan) -> tuple[int, int, int]:
+    """What the cache holds of a token in a layer: kinds (keys and values, or latents), heads, their width."""
+    return (1, 1, model.latent_dim) if model.latent_dim else (2, model.kv_heads, model.head_dim)
+
+
 def kv_bytes(model: ModelPlan, batch: BatchPlan) -> int:
     """Keys and values [layers, blocks, kv heads, block tokens, head dim], twice, in the compute dtype or
     int8; or once, of latents. A layer that sees only a window or chunk keeps as much as the others."""
     tokens = model.layers * kv_blocks(batch.kv_tokens) * KV_BLOCK_TOKENS
     if batch.kv_cache == "int8":
         return tokens * 2 * model.kv_heads * (model.head_dim + 4)
-    return (
-        tokens * (model.latent_dim or 2 * model.kv_heads * model.head_dim) * ITEM_BYTES[model.compute_dtype]
-    )
+    return tokens * math.prod(kv_shape(model)) * ITEM_BYTES[model.compute_dtype]
 
 
 def call_tokens(batch: BatchPlan) -> int:

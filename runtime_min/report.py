@@ -60,7 +60,7 @@ class LaneReport:
 class Report:
     """What a run did so far. Passes that read prompts beside decoding are mixed: `mixed_s` is no other time.
     `prefilled_tokens` and `decode_tokens` are those of the other passes, `prompt_tokens` and
-    `generated_tokens` those of all.
+    `generated_tokens` those of all. `shared_tokens` of prompts were not read, as another prompt begins alike.
 
     `requests` are those of the input; `resumed` of them were done by an earlier run. `lanes` are those that
     had work; the first computes. `rehearsed`: the CPU took the accelerator's place.
@@ -71,6 +71,7 @@ class Report:
     failed: int
     resumed: int
     prompt_tokens: int
+    shared_tokens: int
     prefilled_tokens: int
     generated_tokens: int
     decode_tokens: int
@@ -115,6 +116,7 @@ def make_report(engine: Batches, counts: Counts, rehearse: bool) -> Report:
     return Report(
         **asdict(counts),
         prompt_tokens=stats.prompt_tokens,
+        shared_tokens=stats.shared_tokens,
         prefilled_tokens=stats.prefilled_tokens,
         generated_tokens=stats.generated_tokens,
         decode_tokens=stats.decoded_tokens,
@@ -157,6 +159,7 @@ def summary(plan: RuntimePlan, report: Report) -> str:
         f"{report.answered + report.failed + report.resumed} requests{resumed}{failed}; "
         f"{report.generated_tokens:,} tokens generated in {report.elapsed_s:.1f} s",
         *(_speed(*speed) for speed in _speeds(plan, report)),
+        *(_shared(report) if report.shared_tokens else ()),
         f"  memory     {_gib(report.peak_bytes)} GiB at peak, planned {_gib(_planned_bytes(plan, report))}",
         *(_lane(lane, report.elapsed_s) for lane in report.lanes if report.elapsed_s > 0),
     ]
@@ -190,6 +193,11 @@ def _speeds(plan: RuntimePlan, report: Report) -> Iterator[tuple[str, float, Ran
 def _speed(name: str, measured: float, plan: Range) -> str:
     interval = f"{plan.low:,.0f} to {plan.high:,.0f}"
     return f"  {name:9}  {measured:,.0f} tokens/s, the plan expected {plan.value:,.0f} ({interval})"
+
+
+def _shared(report: Report) -> Iterator[str]:
+    whole = report.prompt_tokens + report.shared_tokens
+    yield f"  shared     {report.shared_tokens:,} of {whole:,} prompt tokens: others begin alike"
 
 
 def _lane(lane: LaneReport, elapsed_s: float) -> str:

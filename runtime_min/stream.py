@@ -49,7 +49,6 @@ from moeplan.runtime_min.model_config import ModelConfig, read_config
 from moeplan.runtime_min.models.tensors import (
     expert_names,
     find_parts,
-    packed_names,
     page_experts,
     page_names,
 )
@@ -57,7 +56,8 @@ from moeplan.runtime_min.operations import DTYPES, Operations
 from moeplan.runtime_min.paged import PagedBatch, PagedCache, attend_paged, decode_batch, prompt_batch
 from moeplan.runtime_min.pages import PageStore, Weights
 from moeplan.runtime_min.places import Places
-from moeplan.runtime_min.plan_file import RuntimePlan, call_tokens
+from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, RuntimePlan, call_tokens, kv_shape
+from moeplan.runtime_min.prefixes import Prefixes
 
 Read = Callable[[int, int, int], Sequence[Block]]  # layer, page, slot
 
@@ -88,7 +88,7 @@ class StreamModel(Operations):
         self._hidden = torch.empty(tokens, m.hidden).zero_()  # the residual stream, always float32
         self._normed = torch.empty(tokens, m.hidden, dtype=dtype).zero_()
         self._logits = torch.empty(batch.sequences, m.vocab).zero_()
-        heads, size, kinds = (1, m.latent_dim, 1) if m.latent_dim else (m.kv_heads, m.head_dim, 2)
+        kinds, heads, size = kv_shape(m)
         int8 = batch.kv_cache == "int8"
         self.cache = PagedCache(m.layers, heads, size, batch.kv_tokens, dtype, kinds, int8)
         self._routing = Routing(torch.empty(0), torch.empty(0), [])
@@ -155,17 +155,22 @@ class Stream(Batches):
         super().__init__(plan, lanes)
         self.model = model
         self._read = read
+        self._prefixes = Prefixes()
 
     def _room(self, candidates: Sequence[Generation]) -> int:
         return self.model.cache.room(g.most_tokens for g in candidates)
 
     def _enter(self, place: int, generation: Generation) -> None:
         super()._enter(place, generation)
-        self.model.cache.take(place, generation.most_tokens)
+        shared = self._prefixes.find(place, generation.prompt)
+        blocks = self.model.cache.take(place, generation.most_tokens, shared)
+        self._prefixes.keep(place, generation, blocks)
+        generation.cached = len(shared) * KV_BLOCK_TOKENS
+        self.stats.shared_tokens += generation.cached
 
     def _leave(self, place: int, generation: Generation) -> None:
         super()._leave(place, generation)
-        self.model.cache.give_back(place)
+        self._prefixes.forget(self.model.cache.give_back(place))
 
     def _pass(self, active: Active, more: bool) -> None:
         step, asking = self._step(active)
@@ -254,7 +259,7 @@ class Engine(Stream):
             for name in page_names(m, self.config, pages, layer, page)
         }
         shapes = {name: ref.shape for name, ref in refs.items()}
-        check_memory(folder / "runtime.json", plan, shapes, moving, packed_names(m, self.config))
+        check_memory(folder / "runtime.json", plan, shapes, moving)
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
         prepare()

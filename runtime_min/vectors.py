@@ -66,7 +66,7 @@ def _compiled(x: Tensor, weight: Matrix) -> Tensor:
     room = torch.empty(threads * rows * (6 * inner + 64), dtype=torch.uint8)
     table = [0, blocks, x.data_ptr(), packed.data_ptr(), 0, out.data_ptr(), count, inner, outer, chunk]
     if isinstance(weight, Packed):
-        table += [weight.packing.code, weight.exceptions(), 0, room.data_ptr()]
+        table += [weight.packing.code, weight.beside(), 0, room.data_ptr()]
         table[kernel.WEIGHT] = weight.data.data_ptr()
     else:
         table += [-1, 0, 0, room.data_ptr()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from moeplan.codegen.data import rounded
 from moeplan.codegen.emit.schedule_py import schedule_text
@@ -87,6 +87,7 @@ def model_plan(model: Model, checkpoint: str, dtype: Dtype) -> plan_file.ModelPl
         router_corrections=model.router_corrections,
         parameters=model.parameters.total(),
         packing=model.packing,
+        scaled=plan_file.ScaledPlan(**asdict(model.scaled)),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 AttentionKind = Literal["gqa", "mla"]
 
 
-Packing = Literal["none", "bf12", "int8", "int4"]
+Packing = Literal["none", "bf12", "int8", "int4", "fp8", "mxfp4"]
 # Bytes of a packed value, scales included: as runtime_min.plan_file.STORED_BYTES has it.
 PACKED_BYTES: dict[Packing, float] = {"bf12": (97 / 64) * (1 + 1 / 256), "int8": 66 / 64, "int4": 40 / 64}
 _BLOCK_VALUES, _MOST_VALUES = 64, 1 << 16  # of a packed row: as runtime_min.formats has them
@@ -40,6 +40,10 @@ class Attention:
         if self.kind == "mla":
             return self.kv_lora_dim + self.rope_dim
         return self.kv_heads * (self.head_dim + self.value_dim)
+
+    def attended_values(self) -> int:
+        """Numbers of a token's queries in decode, and of what they attend to: in MLA they meet latents."""
+        return self.heads * (self.kv_lora_dim + self.rope_dim if self.kind == "mla" else self.head_dim)
 
     def score_flops_per_pair(self) -> int:
         """FLOPs of QK^T and PV for one query token against one cached token, all heads.
@@ -83,6 +87,20 @@ class Parameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scaled:
+    """Matrices in fewer bits whose scales lie apart (fp8, MXFP4): how many values, and how many bytes they
+    take in memory with their scales, in fp8 float32. Of a layer's attention, of an expert, and of all shared
+    experts and dense MLPs."""
+
+    attention_values: int = 0
+    attention_bytes: int = 0
+    expert_values: int = 0
+    expert_bytes: int = 0
+    mlp_values: int = 0
+    mlp_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """One decoder-only transformer.
 
@@ -91,7 +109,8 @@ class Model:
     sum to `shared_intermediate`. A dense model has moe_layers = experts = 0.
     `stored_bytes_per_*` are bytes per parameter in the checkpoint (2.0 bf16, 0.53 MXFP4 with its scales).
     Beside parameters there are `router_corrections` numbers, one per expert where the choice is corrected.
-    `packing` says how runtime_min has stored the experts' matrices in fewer bits.
+    `packing` says in how many bits fewer runtime_min reads and holds matrices: its own formats, those of
+    experts; fp8 and MXFP4 as published, with the exact sizes in `scaled`.
     `not_executed` says what of the model the bundled runtime does not compute; empty where it runs it all,
     for contexts up to `executed_context_tokens`.
     """
@@ -117,6 +136,7 @@ class Model:
     router_corrections: int = 0
     not_executed: tuple[str, ...] = ()
     packing: Packing = "none"
+    scaled: Scaled = Scaled()
 
     @property
     def layers(self) -> int:
@@ -157,6 +177,19 @@ class Model:
         """The model as `runtime_min quantize` writes it: routed experts, or MLPs of a dense model, packed."""
         return replace(self, packing=packing, stored_bytes_per_expert_parameter=PACKED_BYTES[packing])
 
+    def attention_page_bytes(self, value_bytes: float) -> float:
+        """A layer's projections, biases and sinks, plain ones in `value_bytes` each."""
+        plain = self.parameters.attention // self.layers - self.scaled.attention_values
+        return plain * value_bytes + self.scaled.attention_bytes
+
+    def expert_page_bytes(self, experts: int, value_bytes: float) -> float:
+        """So many experts of a layer, plain values in `value_bytes` each."""
+        parameters = experts * self.expert_parameters()
+        if not self.scaled.expert_values:
+            return parameters * PACKED_BYTES.get(self.packing, value_bytes)
+        plain = parameters - experts * self.scaled.expert_values
+        return plain * value_bytes + experts * self.scaled.expert_bytes
+
     def as_one_expert(self) -> Model:
         """The model as runtime_min runs it: the MLP of a dense one is an expert that every token takes."""
         if self.moe_layers:
@@ -171,6 +204,13 @@ class Model:
             experts_per_token=1,
             expert_intermediate=self.dense_intermediate,
             parameters=replace(p, routed_experts=p.dense_mlp, dense_mlp=0),
+            scaled=replace(
+                self.scaled,
+                expert_values=self.scaled.mlp_values // self.layers,
+                expert_bytes=self.scaled.mlp_bytes // self.layers,
+                mlp_values=0,
+                mlp_bytes=0,
+            ),
             stored_bytes_per_expert_parameter=PACKED_BYTES.get(
                 self.packing, self.stored_bytes_per_other_parameter
             ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moeplan.planner.ir.model import PACKED_BYTES
 from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import RequestClass, Workload
@@ -50,7 +51,7 @@ def _answers(
     """Each strategy's answer."""
     if roofline.roofs[0].flops_per_s == 0:
         return [_no_arithmetic(workload, requests, roofline)]
-    if roofline.has("gpu") and workload.model.packing != "none":
+    if roofline.has("gpu") and workload.model.packing in PACKED_BYTES:
         return [_packed_for_cpus(workload, requests, roofline)]
     refusal = _not_ours(workload, requests, roofline, unrunnable) if unrunnable else None
     refusal = refusal or _not_executed(workload, requests, roofline)
@@ -124,15 +125,15 @@ def _packed_for_cpus(workload: Workload, requests: RequestClass, roofline: Roofl
 
 def _not_offloaded(workload: Workload, requests: RequestClass, roofline: Roofline) -> Rejection | None:
     """A refusal where the bundled runtime executes the model on a CPU only."""
-    if workload.model.attention.kind != "mla":
+    if workload.model.packing == "none":
         return None
     return impossible(
         roofline.machine.name,
         requests,
         "model",
-        f"the bundled runtime keeps the cache of latent attention on a CPU only "
-        f"({workload.model.name}, {workload.model.model_type})",
-        "GPUs that hold the whole model, or a machine without one",
+        f"the bundled runtime executes weights in {workload.model.packing} on a CPU only "
+        f"({workload.model.name})",
+        "GPUs that hold the whole model, or a checkpoint in bf16",
     )
 
 

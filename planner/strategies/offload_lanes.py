@@ -311,8 +311,8 @@ class Costs:
             gpu_attention_s=seconds(cores, gpu) / gpus,
             cpu_attention_s=seconds(cores, dram),
             cpu_experts_s=count * seconds(experts, dram),
-            attended_bytes=values * attention.heads * attention.value_dim,
-            qkv_bytes=values * (attention.heads + 2 * attention.kv_heads) * attention.head_dim,
+            attended_bytes=values * attention.attended_values(),
+            qkv_bytes=values * (attention.attended_values() + attention.kv_values_per_token()),
             routed_bytes=micro * size * model.moe_layers * model.hidden,
             cache_bytes=self._held(micro, self.context),
             pass_key=self.experts.key(micro * count),
@@ -372,15 +372,15 @@ class Costs:
         model, size, units = self.workload.model, self.workload.value_bytes, point.units
         a, sequences = model.attention, units.micro_batch * units.micro_batches
         on_cpu = units.micro_batch * (units.micro_batches - point.on_gpu - point.cache_up)
-        qkv = on_cpu * size * (a.heads + 2 * a.kv_heads) * a.head_dim
+        qkv = on_cpu * size * (a.attended_values() + a.kv_values_per_token())
         exchanged = self._choice_bytes + size * model.hidden
-        return qkv + sequences * (size * a.heads * a.head_dim + exchanged + 4.0 * model.hidden)
+        return qkv + sequences * (size * a.attended_values() + exchanged + 4.0 * model.hidden)
 
     def _new_cache_bytes(self, point: Layout) -> Array:
         """Two pieces' or micro-batches' new keys and values of one layer, on their way to the host."""
         a, outside = self.workload.model.attention, point.units.micro_batches - point.on_gpu
         rows = np.where(outside > 0, np.maximum(self.prefill_tokens, point.units.micro_batch), 0.0)
-        return 4.0 * rows * self.workload.value_bytes * a.kv_heads * a.head_dim
+        return 2.0 * rows * self.workload.value_bytes * a.kv_values_per_token()
 
     def _piece_bytes(self, point: Layout) -> Array:
         """Two pieces of prefill in and out, and what the CPU's experts exchange where they prefill too."""
@@ -393,9 +393,11 @@ class Costs:
         model, a = self.workload.model, self.workload.model.attention
         tokens, context = self.prefill_tokens, self.requests.context_tokens_max
         width = max(model.expert_intermediate, model.dense_intermediate, model.shared_intermediate)
-        values = max(8 * (a.heads + a.kv_heads) * a.head_dim, 3 * width)
+        latent = a.kv_lora_dim + a.rope_dim
+        values = max(8 * (a.heads + a.kv_heads) * a.head_dim, 3 * width, 6 * a.heads * latent)
         widest = max(3 * model.hidden + values, 4 * model.experts)
-        called = self.workload.value_bytes * np.maximum(tokens, micro_batch) * widest
+        expanded = 2 * context * a.heads * a.head_dim if latent else 0
+        called = self.workload.value_bytes * (np.maximum(tokens, micro_batch) * widest + expanded)
         per_sequence = 8.0 * context + 4.0 * model.vocab
         per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token
         return tokens * per_token + called + micro_batch * per_sequence + 16.0 * context * a.head_dim

@@ -67,8 +67,13 @@ def _gpu_split(problem: Costs, point: Point) -> tuple[float, float, float]:
         named = [op for op in workload.operators if op.name == name]
         return float(np.asarray(costs.call_seconds(workload, named, problem.gpu_roof, micro, 0.0))[0]) / gpus
 
-    before = a.heads * a.head_dim + 2 * a.kv_heads * a.head_dim
-    share = before / (before + a.heads * a.value_dim)
+    outward = a.heads * a.value_dim
+    if a.kind == "mla":
+        outward, before = outward * workload.model.hidden, workload.model.parameters.attention
+        before = before // workload.model.layers - outward
+    else:
+        before = a.heads * a.head_dim + 2 * a.kv_heads * a.head_dim
+    share = before / (before + outward)
     launches = problem.launches_s + float(problem.all_reduce_s(micro, u.gpus)[0])
     return seconds("lm_head"), share * seconds("attention_projections"), launches
 

@@ -262,7 +262,7 @@ class _Point:
         model = self.workload.model
         if not model.experts:
             return 0
-        stored = model.expert_parameters() * model.stored_bytes_per_expert_parameter
+        stored = model.expert_page_bytes(1, model.stored_bytes_per_expert_parameter)
         wanted = _ROUTED_PAGE_BYTES if self.routed else _PAGE_BYTES
         return min(model.experts, math.ceil(wanted / stored))
 
@@ -291,26 +291,33 @@ class _Point:
     def _stored_page_bytes(self) -> list[float]:
         """Bytes of each page of one layer in the checkpoint."""
         model = self.workload.model
-        attention, *experts = self.page_parameters
-        return [attention * model.stored_bytes_per_other_parameter] + [
-            n * model.stored_bytes_per_expert_parameter for n in experts
-        ]
+        if model.packing not in ("fp8", "mxfp4"):
+            attention, *experts = self.page_parameters
+            return [attention * model.stored_bytes_per_other_parameter] + [
+                n * model.stored_bytes_per_expert_parameter for n in experts
+            ]
+        plain = max(2.0, model.stored_bytes_per_other_parameter)  # of biases and sinks
+        experts_bytes = (model.expert_page_bytes(n, plain) for n in self._experts_of_pages)
+        return [model.attention_page_bytes(plain), *experts_bytes]
 
     @cached_property
     def slot_bytes(self) -> int:
         """The largest page as stored, each of its tensors cut out in whole blocks."""
         attention, *experts = self._stored_page_bytes[:2]  # of those with experts the first is the largest
-        blocks = [math.ceil(attention / ALIGNMENT_BYTES) + 2 * 9]
-        blocks += [math.ceil(stored / ALIGNMENT_BYTES) + 2 * 4 * self.experts_per_page for stored in experts]
+        wide, deep = (14, 6) if self.workload.model.packing in ("fp8", "mxfp4") else (9, 4)  # tensors
+        blocks = [math.ceil(attention / ALIGNMENT_BYTES) + 2 * wide]
+        blocks += [
+            math.ceil(stored / ALIGNMENT_BYTES) + 2 * deep * self.experts_per_page for stored in experts
+        ]
         return max(blocks) * ALIGNMENT_BYTES
 
     @cached_property
     def _page_bytes(self) -> list[int]:
         """Bytes in memory of each page, of all layers that have it: experts are not in all."""
         model, size = self.workload.model, self.workload.value_bytes
-        attention, *experts = self.page_parameters
-        held = PACKED_BYTES.get(model.packing, size)
-        return [attention * model.layers * size, *(math.ceil(n * held) * model.moe_layers for n in experts)]
+        attention = int(model.attention_page_bytes(size)) * model.layers
+        experts = (math.ceil(model.expert_page_bytes(n, size)) for n in self._experts_of_pages)
+        return [attention, *(nbytes * model.moe_layers for nbytes in experts)]
 
     @cached_property
     def resident_pages(self) -> int:
@@ -363,8 +370,8 @@ class _Point:
     def always_bytes(self) -> int:
         """Weights outside pages: embeddings, LM head, norms, routers, shared experts and dense MLPs."""
         model, p = self.workload.model, self.workload.model.parameters
-        always = p.total() - p.attention - p.routed_experts
-        return always * self.workload.value_bytes + 4 * model.router_corrections
+        always = p.total() - p.attention - p.routed_experts - model.scaled.mlp_values
+        return always * self.workload.value_bytes + model.scaled.mlp_bytes + 4 * model.router_corrections
 
     @cached_property
     def kv_bytes(self) -> float:

@@ -36,6 +36,7 @@ from moeplan.runtime_min.paged import decode_batch, prompt_batch
 from moeplan.runtime_min.plan_file import (
     KV_BLOCK_TOKENS,
     NO_OFFLOAD,
+    NOT_SCALED,
     BatchPlan,
     MemoryPlan,
     ModelPlan,
@@ -254,6 +255,7 @@ def _plan(shape: Shape, dtype: Any, sequences: int, prompt: int, context: int) -
             router_corrections=0,
             parameters=0,
             packing="none",
+            scaled=NOT_SCALED,
         ),
         batch=BatchPlan(
             sequences=sequences,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from moeplan.runtime_min.checkpoint import TensorRef, cut, find_tensors
+from moeplan.runtime_min.formats import EXPONENTS, MX_VALUES, SCALED
 from moeplan.runtime_min.model_config import Latent, ModelConfig
 from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.architecture import Architecture
@@ -20,29 +21,73 @@ from moeplan.runtime_min.plan_file import ModelPlan, PagePlan
 
 Shape = tuple[int, ...]
 CORRECTION = "e_score_correction_bias"  # of routers; float32 in any compute dtype, as it decides choices
+SCALES = ".scales"  # ends the name of the scales of a matrix in fewer bits, which lie apart
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor of `shape`: the elements of the checkpoint's tensor `source`, itself of shape `whole`, from
-    `first` on."""
+    """A tensor of `shape`: the values of the checkpoint's tensor `source`, itself of shape `whole`, from
+    `first` on. `format` is one of `formats`, with scales for each `block` where these lie apart."""
 
     shape: Shape
     source: str
     whole: Shape
     first: int
+    format: str = ""
+    block: tuple[int, int] = (0, 0)
 
 
 def find_parts(folder: Path, model: ModelPlan, config: ModelConfig) -> dict[str, TensorRef]:
     """Locate every tensor of the model in the checkpoint `folder`; raises CheckpointError."""
     parts = tensor_parts(model, config)
-    packed = packed_names(model, config)
-    stored = find_tensors(folder, tensor_shapes(model, config), partial(unused, model), packed, model.packing)
-    return {name: cut(stored[p.source], name, p.first, p.shape) for name, p in parts.items()}
+    formats = {part.source: part.format for part in parts.values() if part.format}
+    stored = find_tensors(folder, tensor_shapes(model, config), partial(unused, model), formats)
+    return {name: cut(stored[p.source], name, p.first, p.shape, p.block) for name, p in parts.items()}
 
 
 def tensor_parts(model: ModelPlan, config: ModelConfig) -> dict[str, Part]:
-    """Every tensor of the model by name."""
+    """Every tensor of the model by name, and the scales of those in fewer bits that lie apart."""
+    plain = _plain_parts(model, config)
+    if model.packing == "none":
+        return plain
+    parts: dict[str, Part] = {}
+    for name, part in plain.items():
+        parts |= _stored(model, config, name, part) if packed(model, name, part.shape) else {name: part}
+    return parts
+
+
+def packed(model: ModelPlan, name: str, shape: Shape) -> bool:
+    """Whether a tensor is stored in fewer bits: experts' matrices; in fp8 all of a layer but routers."""
+    kind = BY_MODEL_TYPE[model.architecture]
+    if model.packing == "none" or len(shape) != 2 or not name.startswith("model.layers."):
+        return False
+    if name.endswith(SCALES):
+        return False
+    if model.packing == "fp8":
+        return not name.endswith((f".{kind.gate}.weight", f".{kind.shared_gate}.weight"))
+    return f".{kind.mlp}.experts." in name or (not kind.routed and f".{kind.mlp}." in name)
+
+
+def _stored(model: ModelPlan, config: ModelConfig, name: str, part: Part) -> dict[str, Part]:
+    """A matrix in fewer bits as the checkpoint has it."""
+    if model.packing not in SCALED:
+        return {name: replace(part, format=model.packing)}
+    outer, inner = part.shape
+    if model.packing == "mxfp4":
+        count, at, shape = model.experts, part.first, (outer, inner // MX_VALUES)
+        whole, block = (count, *shape), (1, MX_VALUES)
+        data = replace(part, source=f"{part.source}_blocks", whole=(*whole, MX_VALUES // 2))
+        scales = Part(shape, f"{part.source}_scales", whole, at // MX_VALUES, EXPONENTS)
+    else:
+        rows, values = config.scale_block
+        block = rows or outer, values or inner
+        shape = (-(-outer // block[0]), -(-inner // block[1]))
+        source = part.source + ("_scale_inv" if rows and values else "_scale")
+        data, scales = part, Part(shape, source, shape if rows else (1,), 0)
+    return {name: replace(data, format=model.packing, block=block), name + SCALES: scales}
+
+
+def _plain_parts(model: ModelPlan, config: ModelConfig) -> dict[str, Part]:
     kind = BY_MODEL_TYPE[model.architecture]
     biased = {"model.norm.bias": (model.hidden,)} if kind.norm == "biased layer" else {}
     parts = _wholes(kind, {"model.embed_tokens.weight": (model.vocab, model.hidden)})
@@ -56,18 +101,6 @@ def tensor_parts(model: ModelPlan, config: ModelConfig) -> dict[str, Part]:
     return parts
 
 
-def packed_names(model: ModelPlan, config: ModelConfig) -> frozenset[str]:
-    """The tensors that are stored in fewer bits."""
-    layers = range(model.layers) if model.packing != "none" else ()
-    return frozenset(
-        name
-        for layer in layers
-        if layer not in config.dense
-        for e in range(model.experts)
-        for name in expert_names(model, layer, e)
-    )
-
-
 def tensor_shapes(model: ModelPlan, config: ModelConfig) -> dict[str, Shape]:
     """Every tensor of the checkpoint by its name there."""
     return {part.source: part.whole for part in tensor_parts(model, config).values()}
@@ -75,21 +108,26 @@ def tensor_shapes(model: ModelPlan, config: ModelConfig) -> dict[str, Shape]:
 
 def unused(model: ModelPlan, name: str) -> bool:
     """Whether a tensor of the checkpoint is none of the decoder's: of layers beyond the last (prediction of
-    several tokens), of what sees images, rotary frequencies, or a head beside the embedding it is tied to."""
+    several tokens), of what sees images, rotary frequencies, a head beside the embedding it is tied to, or
+    scales of activations, which are not rounded here."""
     kind = BY_MODEL_TYPE[model.architecture]
     layer = name.removeprefix(stored_name(kind, "model.layers.")).split(".")[0]
     beyond = layer.isdigit() and int(layer) >= model.layers
     head = name == stored_name(kind, "lm_head.weight")
-    return beyond or head or name.endswith("rotary_emb.inv_freq") or name.startswith(kind.unused or ("\0",))
+    others = ("rotary_emb.inv_freq", ".input_scale") if model.packing == "fp8" else ("rotary_emb.inv_freq",)
+    return beyond or head or name.endswith(others) or name.startswith(kind.unused or ("\0",))
 
 
 def page_names(model: ModelPlan, config: ModelConfig, pages: PagePlan, layer: int, page: int) -> list[str]:
     """The tensors of one page: of attention but its norms, or of some experts, if the layer has any."""
+    shapes: dict[str, Shape] = {}
     if page == 0:
-        return list(_attention(model, config, layer))
-    if layer in config.dense:
-        return []
-    return [name for e in page_experts(model, pages, page) for name in expert_names(model, layer, e)]
+        shapes = {name: part.shape for name, part in _attention(model, config, layer).items()}
+    elif layer not in config.dense:
+        for e in page_experts(model, pages, page):
+            shapes |= zip(expert_names(model, layer, e), expert_shapes(model), strict=True)
+    apart = [n for n, shape in shapes.items() if model.packing in SCALED and packed(model, n, shape)]
+    return [*shapes, *(name + SCALES for name in apart)]
 
 
 def page_experts(model: ModelPlan, pages: PagePlan, page: int) -> range:
@@ -116,6 +154,8 @@ def expert_shapes(model: ModelPlan) -> tuple[Shape, ...]:
             return (inner, hidden), (hidden, inner), (inner, hidden)
         case "rows":
             return ((inner, hidden),) * 3
+    if kind.experts == "pairs" and model.packing == "mxfp4":
+        return (2 * inner, hidden), (2 * inner,), (hidden, inner), (hidden,)
     if kind.experts == "pairs":
         return (hidden, 2 * inner), (2 * inner,), (inner, hidden), (hidden,)
     return (hidden, 2 * inner), (inner, hidden)

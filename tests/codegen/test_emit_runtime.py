@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from moeplan.planner.ir.plan import Plan
 from moeplan.runtime_min import plan_file
 from moeplan.runtime_min.lanes import load_schedule
 from moeplan.runtime_min.limits import check_offload
-from moeplan.runtime_min.model_config import ModelConfig
+from moeplan.runtime_min.model_config import Latent, ModelConfig
 from moeplan.runtime_min.models.tensors import tensor_shapes
 from moeplan.runtime_min.offload_memory import Buffers, Experts, check_device_and_host
 
@@ -113,22 +113,32 @@ def test_gpu_plans_say_accelerator(compile_text: Compile) -> None:
     assert (data["device"], data["schedule"]["kind"]) == ("accelerator", "offload")
 
 
-@pytest.mark.parametrize("machine", ["g4dn.16xlarge", "gr6.8xlarge"])
+PLAIN = ModelConfig(norm_eps=1e-5, rope_theta=1e4, tied=False, eos=frozenset())
+LATENT = Latent(query=0, kv=512, plain=128, rotated=64, value=128, score_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("machine", "model", "config"),
+    [
+        ("g4dn.16xlarge", "mixtral-8x7b", PLAIN),
+        ("gr6.8xlarge", "mixtral-8x7b", PLAIN),
+        ("g4dn.16xlarge", "deepseek-v2-lite", replace(PLAIN, latent=LATENT, dense=frozenset({0}))),
+        ("g6.12xlarge", "deepseek-v2-lite", replace(PLAIN, latent=LATENT, dense=frozenset({0}))),
+    ],
+)
 def test_the_runtime_counts_no_more_than_an_offload_plan_has(
-    tmp_path: Path, compile_text: Compile, machine: str
+    tmp_path: Path, compile_text: Compile, machine: str, model: str, config: ModelConfig
 ) -> None:
     """Weights and cache to the byte; with all else that the runtime allocates, within the budgets."""
-    for path, content in runtime.emit(compile_text(batch_spec(machine=machine))).items():
+    for path, content in runtime.emit(compile_text(batch_spec(machine=machine, model=model))).items():
         (tmp_path / Path(path).name).write_text(content)
     plan = plan_file.load(tmp_path)
     constants = load_schedule(tmp_path, plan).SCHEDULE
     experts, buffers = Experts(plan, constants.pages), Buffers(plan, constants)
-    shapes = tensor_shapes(
-        plan.model, ModelConfig(norm_eps=1e-5, rope_theta=1e4, tied=False, eos=frozenset())
-    )
+    shapes = tensor_shapes(plan.model, config)
     check_offload(tmp_path, plan)
     check_device_and_host(tmp_path, plan, experts, buffers, shapes)
-    assert plan.model.layers * experts.host_bytes == plan.memory.weights_bytes
+    assert plan.model.moe_layers * experts.host_bytes == plan.memory.weights_bytes
     cache = math.prod(buffers.cache(plan.model.layers, buffers.host_places))
     assert plan_file.ITEM_BYTES[plan.model.compute_dtype] * cache == plan.memory.kv_bytes
 

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from moeplan.runtime_min import layers, packing, vectors
-from moeplan.runtime_min.formats import PACKINGS
+from moeplan.runtime_min.formats import PACKINGS, SCALED
+
+from .test_packing import some_scaled
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +54,13 @@ def test_a_packed_weight_gives_what_it_stands_for(name: str) -> None:
     packed = packing.packed(torch.randn(70, 192).bfloat16(), PACKINGS[name])
     x = torch.randn(33, 192).bfloat16()
     assert torch.equal(vectors._compiled(x, packed), vectors._compiled(x, packing.plain(packed)))
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_weight_with_scales_apart_gives_what_it_stands_for(name: str) -> None:
+    small = some_scaled(name, 70, 192)
+    x = torch.randn(33, 192).bfloat16()
+    assert torch.equal(vectors._compiled(x, small), vectors._compiled(x, packing.plain(small)))
 
 
 @pytest.mark.parametrize("flags", [{"avx2", "fma"}, {"avx2", "fma", "avx512f"}, {"sse4_2"}])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min import amx
+from moeplan.runtime_min.formats import SCALED
+from moeplan.runtime_min.packing import plain, scaled
 
 needs_tiles = pytest.mark.skipif(not amx.usable(), reason="no usable AMX tiles")
 
@@ -46,6 +48,19 @@ def test_products_are_those_of_float32(outer: int, inner: int, offset: int) -> N
         got = amx.product(x, weight)
         assert got.dtype == torch.bfloat16
         assert (got.float() - wanted).abs().max() < 2**-8 * scale
+
+
+@needs_tiles
+@pytest.mark.parametrize("name", SCALED)
+def test_a_weight_with_scales_apart_gives_what_it_stands_for(name: str) -> None:
+    shape, x = (96, 192), torch.randn(33, 192).bfloat16()
+    data = torch.randint(0, 120, (SCALED[name].data_bytes(shape),), dtype=torch.uint8)
+    if name == "mxfp4":
+        exponents = torch.randint(115, 125, (96 * 6,), dtype=torch.uint8)
+        small = scaled(data, exponents, shape, SCALED[name], (1, 32))
+    else:
+        small = scaled(data, torch.rand(6 * 3), shape, SCALED[name], (16, 64))
+    assert torch.equal(amx._compiled(x, small, torch.bfloat16), amx.product(x, plain(small)))
 
 
 @needs_tiles

@@ -85,8 +85,8 @@ def test_a_model_that_fits_nowhere_says_what_is_short(catalog: Catalog) -> None:
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("deepseek-v3", "does not execute quantised checkpoints"),
-        ("deepseek-v2-lite", "latent attention on a CPU only"),
+        ("deepseek-v3", "executes weights in fp8 on a CPU only"),
+        ("gpt-oss-20b", "executes weights in mxfp4 on a CPU only"),
     ],
 )
 def test_what_the_runtime_does_not_execute_is_refused_by_name(

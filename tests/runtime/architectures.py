@@ -184,6 +184,7 @@ MODELS = {
     "qwen3_moe, some layers dense, biases": Small(
         "Qwen3Moe", {**QWEN_MOE, "mlp_only_layers": [1], "attention_bias": True, "norm_topk_prob": True}
     ),
+    "olmoe": Small("Olmoe", {**SIZES, **MOE}),
     "mixtral, window": Small("Mixtral", {**SIZES, **LOCAL, "sliding_window": 9}),
     "mistral, window": Small("Mistral", {**SIZES, "sliding_window": 9}),
     "llama, biases": Small("Llama", {**SIZES, "attention_bias": True}),

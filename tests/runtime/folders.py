@@ -26,6 +26,7 @@ from moeplan.runtime_min.limits import check_numbers
 from moeplan.runtime_min.plan_file import (
     FORMAT,
     NO_OFFLOAD,
+    NOT_SCALED,
     SCHEDULE_FORMAT,
     BatchPlan,
     MemoryPlan,
@@ -233,6 +234,7 @@ def _model_of(shape: Shape, dtype: Any) -> ModelPlan:
         router_corrections=0,
         parameters=shape.layers * layer + embeddings + shape.hidden,
         packing="none",
+        scaled=NOT_SCALED,
     )
 
 

@@ -98,7 +98,7 @@ def test_bytes_that_are_not_the_shape(folder):
 
 def test_unknown_dtype(folder):
     path = shard_of(folder, TENSOR)
-    edit_header(path, lambda header: header[TENSOR].update(dtype="F8_E4M3"))
+    edit_header(path, lambda header: header[TENSOR].update(dtype="F8_E5M2"))
     [problem] = problems(folder)
     assert problem == f"{path}: {TENSOR}: has dtype F8_E4M3, expected BF16, F16, F32"
 

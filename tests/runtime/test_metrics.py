@@ -20,6 +20,7 @@ REPORT = Report(
     failed=1,
     resumed=2,
     prompt_tokens=100,
+    shared_tokens=60,
     prefilled_tokens=90,
     generated_tokens=50,
     decode_tokens=46,
