@@ -35,7 +35,10 @@ class CheckpointError(RunError):
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """One tensor: `nbytes` bytes at `offset` of the file `path`, row-major, little-endian."""
+    """One tensor: `nbytes` bytes at `offset` of the file `path`, row-major, little-endian.
+
+    Where `run_bytes` is not 0 they lie apart: so many from `offset` on, and from each `stride_bytes` behind.
+    """
 
     name: str
     path: Path
@@ -43,6 +46,8 @@ class TensorRef:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    run_bytes: int = 0
+    stride_bytes: int = 0
 
 
 def read_json(path: Path) -> dict[str, Any]:

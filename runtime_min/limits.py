@@ -18,6 +18,7 @@ from moeplan.runtime_min.plan_file import (
     most_places,
     workspace_bytes,
 )
+from moeplan.runtime_min.shares import whole_heads
 
 
 def check_supported(path: Path, plan: RuntimePlan) -> None:
@@ -25,11 +26,17 @@ def check_supported(path: Path, plan: RuntimePlan) -> None:
     kind, device, offload = plan.schedule.kind, plan.device, plan.offload
     if (kind, device) not in (("stream", "cpu"), ("offload", "accelerator")):
         raise PlanFileError(f"{path}: this version executes no {kind!r} plan for device {device!r}")
-    if offload.gpus > 1 or offload.copies > 1:
+    if offload.copies > 1:
         raise PlanFileError(
-            f"{path}: spans {offload.gpus} GPUs in {offload.copies} copies of the model (tensor and data "
-            "parallelism); this version executes one copy on one GPU",
-            "compile the spec for a machine with one GPU",
+            f"{path}: runs {offload.copies} copies of the model (data parallelism); this version runs one, on "
+            "one or more GPUs",
+            "compile the spec again",
+        )
+    if offload.gpus > 1 and not whole_heads(plan.model.heads, plan.model.kv_heads, offload.gpus):
+        raise PlanFileError(
+            f"{path}: {offload.gpus} GPUs cannot share {plan.model.heads} heads, {plan.model.kv_heads} of keys "
+            "and values, evenly",
+            "compile the spec again",
         )
     if plan.model.latent_dim and kind == "offload":
         raise PlanFileError(
@@ -82,6 +89,7 @@ def check_offload(path: Path, plan: RuntimePlan) -> None:
         "disk_experts are not among those streamed": 0 <= o.disk_experts <= streamed,
         "no slots for pages from disk": plan.pages.slots > 0 or o.disk_experts == 0,
         "ranking does not rank the experts of each layer": ranked or not o.ranking,
+        "an expert is narrower than there are GPUs": plan.model.expert_intermediate >= o.gpus,
     }
     _check_model(path, plan, {}, rules)
 

@@ -25,7 +25,7 @@ from moeplan.runtime_min.attention import KvCache
 from moeplan.runtime_min.checkpoint import TensorRef
 from moeplan.runtime_min.checksums import Verification
 from moeplan.runtime_min.lanes import Block
-from moeplan.runtime_min.limits import check_items, check_parameters, stay_bytes
+from moeplan.runtime_min.limits import check_items, stay_bytes
 from moeplan.runtime_min.models.tensors import expert_names, expert_shapes
 from moeplan.runtime_min.operations import DTYPES
 from moeplan.runtime_min.pages import Reader, Shard, kept_as
@@ -190,7 +190,6 @@ def check_device_and_host(
 ) -> None:
     """Raise PlanFileError where host or device need more than the plan gives them."""
     m, s, item = plan.model, buffers.s, DTYPES[plan.model.compute_dtype].itemsize
-    check_parameters(path, plan, shapes)
     outside = m.moe_layers * experts.layer_bytes
     streamed = experts.layer_bytes if s.pages else 0
     kv_in = 2 if s.copied_up else 0

@@ -33,6 +33,7 @@ from moeplan.runtime_min.trace import Trace
 
 if TYPE_CHECKING:
     from moeplan.runtime_min.engine import Batches, Generation
+    from moeplan.runtime_min.ranks import Ranks
 
 Progress = Callable[[int, int, int], None]  # requests done, requests in all, tokens generated
 
@@ -261,9 +262,12 @@ def _engine(
     runtime_dir: Path, plan: RuntimePlan, checkpoint: Path, rehearse: bool, watch: Watch, counts: Counts
 ) -> Iterator[Batches]:
     """The plan's engine with its checkpoint loaded, watched. Its lanes end before the trace does."""
+    from moeplan.runtime_min.ranks import started
+
     with (
         Trace(watch.trace) if watch.trace else nullcontext() as trace,
-        _load(runtime_dir, plan, checkpoint, rehearse) as engine,
+        started(runtime_dir, plan, checkpoint, rehearse) as ranks,
+        _load(runtime_dir, plan, checkpoint, ranks) as engine,
         MetricsFile(watch.metrics, plan, lambda: make_report(engine, counts, rehearse))
         if watch.metrics
         else nullcontext(),
@@ -272,17 +276,14 @@ def _engine(
         yield engine
 
 
-def _load(runtime_dir: Path, plan: RuntimePlan, checkpoint: Path, rehearse: bool) -> Batches:
+def _load(runtime_dir: Path, plan: RuntimePlan, checkpoint: Path, ranks: Ranks) -> Batches:
     """The plan's engine with its checkpoint loaded."""
-    import torch
-
     from moeplan.runtime_min.offload import Offload
     from moeplan.runtime_min.stream import Engine
 
     if plan.schedule.kind == "stream":
         return Engine(runtime_dir, plan, checkpoint)
-    device = None if rehearse else torch.accelerator.current_accelerator()
-    return Offload(runtime_dir, plan, checkpoint, device or torch.device("cpu"))
+    return Offload(runtime_dir, plan, checkpoint, ranks.device, ranks)
 
 
 def _count_lines(path: Path) -> int:
