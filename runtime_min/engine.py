@@ -18,6 +18,7 @@ from moeplan.runtime_min.lanes import Lane, Lanes
 from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.plan_file import RuntimePlan
 from moeplan.runtime_min.ranks import ALONE, Ranks
+from moeplan.runtime_min.report import RankReport, peak_bytes
 from moeplan.runtime_min.sampling import Sampling, Scored, best_scored, draw, generator, greedy
 
 
@@ -176,6 +177,10 @@ class Batches:
             if not active:
                 self.batches.append((most, self.stats.since(before)))
                 before, most = replace(self.stats), 0
+        self.ranks.gather(self._rank_report())
+
+    def _rank_report(self) -> RankReport:
+        return RankReport(loaded_bytes=0, bytes_read=self.disk.bytes_read, peak_bytes=peak_bytes())
 
     def _admitted(self, active: Active, waiting: Waiting) -> Active:
         """`active` and those for which there is room now, in the order of their places."""

@@ -26,16 +26,11 @@ def check_supported(path: Path, plan: RuntimePlan) -> None:
     kind, device, offload = plan.schedule.kind, plan.device, plan.offload
     if (kind, device) not in (("stream", "cpu"), ("offload", "accelerator")):
         raise PlanFileError(f"{path}: this version executes no {kind!r} plan for device {device!r}")
-    if offload.copies > 1:
+    m, gpus = plan.model, offload.gpus
+    if gpus > 1 and (m.latent_dim or not whole_heads(m.heads, m.kv_heads, gpus)):
+        kept = "a latent cache" if m.latent_dim else f"{m.kv_heads} of keys and values"
         raise PlanFileError(
-            f"{path}: runs {offload.copies} copies of the model (data parallelism); this version runs one, on "
-            "one or more GPUs",
-            "compile the spec again",
-        )
-    if offload.gpus > 1 and not whole_heads(plan.model.heads, plan.model.kv_heads, offload.gpus):
-        raise PlanFileError(
-            f"{path}: {offload.gpus} GPUs cannot share {plan.model.heads} heads, {plan.model.kv_heads} of keys "
-            "and values, evenly",
+            f"{path}: {gpus} GPUs cannot share {m.heads} heads and {kept} evenly",
             "compile the spec again",
         )
     if plan.model.latent_dim and kind == "offload":

@@ -14,7 +14,7 @@ Q query heads, V key and value heads, D head dimension
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -43,6 +43,7 @@ from moeplan.runtime_min.offload_memory import (
 from moeplan.runtime_min.operations import DTYPES, Operations
 from moeplan.runtime_min.plan_file import RuntimePlan
 from moeplan.runtime_min.ranks import ALONE, Ranks
+from moeplan.runtime_min.report import RankReport
 from moeplan.runtime_min.shares import parts_of, plan_of
 
 LANES = ("gpu", "h2d", "d2h", "cpu", "copier", "disk")
@@ -158,6 +159,9 @@ class Offload(Batches):
     def close(self) -> None:
         super().close()
         self._memory.close()
+
+    def _rank_report(self) -> RankReport:
+        return replace(super()._rank_report(), loaded_bytes=self._memory.loaded_bytes)
 
     # Passes
 

@@ -194,6 +194,8 @@ def check_device_and_host(
     streamed = experts.layer_bytes if s.pages else 0
     kv_in = 2 if s.copied_up else 0
     scratch = scratch_bytes(m, plan.batch, buffers.piece_tokens, item)
+    if plan.offload.gpus > 1:  # what a rank's experts say, in float32 and as it is summed
+        scratch += (4 + item) * buffers.piece_tokens * m.hidden
     device = {
         "weights": sum(stay_bytes(plan, name, shape) for name, shape in shapes.items()) - outside,
         "weight pages": 2 * streamed,
@@ -280,6 +282,11 @@ class Memory:
                 matrices = self._matrices(self._host[layer], at)
                 into |= dict(zip(expert_names(self.experts.plan.model, layer, e), matrices, strict=True))
         self._reader.load([self._refs[name] for name in into], into)
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Read of files while weights were loaded."""
+        return self._reader.loaded_bytes
 
     def close(self) -> None:
         for shard in self._shards.values():

@@ -279,6 +279,7 @@ class Reader:
     ) -> None:
         self._shards, self._readers, self._block_bytes = shards, readers, block_bytes
         self._verification = verification
+        self.loaded_bytes = 0  # read by `load`
         self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
         for _ in range(readers):
             self._buffers.put(mmap.mmap(-1, block_bytes + 2 * ALIGNMENT_BYTES))
@@ -287,8 +288,7 @@ class Reader:
         """Fill the tensors `into`, by name; raises RunError."""
         blocks = [block for ref in refs for block in self.blocks(ref, into[ref.name].view(-1))]
         with ThreadPoolExecutor(self._readers) as readers:
-            for _ in readers.map(lambda block: block(), blocks):
-                pass
+            self.loaded_bytes += sum(readers.map(lambda block: block(), blocks))
 
     def blocks(self, ref: TensorRef, into: Tensor, first: int = 0) -> list[Block]:
         """The reads that fill the flat `into` with a tensor's elements from `first` on, in any order."""

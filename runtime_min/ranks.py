@@ -33,13 +33,14 @@ from torch import Tensor
 
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.plan_file import RuntimePlan, load
+from moeplan.runtime_min.report import RankReport
 from moeplan.runtime_min.sampling import Sampling
 from moeplan.runtime_min.shares import Share
 
 if TYPE_CHECKING:
     from moeplan.runtime_min.engine import Generation
 
-_CPU = torch.device("cpu")
+_CPU, _WHOLE = torch.device("cpu"), Share()
 _PRELOADED = ["moeplan.runtime_min.offload", "torch.distributed", "numba"]  # once for all ranks
 _LEFT, _REFUSED = 3, 2  # exit codes: another rank was lost; the rank cannot run, and has said why
 _MEMORY = "if the system ended it for want of memory, its log says so"
@@ -53,12 +54,20 @@ class RankError(RunError):
 class Ranks:
     """One rank's way to the others. Alone it sums and tells nothing."""
 
-    def __init__(self, share: Share = Share(), device: torch.device = _CPU, store: Any = None) -> None:
-        self.share, self.device, self._store = share, device, store
-        self.others: Sequence[BaseProcess] = ()
-        self.figures: list[Any] = []  # of each rank, once a run is complete
-        if store is not None:
+    def __init__(
+        self,
+        share: Share = _WHOLE,
+        device: torch.device = _CPU,
+        meeting: Path | None = None,
+        others: Sequence[BaseProcess] = (),
+    ) -> None:
+        self.share, self.device, self._others = share, device, others
+        self.reports: list[RankReport] = []  # of each rank, once a run is complete
+        self._refusal = meeting / "refusal" if meeting else Path()
+        if meeting:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             kinds = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_backend(device)}"
+            store = dist.FileStore(str(meeting / "ranks"), share.ranks)  # no port is open to other machines
             with self._together():
                 dist.init_process_group(kinds, store=store, rank=share.rank, world_size=share.ranks)
 
@@ -108,13 +117,12 @@ class Ranks:
                 generation.finish = finish
                 generation.tokens += last if finish != "invalid" else []
 
-    def gather(self, figures: Any) -> None:
-        """Keep in `figures` those of all ranks, on rank 0."""
-        self.figures = [figures]
+    def gather(self, report: RankReport) -> None:
+        """Keep those of all ranks in `reports`, each before more is asked of it."""
+        self.reports = [report] * self.count
         if self.count > 1:
-            self.figures *= self.count
             with self._together():
-                dist.all_gather_object(self.figures, figures)
+                dist.all_gather_object(self.reports, report)
 
     def _tell(self, what: Any) -> Any:
         """Rank 0's `what`, on every rank."""
@@ -129,24 +137,12 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            raise self._lost(str(error)) from None
-
-    def _lost(self, error: str) -> RankError:
-        """Which rank is lost and why, as far as rank 0 can see within a moment."""
-        end = time.monotonic() + _GRACE_S
-        while self.others and time.monotonic() < end:
-            for process in self.others:
-                if process.exitcode == _REFUSED and self._store.check(["refusal"]):
-                    return RankError(*self._store.get("refusal").decode().split("\0"))
-                if process.exitcode not in (None, _LEFT):
-                    how = _ended(process.exitcode)
-                    return RankError(f"{process.name} of {self.count} is lost: it {how}", _MEMORY)
-            time.sleep(0.01)
-        return RankError(f"a rank cannot be reached: {error.splitlines()[0]}")
-
-    def refuse(self, error: RunError) -> None:
-        """Leave for rank 0 why this one cannot run."""
-        self._store.set("refusal", f"{error}\0{error.hint}")
+            end = time.monotonic() + _GRACE_S
+            while self._others and time.monotonic() < end:
+                if loss := _loss(self._others, self._refusal):
+                    raise loss from None
+                time.sleep(0.01)
+            raise RankError(f"a rank cannot be reached: {str(error).splitlines()[0]}") from None
 
 
 ALONE = Ranks()
@@ -162,19 +158,17 @@ def started(folder: Path, plan: RuntimePlan, checkpoint: Path, rehearse: bool) -
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory(prefix="moeplan-ranks-") as meeting:
-        given = (folder, checkpoint, rehearse, meeting)
-        others = [
-            context.Process(target=_follow, args=(rank, *given), name=f"rank {rank}", daemon=True)
-            for rank in range(1, count)
-        ]
+        others: list[BaseProcess] = []
         ended = threading.Event()
         try:
-            for process in others:
+            for rank in range(1, count):
+                given = rank, folder, checkpoint, rehearse, Path(meeting)
+                process = context.Process(target=_follow, args=given, name=f"rank {rank}", daemon=True)
                 process.start()
-            threading.Thread(target=_watch, args=(others, ended), daemon=True).start()
-            ranks = Ranks(Share(0, count), device_of(0, rehearse), _meet(meeting, count))
-            ranks.others = others
-            yield ranks
+                others.append(process)
+            watched = others, Path(meeting, "refusal"), ended
+            threading.Thread(target=_watch, args=watched, daemon=True).start()
+            yield Ranks(Share(0, count), device_of(0, rehearse), Path(meeting), others)
         finally:
             ended.set()
             for process in others:
@@ -185,19 +179,17 @@ def started(folder: Path, plan: RuntimePlan, checkpoint: Path, rehearse: bool) -
                 dist.destroy_process_group()
 
 
-def _follow(rank: int, folder: Path, checkpoint: Path, rehearse: bool, meeting: str) -> None:
+def _follow(rank: int, folder: Path, checkpoint: Path, rehearse: bool, meeting: Path) -> None:
     """The life of another rank: run what rank 0 runs, until that ends."""
     from moeplan.runtime_min.offload import Offload
 
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all; rank 0 decides what follows
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_rank_0, daemon=True).start()
-    code, ranks = 1, None
+    code = 1
     try:
-        plan = load(folder)
-        count = plan.offload.gpus
-        device = device_of(rank, rehearse)
-        ranks = Ranks(Share(rank, count), device, _meet(meeting, count))
+        plan, device = load(folder), device_of(rank, rehearse)
+        ranks = Ranks(Share(rank, plan.offload.gpus), device, meeting)
         with Offload(folder, plan, checkpoint, device, ranks) as engine:
             while True:
                 engine.run(())
@@ -205,18 +197,10 @@ def _follow(rank: int, folder: Path, checkpoint: Path, rehearse: bool, meeting: 
         code = _LEFT
     except RunError as error:
         code = _REFUSED
-        if ranks:
-            ranks.refuse(error)
+        Path(meeting, "refusal").write_text(f"{error}\0{error.hint}", encoding="utf-8")
     except BaseException:
         traceback.print_exc()
-    sys.stderr.flush()
     os._exit(code)  # no thread of a lane holds it up
-
-
-def _meet(folder: str, count: int) -> Any:
-    """Where ranks find each other: a file, so that no port is open to other machines."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return dist.FileStore(str(Path(folder, "ranks")), count)
 
 
 def device_of(rank: int, rehearse: bool) -> torch.device:
@@ -239,16 +223,22 @@ def _leave_with_rank_0() -> None:
     os._exit(_LEFT)
 
 
-def _watch(others: Sequence[BaseProcess], ended: threading.Event) -> None:
+def _watch(others: Sequence[BaseProcess], refusal: Path, ended: threading.Event) -> None:
     """End rank 0 where it does not notice by itself that another is lost: some backends wait forever."""
     wait([process.sentinel for process in others])
-    if not ended.wait(2 * _GRACE_S):
-        print("a rank is lost, and rank 0 waits for it\n  hint: start the run again", file=sys.stderr)
-        sys.stderr.flush()
+    if not ended.wait(2 * _GRACE_S) and (loss := _loss(others, refusal)):
+        print(f"{loss}\n  hint: {loss.hint}", file=sys.stderr, flush=True)
         os._exit(_REFUSED)
 
 
-def _ended(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with {code}"
+def _loss(others: Sequence[BaseProcess], refusal: Path) -> RankError | None:
+    """Which of rank 0's others has ended first and why: not those that have missed another."""
+    for process in others:
+        code = process.exitcode
+        if code is None or code == _LEFT:
+            continue
+        if code == _REFUSED and refusal.exists():
+            return RankError(*refusal.read_text(encoding="utf-8").split("\0"))
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        return RankError(f"{process.name} of {len(others) + 1} is lost: it {how}", _MEMORY)
+    return None

@@ -236,7 +236,7 @@ def _open(runtime_dir: Path, given: Path | None, rehearse: bool) -> tuple[Runtim
     plan = load(runtime_dir)
     check_supported(runtime_dir / "runtime.json", plan)
     if plan.device == "accelerator" and not rehearse:
-        _check_accelerator(runtime_dir / "runtime.json")
+        _check_accelerator(runtime_dir / "runtime.json", plan.offload.gpus)
     if given is None and not plan.model.checkpoint:
         raise RunError(
             f"{runtime_dir}: the plan names no checkpoint", "say where it is with --checkpoint DIR"
@@ -247,12 +247,14 @@ def _open(runtime_dir: Path, given: Path | None, rehearse: bool) -> tuple[Runtim
     return plan, folder
 
 
-def _check_accelerator(path: Path) -> None:
+def _check_accelerator(path: Path, count: int) -> None:
     import torch
 
-    if not torch.accelerator.is_available():
+    found = torch.accelerator.device_count()
+    if found < count:
+        plural = "an accelerator" if count == 1 else f"{count} accelerators"
         raise PlanFileError(
-            f"{path}: the plan is for an accelerator, and torch finds none here",
+            f"{path}: the plan is for {plural}, and torch finds {found or 'none'} here",
             "run it on such a machine, or with --rehearse, which lets the CPU take the accelerator's place",
         )
 

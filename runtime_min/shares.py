@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moeplan.runtime_min.checkpoint import ITEM_BYTES, TensorRef
+from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.tensors import expert_names, expert_shapes
@@ -72,8 +73,9 @@ def parts_of(
     """A rank's part of every tensor of the whole `model`."""
     if share.ranks == 1:
         return dict(refs)
-    cuts = _expert_cuts(model, config, share)
-    return {name: _part(ref, *(cuts.get(name) or _cut(model, config, share, ref))) for name, ref in refs.items()}
+    experts = _expert_cuts(model, config, share)
+    cuts = ((ref, experts.get(name) or _cut(model, config, share, ref)) for name, ref in refs.items())
+    return {ref.name: _part(ref, *cut) for ref, cut in cuts}
 
 
 Cut = tuple[int, int, range]  # a tensor seen as [outer, things, ...], and which of the things
@@ -83,6 +85,8 @@ def _part(ref: TensorRef, outer: int, things: int, some: range) -> TensorRef:
     """`some` of the things in each of the `outer` rows of a tensor."""
     if len(some) == things:
         return ref
+    if ref.dtype not in ITEM_BYTES:
+        raise RunError(f"{ref.path}: {ref.name}: {ref.dtype} is not shared by several GPUs")
     size = math.prod(ref.shape) // (outer * things) * ITEM_BYTES[ref.dtype]  # of a thing
     axis = 0 if outer == 1 else 1
     shape = list(ref.shape)
