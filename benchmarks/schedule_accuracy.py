@@ -203,9 +203,7 @@ def plan_of(case: Case, schedule: Schedule, text: str) -> RuntimePlan:
         kv_cache="same",
         context_tokens=case.prompt + case.output,
     )
-    held = replace(
-        plan_file.NO_OFFLOAD, gpus=1, copies=1, disk_experts=case.disk_experts, budget_bytes=8 << 30
-    )
+    held = replace(plan_file.NO_OFFLOAD, gpus=1, disk_experts=case.disk_experts, budget_bytes=8 << 30)
     return RuntimePlan(
         format=plan_file.FORMAT,
         name=case.name,

@@ -161,8 +161,7 @@ def verify_schedule(schedule: Schedule, policy: Policy) -> None:
             f"{programs.ops(schedule)[row[0]]} of layer {row[2]} {offence.what}, schedule {schedule.name}"
         )
     for item, used in proof.page_bytes(schedule, issued, policy).items():
-        copies = policy.data_parallel if item == "pinned pages" else 1
-        held = sum(use.bytes for use in policy.memory if use.item == item) / copies
+        held = sum(use.bytes for use in policy.memory if use.item == item)
         fits = used <= held * (1 + _PAGE_SLACK)  # a ring of merged pages may be smaller, nothing else
         _require(
             fits if item == "pinned pages" else _about(used, held),

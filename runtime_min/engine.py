@@ -17,6 +17,8 @@ from torch import Tensor
 from moeplan.runtime_min.lanes import Lane, Lanes
 from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.plan_file import RuntimePlan
+from moeplan.runtime_min.ranks import ALONE, Ranks
+from moeplan.runtime_min.report import RankReport, peak_bytes
 from moeplan.runtime_min.sampling import Sampling, Scored, best_scored, draw, generator, greedy
 
 
@@ -125,9 +127,10 @@ class Batches:
 
     config: ModelConfig  # where a checkpoint is loaded
 
-    def __init__(self, plan: RuntimePlan, lanes: Lanes) -> None:
+    def __init__(self, plan: RuntimePlan, lanes: Lanes, ranks: Ranks = ALONE) -> None:
         self.plan = plan
         self.lanes = lanes
+        self.ranks = ranks
         self.stats = Stats()
         self.batches: list[tuple[int, Stats]] = []  # from empty to empty: most sequences at once, sums
         self._sources: dict[int, torch.Generator] = {}
@@ -160,7 +163,7 @@ class Batches:
 
         They are taken from the iterator as places become free, so that it may be long, or lazy.
         """
-        waiting = Waiting(requests)
+        waiting = Waiting(self.ranks.requests(requests))
         active: Active = ()
         before, most = replace(self.stats), 0
         while active := self._admitted(active, waiting):
@@ -175,6 +178,10 @@ class Batches:
             if not active:
                 self.batches.append((most, self.stats.since(before)))
                 before, most = replace(self.stats), 0
+        self.ranks.gather(self._rank_report())
+
+    def _rank_report(self) -> RankReport:
+        return RankReport(loaded_bytes=0, bytes_read=self.disk.bytes_read, peak_bytes=peak_bytes())
 
     def _admitted(self, active: Active, waiting: Waiting) -> Active:
         """`active` and those for which there is room now, in the order of their places."""
@@ -206,7 +213,12 @@ class Batches:
         raise NotImplementedError
 
     def _accept(self, scores: Tensor, active: Active) -> None:
-        """Let `active` accept a token each from `scores` [N, vocab]."""
+        """Let `active` accept a token each from `scores` [N, vocab]; rank 0 decides."""
+        if self.ranks.leads:
+            self._draw(scores, active)
+        self.ranks.agree([g for _, g in active])
+
+    def _draw(self, scores: Tensor, active: Active) -> None:
         best, values = greedy(scores)
         for row, (_, g) in enumerate(active):
             if not values[row] < float("inf"):  # nor is NaN

@@ -18,6 +18,7 @@ from moeplan.runtime_min.plan_file import (
     most_places,
     workspace_bytes,
 )
+from moeplan.runtime_min.shares import whole_heads
 
 
 def check_supported(path: Path, plan: RuntimePlan) -> None:
@@ -25,11 +26,12 @@ def check_supported(path: Path, plan: RuntimePlan) -> None:
     kind, device, offload = plan.schedule.kind, plan.device, plan.offload
     if (kind, device) not in (("stream", "cpu"), ("offload", "accelerator")):
         raise PlanFileError(f"{path}: this version executes no {kind!r} plan for device {device!r}")
-    if offload.gpus > 1 or offload.copies > 1:
+    m, gpus = plan.model, offload.gpus
+    if gpus > 1 and (m.latent_dim or not whole_heads(m.heads, m.kv_heads, gpus)):
+        kept = "a latent cache" if m.latent_dim else f"{m.kv_heads} of keys and values"
         raise PlanFileError(
-            f"{path}: spans {offload.gpus} GPUs in {offload.copies} copies of the model (tensor and data "
-            "parallelism); this version executes one copy on one GPU",
-            "compile the spec for a machine with one GPU",
+            f"{path}: {gpus} GPUs cannot share {m.heads} heads and {kept} evenly",
+            "compile the spec again",
         )
     if plan.model.packing != "none" and kind == "offload":
         raise PlanFileError(
@@ -78,6 +80,7 @@ def check_offload(path: Path, plan: RuntimePlan) -> None:
         "disk_experts are not among those streamed": 0 <= o.disk_experts <= streamed,
         "no slots for pages from disk": plan.pages.slots > 0 or o.disk_experts == 0,
         "ranking does not rank the experts of each layer": ranked or not o.ranking,
+        "an expert is narrower than there are GPUs": plan.model.expert_intermediate >= o.gpus,
     }
     _check_model(path, plan, {}, rules)
 

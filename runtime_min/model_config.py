@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from moeplan.runtime_min.checkpoint import CheckpointError, read_json
 from moeplan.runtime_min.config_keys import Keys
+from moeplan.runtime_min.formats import PACKINGS
 from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.architecture import Architecture
 from moeplan.runtime_min.plan_file import ModelPlan

@@ -14,7 +14,7 @@ Q query heads, V key and value heads, D head dimension
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -30,7 +30,7 @@ from moeplan.runtime_min.engine import Active, Batches, goes_on, groups
 from moeplan.runtime_min.lanes import Blocks, Lanes, Row, check_schedule, load_schedule, single
 from moeplan.runtime_min.latent import absorbed_queries, expand, values_of
 from moeplan.runtime_min.layers import sort_by_expert
-from moeplan.runtime_min.limits import check_offload
+from moeplan.runtime_min.limits import check_offload, check_parameters
 from moeplan.runtime_min.model_config import Sight, read_config
 from moeplan.runtime_min.models.tensors import find_parts
 from moeplan.runtime_min.offload_memory import (
@@ -43,6 +43,9 @@ from moeplan.runtime_min.offload_memory import (
 )
 from moeplan.runtime_min.operations import DTYPES, Operations
 from moeplan.runtime_min.plan_file import RuntimePlan, kv_shape
+from moeplan.runtime_min.ranks import ALONE, Ranks
+from moeplan.runtime_min.report import RankReport
+from moeplan.runtime_min.shares import parts_of, plan_of
 
 LANES = ("gpu", "h2d", "d2h", "cpu", "copier", "disk")
 DECODE_OPS = (
@@ -110,16 +113,28 @@ class Step:
 
 
 class Offload(Batches):
-    """An offload plan with its checkpoint loaded; `device` is the accelerator, or the CPU in its place."""
+    """An offload plan with its checkpoint loaded; `device` is the accelerator, or the CPU in its place.
 
-    def __init__(self, folder: Path, plan: RuntimePlan, checkpoint: Path, device: torch.device) -> None:
-        path, m = folder / "runtime.json", plan.model
+    Of several `ranks` this one has its share, and `plan` becomes that of the share.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: RuntimePlan,
+        checkpoint: Path,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        path = folder / "runtime.json"
         check_offload(path, plan)
         schedule = load_schedule(folder, plan)
         check_schedule(schedule, "offload", offload_constants(plan, schedule))
-        self.config = read_config(checkpoint, m, plan.batch.context_tokens)
-        refs = find_parts(checkpoint, m, self.config)
-        shapes = {name: ref.shape for name, ref in refs.items()}
+        self.config = read_config(checkpoint, plan.model, plan.batch.context_tokens)
+        refs = find_parts(checkpoint, plan.model, self.config)
+        check_parameters(path, plan, {name: ref.shape for name, ref in refs.items()})
+        refs, plan = parts_of(refs, plan.model, self.config, ranks.share), plan_of(plan, ranks.share)
+        shapes, m = {name: ref.shape for name, ref in refs.items()}, plan.model
         self._s, self._ops = schedule.SCHEDULE, schedule.OPS
         experts = Experts(plan, self._s.pages, self.config.dense)
         self._buffers = Buffers(plan, self._s)
@@ -127,23 +142,27 @@ class Offload(Batches):
         check_device_and_host(path, plan, experts, self._buffers, shapes)
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
-        sums = verification(checkpoint, (ref.path for ref in refs.values()))
+        # A rank sees parts of tensors only, whose checksums nobody has noted.
+        sums = verification(checkpoint, (r.path for r in refs.values()) if ranks.count == 1 else ())
         self._memory = Memory(experts, self._buffers, refs, device, sums)
         self._model = m
         self._on, self._dtype, self._device = self._memory.device, DTYPES[m.compute_dtype], device
         self._pinned = self._memory.pinned
         resident = self._memory.resident
         with device:
-            self._device_ops = Operations(plan, self.config, resident)
+            self._device_ops = Operations(plan, self.config, resident, ranks)
         sinks = (self._device_ops.sinks(layer, resident) for layer in range(m.layers))
         self._host_sinks = [None if s is None else s.cpu() for s in sinks]
         self._passes = self._pages_staged = self._pages_copied = 0
         self._next: Step | None = None
-        super().__init__(plan, Lanes(schedule, READERS, device))
+        super().__init__(plan, Lanes(schedule, READERS, device), ranks)
 
     def close(self) -> None:
         super().close()
         self._memory.close()
+
+    def _rank_report(self) -> RankReport:
+        return replace(super()._rank_report(), loaded_bytes=self._memory.loaded_bytes)
 
     # Passes
 
@@ -285,7 +304,7 @@ class Offload(Batches):
     def _add_partial(self, hidden: Tensor, j: int) -> None:
         """Add what the CPU's experts of the layer before have said."""
         if self._s.decode_cpu_experts:
-            hidden += self._on["partial"][j, : len(hidden)]
+            hidden += self.ranks.sum(self._on["partial"][j, : len(hidden)])
 
     def _pre_attention(self, step: Step, layer: int, j: int, _: int) -> None:
         group = step.groups[j]
@@ -368,11 +387,9 @@ class Offload(Batches):
         self._add_experts(layer, half, normed, choice, hidden, bool(self._s.decode_cpu_experts))
 
     def _choose(self, layer: int, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The experts of each token and what goes into them; adds what a layer has beside experts."""
+        """The experts of each token and what goes into them."""
         normed = torch.empty_like(hidden, dtype=self._dtype)
-        choice = self._device_ops.choose(layer, hidden, normed)
-        self._device_ops.add_common(layer, normed, hidden)
-        return normed, choice
+        return normed, self._device_ops.choose(layer, hidden, normed)
 
     def _tell(self, kind: str, at: int, normed: Tensor, choice: tuple[Tensor, Tensor]) -> None:
         """Leave for the CPU's experts what they need."""
@@ -384,11 +401,17 @@ class Offload(Batches):
     def _add_experts(
         self, layer: int, half: int, normed: Tensor, choice: tuple[Tensor, Tensor], out: Tensor, shared: bool
     ) -> None:
-        """Add what the device's experts say; `shared`: the CPU computes its own."""
+        """Add what the device's experts say, and what a layer has beside experts; `shared`: the CPU computes
+        its own."""
         outside = self._memory.outside[layer][self.plan.offload.cpu_experts if shared else 0 :]
         experts = [*self._memory.experts.resident(layer), *outside]
         routing = sort_by_expert(*choice, self._model.experts)
-        self._device_ops.add_experts(experts, routing, normed, out, self._memory.on_device(layer, half))
+        alone = self.ranks.count == 1
+        said = out if alone else torch.zeros_like(out)
+        self._device_ops.add_common(layer, normed, said)
+        self._device_ops.add_experts(experts, routing, normed, said, self._memory.on_device(layer, half))
+        if not alone:
+            out += self.ranks.sum(said.to(self._dtype))
 
     def _offload_routed(self, step: Step, _: int, j: int, __: int) -> None:
         self._down(_TO_CPU, j, j, len(step.groups[j].active))
@@ -464,7 +487,7 @@ class Offload(Batches):
         count = len(piece.tokens)
         hidden = self._on["piece_in"][slot][:count].to(torch.float32, copy=True)
         if self._s.prefill_cpu_experts and layer > 0:
-            hidden += self._on["piece_partial"][slot][:count]
+            hidden += self.ranks.sum(self._on["piece_partial"][slot][:count])
         return hidden
 
     def _store_piece(self, step: Step, _: int, q: int, slot: int) -> None:

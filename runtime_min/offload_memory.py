@@ -25,7 +25,7 @@ from moeplan.runtime_min.attention import KvCache
 from moeplan.runtime_min.checkpoint import TensorRef
 from moeplan.runtime_min.checksums import Verification
 from moeplan.runtime_min.lanes import Block
-from moeplan.runtime_min.limits import check_items, check_parameters, stay_bytes
+from moeplan.runtime_min.limits import check_items, stay_bytes
 from moeplan.runtime_min.models.tensors import expert_names, expert_shapes
 from moeplan.runtime_min.operations import DTYPES
 from moeplan.runtime_min.pages import Reader, Shard, kept_as
@@ -190,11 +190,12 @@ def check_device_and_host(
 ) -> None:
     """Raise PlanFileError where host or device need more than the plan gives them."""
     m, s, item = plan.model, buffers.s, DTYPES[plan.model.compute_dtype].itemsize
-    check_parameters(path, plan, shapes)
     outside = m.moe_layers * experts.layer_bytes
     streamed = experts.layer_bytes if s.pages else 0
     kv_in = 2 if s.copied_up else 0
     scratch = scratch_bytes(m, plan.batch, buffers.piece_tokens, item)
+    if plan.offload.gpus > 1:  # what a rank's experts say, in float32 and as it is summed
+        scratch += (4 + item) * buffers.piece_tokens * m.hidden
     device = {
         "weights": sum(stay_bytes(plan, name, shape) for name, shape in shapes.items()) - outside,
         "weight pages": 2 * streamed,
@@ -281,6 +282,11 @@ class Memory:
                 matrices = self._matrices(self._host[layer], at)
                 into |= dict(zip(expert_names(self.experts.plan.model, layer, e), matrices, strict=True))
         self._reader.load([self._refs[name] for name in into], into)
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Read of files while weights were loaded."""
+        return self._reader.loaded_bytes
 
     def close(self) -> None:
         for shard in self._shards.values():

@@ -28,6 +28,7 @@ from moeplan.runtime_min.model_config import Latent, ModelConfig
 from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.tensors import CORRECTION
 from moeplan.runtime_min.plan_file import RuntimePlan, call_tokens
+from moeplan.runtime_min.ranks import ALONE, Ranks
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
@@ -38,12 +39,16 @@ Matrices = Callable[[int], tuple[Any, ...]]  # expert -> its tensors
 class Operations:
     """A decoder's operations on the tensors they are given, in pieces of at most `call_tokens` tokens.
 
-    `resident` are the weights that do not move.
+    `resident` are the weights that do not move. Weights and plan are those of one of `ranks`.
     """
 
-    def __init__(self, plan: RuntimePlan, config: ModelConfig, resident: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, plan: RuntimePlan, config: ModelConfig, resident: Mapping[str, Tensor], ranks: Ranks = ALONE
+    ) -> None:
         m, batch, dtype = plan.model, plan.batch, DTYPES[plan.model.compute_dtype]
-        self._model, self._config, self._weights = m, config, resident
+        self._model, self._config, self._weights, self._ranks = m, config, resident, ranks
+        part = ranks.share.part(m.vocab)
+        self._tokens = slice(part.start, part.stop)  # those whose embeddings and scores are here
         self._call = call_tokens(batch)
         self._head_rows = batch.micro_batch
         self._kind = BY_MODEL_TYPE[m.architecture]
@@ -56,7 +61,14 @@ class Operations:
         """The embeddings of `tokens` [T], to `out` [T, H]."""
         weight = self._weight("model.embed_tokens")
         for rows in pieces(len(tokens), self._call):
-            out[rows] = F.embedding(tokens[rows], weight)
+            out[rows] = self._ranks.sum(self._embedded(tokens[rows], weight))
+
+    def _embedded(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """The embeddings of `tokens` [T], zero for those that other ranks have: [T, H]."""
+        if self._ranks.count == 1:
+            return F.embedding(tokens, weight)
+        here = (tokens >= self._tokens.start) & (tokens < self._tokens.stop)
+        return F.embedding((tokens - self._tokens.start) * here, weight) * here[:, None]
 
     def queries(
         self, layer: int, hidden: Tensor, positions: Tensor, weights: Mapping[str, Tensor]
@@ -116,8 +128,12 @@ class Operations:
 
     def _normalise(self, layer: int, name: str, x: Tensor) -> Tensor:
         """Queries or keys [T, heads * D], over each head or over all of a token."""
-        weight = self._layer(layer, f"self_attn.{name}_norm")
-        return rms_norm(x.view(len(x), -1, len(weight)).float(), weight, self._config.norm_eps).view_as(x)
+        weight, eps = self._layer(layer, f"self_attn.{name}_norm"), self._config.norm_eps
+        heads = x.view(len(x), -1, len(weight)).float()
+        if self._config.query_norm == "head" or self._ranks.count == 1:
+            return rms_norm(heads, weight, eps).view_as(x)
+        mean = self._ranks.sum(heads.square().mean(-1, keepdim=True)) / self._ranks.count
+        return ((heads * (mean + eps).rsqrt()).to(weight.dtype) * weight).view_as(x)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight, eps = self._weight(name), self._config.norm_eps
@@ -138,7 +154,8 @@ class Operations:
 
     def add_attended(self, layer: int, hidden: Tensor, out: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Add the output projection of `out` [T, Q * D] to `hidden`."""
-        hidden += self._project(layer, "o_proj", out, weights, self._config.output_bias)
+        biased = self._config.output_bias and self._ranks.leads  # once in the sum
+        hidden += self._ranks.sum(self._project(layer, "o_proj", out, weights, biased))
 
     def choose(self, layer: int, hidden: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of each token and their weights: [T, K] float32, [T, K]; `normed` gets their input.
@@ -212,6 +229,7 @@ class Operations:
         match self._kind.experts:
             case "pairs":
                 gate_up, gate_up_bias, down, bias = tensors
+                bias = bias if self._ranks.leads else torch.zeros_like(bias)  # once in the sum
                 return clamped_expert(x, gate_up, gate_up_bias, down, bias, *self._config.clamp)
             case "halves":
                 return fused_expert(x, *tensors)
@@ -224,7 +242,10 @@ class Operations:
         bias = self._weights["lm_head.bias"] if self._config.head_bias and not self._config.tied else None
         for some in pieces(len(rows), self._head_rows):
             x = self._norm(hidden[rows[some]], "model.norm")
-            out[some] = linear(x, weight, bias)
+            if self._ranks.count > 1:
+                out[some] = 0
+            out[some, self._tokens] = linear(x, weight, bias)
+            self._ranks.collect(out[some])
 
     def _weight(self, name: str) -> Tensor:
         return self._weights[name + ".weight"]

@@ -289,6 +289,7 @@ class Reader:
     ) -> None:
         self._shards, self._readers, self._block_bytes = shards, readers, block_bytes
         self._verification = verification
+        self.loaded_bytes = 0  # read by `load`
         self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
         for _ in range(readers):
             self._buffers.put(mmap.mmap(-1, block_bytes + 2 * ALIGNMENT_BYTES))
@@ -297,30 +298,47 @@ class Reader:
         """Fill the tensors `into`, by name; raises RunError."""
         blocks = [block for ref in refs for block in self.blocks(ref, into[ref.name].view(-1))]
         with ThreadPoolExecutor(self._readers) as readers:
-            for _ in readers.map(lambda block: block(), blocks):
-                pass
+            self.loaded_bytes += sum(readers.map(lambda block: block(), blocks))
 
     def blocks(self, ref: TensorRef, into: Tensor, first: int = 0) -> list[Block]:
         """The reads that fill the flat `into` with a tensor's elements from `first` on, in any order."""
-        step = max(1, self._block_bytes // DTYPES[ref.dtype].itemsize)
-        return [
-            partial(self._read, ref, first + start, into[start : start + step])
-            for start in range(0, len(into), step)
-        ]
+        item = DTYPES[ref.dtype].itemsize
+        step = max(1, self._block_bytes // item)
+        run, stride = (ref.run_bytes or ref.nbytes) // item, ref.stride_bytes // item
+        blocks: list[Block] = []
+        at = 0
+        while at < len(into):
+            row, column = divmod(first + at, run)
+            rows = min((len(into) - at) // run, step // stride) if stride and not column else 0
+            count = rows * run or min(len(into) - at, run - column, step)
+            place = ref.offset + (row * stride + column) * item
+            blocks.append(partial(self._read, ref, place, into[at : at + count].view(max(1, rows), -1)))
+            at += count
+        return blocks
 
-    def _read(self, ref: TensorRef, first: int, into: Tensor) -> int:
-        item, buffer = DTYPES[ref.dtype].itemsize, self._buffers.get()
-        low, high = ref.offset + first * item, ref.offset + (first + len(into)) * item
-        start = _down(low)
+    def _read(self, ref: TensorRef, low: int, into: Tensor) -> int:
+        """Fill the rows of `into` with runs of bytes, the first at `low`: each read on its own, or all at
+        once where less than a block of the file lies between them."""
+        apart = ref.stride_bytes - ref.run_bytes >= ALIGNMENT_BYTES
+        buffer, nbytes = self._buffers.get(), 0
         try:
-            self._shards[ref.path].read(start, memoryview(buffer)[: _up(high) - start])
-            data = torch.frombuffer(buffer, dtype=torch.uint8)[low - start : high - start]
-            self._verification.piece(ref.path, low, memoryview(buffer)[low - start : high - start])
-            into.copy_(_typed(data, ref))
+            for some in into.split(1 if apart else len(into)):
+                nbytes += self._read_runs(ref, low, some, buffer)
+                low += ref.stride_bytes
         except (OSError, EOFError) as error:
             raise ReadError(f"{ref.path}: {ref.name}: cannot be read: {error}") from None
         finally:
             self._buffers.put(buffer)
+        return nbytes
+
+    def _read_runs(self, ref: TensorRef, low: int, into: Tensor, buffer: mmap.mmap) -> int:
+        item = DTYPES[ref.dtype].itemsize
+        high = low + (len(into) - 1) * ref.stride_bytes + into.shape[1] * item
+        start = _down(low)
+        self._shards[ref.path].read(start, memoryview(buffer)[: _up(high) - start])
+        data = torch.frombuffer(buffer, dtype=torch.uint8)[low - start : high - start]
+        self._verification.piece(ref.path, low, memoryview(buffer)[low - start : high - start])
+        into.copy_(_typed(data, ref).as_strided(into.shape, (max(1, ref.stride_bytes // item), 1)))
         return high - low
 
 

@@ -162,16 +162,16 @@ class PagePlan:
 class OffloadPlan:
     """What lies where beside an accelerator; all zero and empty in a stream plan.
 
-    One copy of the model spans `gpus` of them, the machine runs `copies`. Each layer's experts are ranked:
+    The model spans `gpus` of them (tensor parallelism): each has a part of the heads, of every expert's inner
+    width and of the vocabulary. Sizes and limits are those of all together. Each layer's experts are ranked:
     `ranking` has a row per layer, most popular first; empty, they rank by number. The first
     `resident_experts` stay on the device. The last `cpu_experts` are computed by the CPU in decode, and in
     prefill where no page moves. Those between are streamed, the last `disk_experts` of them from disk.
     Pages are equal parts of the bytes of all that are not resident: those of the CPU first, the disk's last.
-    `budget_bytes` is what the run may hold in the device's memory.
+    `budget_bytes` is what the run may hold in the devices' memory.
     """
 
     gpus: int
-    copies: int
     resident_experts: int
     cpu_experts: int
     disk_experts: int
@@ -180,7 +180,7 @@ class OffloadPlan:
 
 
 NO_OFFLOAD = OffloadPlan(
-    gpus=0, copies=0, resident_experts=0, cpu_experts=0, disk_experts=0, ranking=(), budget_bytes=0
+    gpus=0, resident_experts=0, cpu_experts=0, disk_experts=0, ranking=(), budget_bytes=0
 )
 
 

@@ -57,13 +57,23 @@ class LaneReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """Bytes that a rank read of files while it loaded, and in passes; the most memory it has held."""
+
+    loaded_bytes: int
+    bytes_read: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What a run did so far. Passes that read prompts beside decoding are mixed: `mixed_s` is no other time.
     `prefilled_tokens` and `decode_tokens` are those of the other passes, `prompt_tokens` and
     `generated_tokens` those of all. `shared_tokens` of prompts were not read, as another prompt begins alike.
 
     `requests` are those of the input; `resumed` of them were done by an earlier run. `lanes` are those that
-    had work; the first computes. `rehearsed`: the CPU took the accelerator's place.
+    had work; the first computes. `rehearsed`: the CPU took the accelerator's place. Of several ranks times
+    and lanes are those of rank 0, bytes the sums over `ranks`, which are empty until the run is complete.
     """
 
     requests: int
@@ -84,6 +94,7 @@ class Report:
     peak_bytes: int
     full: FullBatches | None
     rehearsed: bool
+    ranks: tuple[RankReport, ...] = ()
 
     @property
     def elapsed_s(self) -> float:
@@ -107,7 +118,7 @@ class Counts:
 
 def make_report(engine: Batches, counts: Counts, rehearse: bool) -> Report:
     """What `engine` has done; while it works a figure may lack the block under way."""
-    stats = engine.stats
+    stats, ranks = engine.stats, engine.ranks.reports if engine.ranks.count > 1 else []
     lanes = tuple(
         LaneReport(name=name, busy_s=lane.busy_s, stall_s=lane.stall_s, bytes_read=lane.bytes_read)
         for name, lane in engine.lanes.lanes.items()
@@ -125,10 +136,11 @@ def make_report(engine: Batches, counts: Counts, rehearse: bool) -> Report:
         decode_s=stats.decode_s,
         mixed_s=stats.mixed_s,
         lanes=lanes,
-        bytes_read=engine.disk.bytes_read,
-        peak_bytes=_peak_bytes(),
+        bytes_read=sum(r.bytes_read for r in ranks) or engine.disk.bytes_read,
+        peak_bytes=sum(r.peak_bytes for r in ranks) or peak_bytes(),
         full=_full_batches(engine.batches),
         rehearsed=rehearse and engine.plan.device == "accelerator",
+        ranks=tuple(ranks),
     )
 
 
@@ -143,7 +155,7 @@ def _full_batches(batches: Sequence[tuple[int, Stats]]) -> FullBatches | None:
     return FullBatches(sequences=most, batches=len(full), warm=warm, sums=sums)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """The most memory this process has held. Not getrusage: there a process inherits its parent's peak."""
     for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith("VmHWM:"):
@@ -163,6 +175,11 @@ def summary(plan: RuntimePlan, report: Report) -> str:
         f"  memory     {_gib(report.peak_bytes)} GiB at peak, planned {_gib(_planned_bytes(plan, report))}",
         *(_lane(lane, report.elapsed_s) for lane in report.lanes if report.elapsed_s > 0),
     ]
+    if report.ranks:
+        loaded = ", ".join(_gib(rank.loaded_bytes) for rank in report.ranks)
+        lines.append(
+            f"  ranks      {len(report.ranks)}, which loaded {loaded} GiB; lanes are those of rank 0"
+        )
     expected = plan.predicted.generated_tokens_per_s
     if report.rehearsed:
         lines.append("  rehearsal: the CPU took the accelerator's place, so no speed above is the plan's")

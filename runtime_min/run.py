@@ -33,6 +33,7 @@ from moeplan.runtime_min.trace import Trace
 
 if TYPE_CHECKING:
     from moeplan.runtime_min.engine import Batches, Generation
+    from moeplan.runtime_min.ranks import Ranks
 
 Progress = Callable[[int, int, int], None]  # requests done, requests in all, tokens generated
 
@@ -235,7 +236,7 @@ def _open(runtime_dir: Path, given: Path | None, rehearse: bool) -> tuple[Runtim
     plan = load(runtime_dir)
     check_supported(runtime_dir / "runtime.json", plan)
     if plan.device == "accelerator" and not rehearse:
-        _check_accelerator(runtime_dir / "runtime.json")
+        _check_accelerator(runtime_dir / "runtime.json", plan.offload.gpus)
     if given is None and not plan.model.checkpoint:
         raise RunError(
             f"{runtime_dir}: the plan names no checkpoint", "say where it is with --checkpoint DIR"
@@ -246,12 +247,14 @@ def _open(runtime_dir: Path, given: Path | None, rehearse: bool) -> tuple[Runtim
     return plan, folder
 
 
-def _check_accelerator(path: Path) -> None:
+def _check_accelerator(path: Path, count: int) -> None:
     import torch
 
-    if not torch.accelerator.is_available():
+    found = torch.accelerator.device_count()
+    if found < count:
+        plural = "an accelerator" if count == 1 else f"{count} accelerators"
         raise PlanFileError(
-            f"{path}: the plan is for an accelerator, and torch finds none here",
+            f"{path}: the plan is for {plural}, and torch finds {found or 'none'} here",
             "run it on such a machine, or with --rehearse, which lets the CPU take the accelerator's place",
         )
 
@@ -261,9 +264,12 @@ def _engine(
     runtime_dir: Path, plan: RuntimePlan, checkpoint: Path, rehearse: bool, watch: Watch, counts: Counts
 ) -> Iterator[Batches]:
     """The plan's engine with its checkpoint loaded, watched. Its lanes end before the trace does."""
+    from moeplan.runtime_min.ranks import started
+
     with (
         Trace(watch.trace) if watch.trace else nullcontext() as trace,
-        _load(runtime_dir, plan, checkpoint, rehearse) as engine,
+        started(runtime_dir, plan, checkpoint, rehearse) as ranks,
+        _load(runtime_dir, plan, checkpoint, ranks) as engine,
         MetricsFile(watch.metrics, plan, lambda: make_report(engine, counts, rehearse))
         if watch.metrics
         else nullcontext(),
@@ -272,17 +278,14 @@ def _engine(
         yield engine
 
 
-def _load(runtime_dir: Path, plan: RuntimePlan, checkpoint: Path, rehearse: bool) -> Batches:
+def _load(runtime_dir: Path, plan: RuntimePlan, checkpoint: Path, ranks: Ranks) -> Batches:
     """The plan's engine with its checkpoint loaded."""
-    import torch
-
     from moeplan.runtime_min.offload import Offload
     from moeplan.runtime_min.stream import Engine
 
     if plan.schedule.kind == "stream":
         return Engine(runtime_dir, plan, checkpoint)
-    device = None if rehearse else torch.accelerator.current_accelerator()
-    return Offload(runtime_dir, plan, checkpoint, device or torch.device("cpu"))
+    return Offload(runtime_dir, plan, checkpoint, ranks.device, ranks)
 
 
 def _count_lines(path: Path) -> int:

@@ -7,18 +7,48 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from runtime.architectures import Small, save
 from runtime.folders import Shape, save_checkpoint
 
 from moeplan.codegen.emit.runtime import emit as emit_runtime
 from moeplan.planner.pipeline import compile_plan
 from moeplan.runtime_min.engine import Generation
 from moeplan.runtime_min.offload import Offload
-from moeplan.runtime_min.plan_file import load
+from moeplan.runtime_min.plan_file import RuntimePlan, load
+from moeplan.runtime_min.ranks import started
 from moeplan.runtime_min.sampling import Sampling
 
+SIZES = {"max_position_embeddings": 256, "vocab_size": 40_000}
+LARGE = {  # embedding, head and experts of a layer fill what is left of all GPUs
+    "mixtral": Small(
+        "Mixtral",
+        {
+            **SIZES,
+            "hidden_size": 64,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "num_local_experts": 8,
+        },
+    ),
+    "dbrx": Small(
+        "Dbrx",
+        {
+            "vocab_size": 40_000,
+            "d_model": 64,
+            "n_heads": 8,
+            "n_layers": 18,
+            "max_seq_len": 256,
+            "attn_config": {"kv_n_heads": 4, "clip_qkv": 0.9, "rope_theta": 500.0},
+            "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 1024, "moe_num_experts": 8, "moe_top_k": 2},
+        },
+    ),
+}
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tinymoe"
 BOX = """\
 name: small-box
@@ -27,7 +57,7 @@ sigma: 0.4
 cpu: {{cores: 2, flops_per_s: {{float32: 2.0e+11, bf16: 1.4e+11}}, launch_s: 5.0e-6}}
 dram: {{bytes: 25000000000, bytes_per_s: 2.2e+10}}
 disk: {{bytes: 270000000000, bytes_per_s: 2.0e+9}}
-gpu: {{name: T4, count: 1, memory_bytes: {memory_bytes}}}
+gpu: {{name: T4, count: {count}, memory_bytes: {memory_bytes}}}
 """
 SPEC = """\
 name: job
@@ -58,7 +88,7 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, memory_bytes: int) -> dict[str, str]:
     """The answers of a plan for a GPU of so much memory."""
-    (folder / "box.yaml").write_text(BOX.format(memory_bytes=memory_bytes))
+    (folder / "box.yaml").write_text(BOX.format(memory_bytes=memory_bytes, count=1))
     (folder / "spec.yaml").write_text(SPEC)
     done = moeplan("compile", "spec.yaml", "--force", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -87,22 +117,61 @@ def test_a_dense_model_on_a_gpu_too_small_for_it(tmp_path: Path) -> None:
     """The runtime accepts the plan and streams the MLPs through the GPU; tokens are transformers'."""
     shape = Shape(kind="llama", layers=8, hidden=256, head_dim=16, experts=1, top=1, inner=1024)
     reference = save_checkpoint(tmp_path / "checkpoint", shape)
-    (tmp_path / "box.yaml").write_text(BOX.format(memory_bytes=125_000_000))
+    (tmp_path / "box.yaml").write_text(BOX.format(memory_bytes=125_000_000, count=1))
     (tmp_path / "spec.yaml").write_text(
         SPEC.replace("prompts: prompts.jsonl", "requests: 3, prompt: 20, output: 8")
     )
-    plan = compile_plan((tmp_path / "spec.yaml").read_bytes(), str(tmp_path / "spec.yaml"))
-    for name, text in emit_runtime(plan).items():
-        (tmp_path / "job.plan" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "job.plan" / name).write_text(text)
-    (folder,) = (tmp_path / "job.plan" / "runtime").iterdir()
-    made = load(folder)
+    folder, made = compiled(tmp_path)
     assert (made.model.experts, made.offload.resident_experts, made.schedule.kind) == (1, 0, "offload")
     prompts = [[257, 1, 2, 3], [257, *range(40, 59)], [257]]
     batch = [Generation(prompt, 8, Sampling(temperature=0.0, top_p=1.0, seed=0)) for prompt in prompts]
     with Offload(folder, made, tmp_path / "checkpoint", torch.device("cpu")) as engine:
         engine.run(batch)
-    for prompt, generation in zip(prompts, batch, strict=True):
+    check(reference, batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "memory_bytes"), [("mixtral", 2, 50_000_000), ("dbrx", 4, 36_000_000)]
+)
+def test_a_model_that_only_several_gpus_hold(tmp_path: Path, kind: str, gpus: int, memory_bytes: int) -> None:
+    """The published settings in small: experts streamed through 2 and 4 T4s, the model on all of them."""
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    reference = save(checkpoint, LARGE[kind])
+    (tmp_path / "box.yaml").write_text(BOX.format(memory_bytes=memory_bytes, count=gpus))
+    (tmp_path / "spec.yaml").write_text(
+        SPEC.replace("prompts: prompts.jsonl", "requests: 4, prompt: 20, output: 8")
+    )
+    folder, made = compiled(tmp_path)
+    assert (made.offload.gpus, made.schedule.kind) == (gpus, "offload")
+    assert made.pages.pages_per_layer > 0
+    prompts = [[257, 1, 2, 3], [257, *range(40, 59)], [257], [39_999]]
+    batch = [Generation(prompt, 8, Sampling(temperature=0.0, top_p=1.0, seed=0)) for prompt in prompts]
+    with (
+        started(folder, made, checkpoint, rehearse=True) as ranks,
+        Offload(folder, made, checkpoint, ranks.device, ranks) as engine,
+    ):
+        engine.run(batch)
+        loaded = [rank.loaded_bytes for rank in ranks.reports]
+    assert len(loaded) == gpus
+    assert max(loaded) < 1.05 * min(loaded)
+    check(reference, batch)
+
+
+def compiled(folder: Path) -> tuple[Path, RuntimePlan]:
+    """The runtime folder of folder/spec.yaml's plan, and what it says."""
+    plan = compile_plan((folder / "spec.yaml").read_bytes(), str(folder / "spec.yaml"))
+    for name, text in emit_runtime(plan).items():
+        (folder / "job.plan" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "job.plan" / name).write_text(text)
+    (runtime_dir,) = (folder / "job.plan" / "runtime").iterdir()
+    return runtime_dir, load(runtime_dir)
+
+
+def check(reference: Any, batch: list[Generation]) -> None:
+    """Each token is the reference's best after those before it."""
+    for generation in batch:
+        prompt = generation.prompt
         context = torch.tensor([[*prompt, *generation.tokens[:-1]]])
         with torch.inference_mode():
             scores = reference(context).logits[0, len(prompt) - 1 :]

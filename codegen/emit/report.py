@@ -96,8 +96,6 @@ def why_unrun(plan: Plan, policy: Policy) -> str:
     """Why the bundled runtime cannot execute a policy that is planned for it; empty where it can."""
     if policy.engine == "runtime_min" and plan.workload.model.model_type not in ARCHITECTURES:
         return f"this version of runtime_min runs {', '.join(ARCHITECTURES)} models only"
-    if policy.rehearsed_only and policy.gpus * policy.data_parallel > 1:
-        return "this version of runtime_min runs on one GPU only"
     return ""
 
 
@@ -327,10 +325,9 @@ def _how(policy: Policy) -> str:
     groups = f"{policy.micro_batches} micro-batch{plural} of {policy.micro_batch}"
     if policy.gpus:
         way = "through a pinned ring" if policy.staged else "from pinned memory"
-        copies = f"{policy.data_parallel} copies on " * (policy.data_parallel > 1)
         moved = f"experts streamed {way}" if policy.pages.pages_per_layer else "no expert streamed"
         return (
-            f"runtime_min, {copies}{policy.gpus} GPU{'s' * (policy.gpus > 1)}, {moved}, {_placed(policy)}, "
+            f"runtime_min, {policy.gpus} GPU{'s' * (policy.gpus > 1)}, {moved}, {_placed(policy)}, "
             f"{batch}, in {groups}"
         )
     packed = f" packed in {packing_of(policy)}" if packing_of(policy) else ""

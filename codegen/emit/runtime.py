@@ -135,7 +135,6 @@ def _offload_plan(plan: Plan, policy: Policy) -> plan_file.OffloadPlan:
     rows = (first.get(layer, ()) for layer in range(model.layers if first else 0))
     return plan_file.OffloadPlan(
         gpus=policy.gpus,
-        copies=policy.data_parallel,
         resident_experts=experts(policy.resident_share),
         cpu_experts=experts(policy.experts_cpu_share),
         disk_experts=experts(policy.experts_disk_share),

@@ -113,12 +113,11 @@ def batch_rates(
     prefill: PassTime,
     decode: PassTime,
     gpus: int,
-    copies: int = 1,
     entering_s: float = 0.0,
 ) -> tuple[BucketRate, ...]:
-    """A batch class has one bucket; `sequences` are in flight on each copy. `entering_s` are what passes that
+    """A batch class has one bucket; `sequences` are in flight. `entering_s` are what passes that
     prompts enter take longer in all."""
-    seconds = float(run_seconds(requests, sequences * copies, prefill.seconds, decode.seconds)) + entering_s
+    seconds = float(run_seconds(requests, sequences, prefill.seconds, decode.seconds)) + entering_s
     return (
         BucketRate(
             bucket=0,

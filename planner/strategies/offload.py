@@ -49,7 +49,7 @@ from moeplan.planner.strategies.offload_lanes import (
     total,
 )
 from moeplan.planner.strategies.offload_online import fastest_online, online_figures, online_policy
-from moeplan.planner.strategies.offload_search import fastest, shapes
+from moeplan.planner.strategies.offload_search import can_share, degrees, fastest, shapes
 from moeplan.planner.units import format_bytes
 
 _ROOMY_BYTES = 1e18
@@ -66,7 +66,7 @@ def offload_policy(
     if requests.name == "online":
         point = fastest_online(problem)
         return too_big(problem) if point is None else online_policy(problem, point, policy_of(problem, point))
-    best = fastest(problem, problem.units(shapes(roofline.machine.gpus, requests.requests)))
+    best = fastest(problem, problem.units(shapes(degrees(problem), requests.requests)))
     return too_big(problem) if best is None else policy_of(problem, best)
 
 
@@ -82,7 +82,7 @@ def offload_policy_at(
     it fits or not: to compare with what others chose."""
     problem = Costs(workload.as_one_expert(), requests, roofline, _ROOMY_BYTES)
     one = np.ones(1)
-    given = Shapes(roofline.machine.gpus * one, one, micro_batch * one, micro_batches * one)
+    given = Shapes(roofline.machine.gpus * one, micro_batch * one, micro_batches * one)
     layout = problem.layout(problem.units(given), 0 * one, 0 * one, one > 0)
     return policy_of(problem, problem.point(layout, 0 * one))
 
@@ -96,8 +96,8 @@ def offload_figures(
     sequences: int,
     slower: Slower,
 ) -> Figures:
-    """What one copy does with `sequences` of `requests` in flight, placed like the policy's. Online requests
-    are of the bucket's size."""
+    """What the policy's placement does with `sequences` of `requests` in flight. Online requests are of the
+    bucket's size."""
     problem, point = point_of(workload, requests, roofline, policy, sequences)
     if requests.name == "online":
         return online_figures(problem, point, bucket, slower)
@@ -109,7 +109,7 @@ def offload_figures(
 def point_of(
     workload: Workload, requests: RequestClass, roofline: Roofline, policy: Policy, sequences: int
 ) -> tuple[Costs, Point]:
-    """The policy's placement as a one-element point with `sequences` of `requests` in flight in each copy."""
+    """The policy's placement as a one-element point with `sequences` of `requests` in flight."""
     limit = next(limit.bytes for limit in policy.limits if limit.level == "dram")
     problem = Costs(workload.as_one_expert(), requests, roofline, float(limit))
     count = math.ceil(sequences / policy.micro_batch)
@@ -119,7 +119,7 @@ def point_of(
 def _placed_like(problem: Costs, policy: Policy, micro_batch: float, count: int) -> Point:
     """`count` micro-batches with the policy's shares of attention and experts."""
     one = np.ones(1)
-    shape = Shapes(policy.gpus * one, policy.data_parallel * one, micro_batch * one, count * one)
+    shape = Shapes(policy.gpus * one, micro_batch * one, count * one)
     on_gpu = round(policy.kv_gpu_share * count)
     cache_up = round(policy.attention_gpu_share * count) - on_gpu
     streams = one * (policy.pages != NO_PAGES) > 0
@@ -135,7 +135,7 @@ def regrouped(
     problem, _ = point_of(workload, requests, roofline, policy, policy.sequences)
     micro_batch = math.ceil(policy.sequences / micro_batches)
     point = _placed_like(problem, policy, micro_batch, micro_batches)
-    fits = point.feasible[0] and micro_batch * micro_batches * policy.data_parallel <= requests.requests
+    fits = point.feasible[0] and micro_batch * micro_batches <= requests.requests
     return policy_of(problem, point) if fits else None
 
 
@@ -143,20 +143,20 @@ def policy_of(problem: Costs, point: Point) -> Policy:
     """The policy record of a one-element point of a batch class."""
     roofline, requests = problem.roofline, problem.requests
     experts, u = problem.workload.model.experts, point.units
-    gpus, copies, micro, count = (int(v[0]) for v in (u.gpus, u.copies, u.micro_batch, u.micro_batches))
+    gpus, micro, count = (int(v[0]) for v in (u.gpus, u.micro_batch, u.micro_batches))
     prefill = _pass_time(problem, point, problem.prefill_lanes(point, point.units.prompts))
     decode = _pass_time(problem, point, problem.decode_lanes(point))
-    flying = micro * count * copies
-    rates = batch_rates(roofline, requests, micro * count, prefill, decode, gpus, copies)
+    flying = micro * count
+    rates = batch_rates(roofline, requests, flying, prefill, decode, gpus)
     return Policy(
         machine=roofline.machine,
         serves=requests.name,
         engine="runtime_min",
         gpus=gpus,
         threads=host_threads(roofline),
-        data_parallel=copies,
+        data_parallel=1,
         dtype=roofline.dtype,
-        sequences=micro * count,
+        sequences=flying,
         micro_batch=micro,
         micro_batches=count,
         prefill_tokens=problem.prefill_tokens,
@@ -230,7 +230,7 @@ def _pages(problem: Costs, point: Point) -> Pages:
 def too_big(problem: Costs) -> Rejection:
     """Which memory is short for the smallest candidate, and the changes that would each be enough."""
     roofline = problem.roofline
-    point = _smallest(problem, np.array([float(roofline.machine.gpus)]))
+    point = _smallest(problem, np.array(degrees(problem)[-1:], dtype=float))
     gpu, host = _least_bytes(problem, point)
     limit = problem.gpu_limit_bytes(point.units.gpus)[0]
     level: LevelName = "gpu" if gpu[0] > limit else "dram"
@@ -244,7 +244,7 @@ def too_big(problem: Costs) -> Rejection:
 def _smallest(problem: Costs, gpus: Array) -> Point:
     """One sequence in flight over `gpus` GPUs, nothing streamed: what needs the least GPU memory."""
     one = np.ones_like(gpus)
-    units = problem.units(Shapes(gpus, one, one, one))
+    units = problem.units(Shapes(gpus, one, one))
     streams = np.full(gpus.shape, problem.roofline.has("disk"))
     streams &= problem.layout(units, 0 * one, 0 * one, streams).most_resident >= 0
     return problem.point(problem.layout(units, 0 * one, 0 * one, streams), 0 * one)
@@ -262,9 +262,10 @@ def _least_bytes(problem: Costs, point: Point) -> tuple[Array, Array]:
 
 
 def _gpu_remedies(problem: Costs, need: float) -> list[str]:
-    gpus = problem.roofline.machine.gpus
+    gpus = degrees(problem)[-1]
     hints = [f"GPUs of {format_bytes(need / GPU_SHARE / gpus)} or more"]
-    more = np.arange(1.0, _MOST_GPUS + 1)
+    model = problem.workload.model
+    more = np.array([float(d) for d in range(1, _MOST_GPUS + 1) if can_share(model, d)])
     enough = more[_smallest(problem, more).most_resident >= 0]
     if enough.size:
         hints.insert(0, f"{enough[0]:.0f} GPUs like it")
@@ -278,7 +279,7 @@ def _host_remedies(problem: Costs, need: float) -> list[str]:
 
 def _shorter(problem: Costs, fits: Callable[[Point], bool]) -> list[str]:
     """The longest prompts with which the smallest candidate fits, where shorter ones than now do."""
-    gpus = np.array([float(problem.roofline.machine.gpus)])
+    gpus = np.array(degrees(problem)[-1:], dtype=float)
     low, high = 0, problem.requests.prompt_tokens_max
     while low < high - 1:
         middle = (low + high) // 2

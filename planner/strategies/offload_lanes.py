@@ -1,10 +1,11 @@
 """What one offloaded pass costs: seconds of every lane and bytes of every memory, many candidates at once.
 
-A copy of the model spans some GPUs. Its N = μ·n_ub sequences pass through the layers in micro-batches, each
-of which attends in one of three ways: on the GPU out of GPU memory, on the GPU out of a cache copied up from
-the host, or on the CPU. A layer's experts are ranked by popularity: the most popular stay on the GPU, the
-least popular are computed by the CPU, those between are streamed, the last of these from disk where host
-memory cannot hold them. A pass takes as long as its busiest lane, and longer where others are about as busy.
+A model spans some GPUs, each with its share of every matrix. Its N = μ·n_ub sequences pass through the layers
+in micro-batches, each of which attends in one of three ways: on the GPU out of GPU memory, on the GPU out of
+a cache copied up from the host, or on the CPU. A layer's experts are ranked by popularity: the most popular
+stay on the GPU, the least popular are computed by the CPU, those between are streamed, the last of these from
+disk where host memory cannot hold them. A pass takes as long as its busiest lane, and longer where others are
+about as busy.
 Source: MoE-Lightning (ASPLOS'25), section 4.2, Eq. 12-14 and its released optimiser's memory tables, with
 their faults mended: PV counts, attention is charged at mean length, residency is in whole experts.
 """
@@ -53,17 +54,16 @@ _CORES: tuple[OperatorName, ...] = ("attention_core", "windowed_attention_core")
 
 @dataclass(frozen=True)
 class Shapes:
-    """Per element: the GPUs of one copy, the copies on the machine, μ and n_ub."""
+    """Per element: the GPUs that share the model, μ and n_ub."""
 
     gpus: Array
-    copies: Array
     micro_batch: Array
     micro_batches: Array
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Per element, prompts that pass through the layers of one copy together: tokens and FLOPs of all, their
+    """Per element, prompts that pass through the layers together: tokens and FLOPs of all, their
     `Experts.key`, how many of a layer's experts they hit, all-reduce seconds, and their cache."""
 
     tokens: Array
@@ -76,16 +76,18 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Units(Shapes):
-    """One unit of each decision, per element: seconds and bytes of one copy in one decode pass.
+    """One unit of each decision, per element: seconds and bytes in one decode pass.
 
     Of one micro-batch: `*_attention_s`, and the bytes of its attention output (up), its QKV (down), its
     routed hidden states (each way), and its cache. Of the whole pass: `*_experts_s` with all experts in one
-    place, `gpu_other_s` everything else. `*_key` are `Experts.key` of the tokens of a pass and of a call, and
-    a call hits `call_hits` of a layer's experts. `longest_cache_bytes` is a micro-batch's cache on the GPU at
-    the longest request, `scratch_bytes` what a call's operations take, `prompts` are those of all sequences.
+    place, `gpu_other_s` everything else, `sum_s` of it summing over the GPUs once in each layer. `*_key` are
+    `Experts.key` of the tokens of a pass and of a call, and a call hits `call_hits` of a layer's experts.
+    `longest_cache_bytes` is a micro-batch's cache on the GPU at the longest request, `scratch_bytes` what a
+    call's operations take, `prompts` are those of all sequences.
     """
 
     gpu_other_s: Array
+    sum_s: Array
     gpu_experts_s: Array
     gpu_attention_s: Array
     cpu_attention_s: Array
@@ -132,7 +134,7 @@ class Point(Layout):
 
     @property
     def sequences(self) -> Array:
-        """Sequences in flight in one copy."""
+        """Sequences in flight."""
         return self.units.micro_batch * self.units.micro_batches
 
     @property
@@ -246,7 +248,7 @@ class Costs:
         return np.asarray(self.roofline.roof("gpu").bytes * GPU_SHARE * gpus)
 
     def cache_copies(self, gpus: Array) -> Array:
-        """How often the GPUs of a copy hold one cache."""
+        """How often the GPUs hold one cache."""
         return np.asarray(kv_copies(self.workload.model.attention, gpus))
 
     def all_reduce_s(self, tokens: Array, gpus: Array) -> Array:
@@ -302,14 +304,14 @@ class Costs:
         longest = self._held(micro, self.requests.context_tokens_max)
         return Units(
             gpus=gpus,
-            copies=shapes.copies,
             micro_batch=micro,
             micro_batches=count,
             gpu_other_s=count
             * (seconds(other, gpu) / gpus + self.launches_s + self.all_reduce_s(micro, gpus)),
+            sum_s=count * self.all_reduce_s(micro, gpus) / 2,
             gpu_experts_s=count * seconds(experts, gpu) / gpus,
             gpu_attention_s=seconds(cores, gpu) / gpus,
-            cpu_attention_s=seconds(cores, dram),
+            cpu_attention_s=seconds(cores, dram) * self.cache_copies(gpus),
             cpu_experts_s=count * seconds(experts, dram),
             attended_bytes=values * attention.attended_values(),
             qkv_bytes=values * (attention.attended_values() + attention.kv_values_per_token()),
@@ -319,12 +321,12 @@ class Costs:
             call_key=call_key,
             call_hits=self.experts.hits(call_key, np.full_like(micro, model.experts)),
             longest_cache_bytes=self.cache_copies(gpus) * longest,
-            scratch_bytes=self._scratch_bytes(micro),
+            scratch_bytes=self._scratch_bytes(micro, gpus),
             prompts=self.prompts(micro * count, gpus),
         )
 
     def prompts(self, count: Array, gpus: Array) -> Prompts:
-        """`count` prompts of the mean size in each copy of so many GPUs."""
+        """`count` prompts of the mean size on so many GPUs."""
         prompt = self.requests.mean_prompt_tokens()
         tokens = count * prompt
         key = self.experts.key(tokens)
@@ -340,18 +342,18 @@ class Costs:
     # Memory
 
     def gpu_items(self, point: Layout) -> Items:
-        """What the GPUs of one copy hold beside experts."""
+        """What the GPUs hold beside experts. Each has its share of embeddings, heads and MLPs, and all of
+        norms and routers, and of keys and values that others have too."""
         model, p, units = self.workload.model, self.workload.model.parameters, point.units
         held = costs.held_bytes_per_parameter(model.stored_bytes_per_other_parameter, self.workload)
-        one = units.longest_cache_bytes
-        zero = np.zeros_like(units.gpus)
+        one, gpus = units.longest_cache_bytes, units.gpus
+        fullest = gpus * np.ceil(model.vocab / gpus) / model.vocab  # as if all held what the fullest holds
+        keys = 2 * model.layers * model.hidden * model.attention.kv_heads * model.attention.head_dim
+        dense = p.attention + p.shared_experts + p.dense_mlp + (self.cache_copies(gpus) - 1) * keys
         return [
-            ("embedding", p.embedding * held + zero),
-            ("LM head", p.lm_head * held + zero),
-            (
-                "attention and other dense weights",
-                (p.total() - p.routed_experts - p.embedding - p.lm_head) * held + zero,
-            ),
+            ("embedding", p.embedding * held * fullest),
+            ("LM head", p.lm_head * held * fullest),
+            ("attention and other dense weights", (dense + gpus * (p.router + p.norms)) * held),
             ("KV cache", point.on_gpu * one),
             ("KV pages", np.where(point.cache_up > 0, 2.0 * one / model.layers, 0.0)),
             ("micro-batch buffers", units.gpus * self._micro_batch_bytes(point)),
@@ -367,20 +369,27 @@ class Costs:
         model = self.workload.model
         return model.hidden * self.workload.value_bytes + 12.0 * model.experts_per_token
 
+    def _head_bytes(self, gpus: Array) -> tuple[Array, Array]:
+        """Of a token, its queries (or attention output) on one GPU, and what is cached of it there."""
+        a, size = self.workload.model.attention, self.workload.value_bytes
+        queries, keys = (size * values / gpus for values in (a.attended_values(), a.kv_values_per_token()))
+        return queries, keys * self.cache_copies(gpus)
+
     def _micro_batch_bytes(self, point: Layout) -> Array:
-        """Hidden states, QKV, attention output and what the CPU's experts exchange, of all micro-batches."""
+        """Hidden states, QKV, attention output and what the CPU's experts exchange, of all micro-batches, on
+        one GPU."""
         model, size, units = self.workload.model, self.workload.value_bytes, point.units
-        a, sequences = model.attention, units.micro_batch * units.micro_batches
+        sequences, (queries, keys) = units.micro_batch * units.micro_batches, self._head_bytes(units.gpus)
         on_cpu = units.micro_batch * (units.micro_batches - point.on_gpu - point.cache_up)
-        qkv = on_cpu * size * (a.attended_values() + a.kv_values_per_token())
+        qkv = on_cpu * (queries + keys)
         exchanged = self._choice_bytes + size * model.hidden
-        return qkv + sequences * (size * a.attended_values() + exchanged + 4.0 * model.hidden)
+        return qkv + sequences * (queries + exchanged + 4.0 * model.hidden)
 
     def _new_cache_bytes(self, point: Layout) -> Array:
         """Two pieces' or micro-batches' new keys and values of one layer, on their way to the host."""
-        a, outside = self.workload.model.attention, point.units.micro_batches - point.on_gpu
+        outside = point.units.micro_batches - point.on_gpu
         rows = np.where(outside > 0, np.maximum(self.prefill_tokens, point.units.micro_batch), 0.0)
-        return 2.0 * rows * self.workload.value_bytes * a.kv_values_per_token()
+        return np.asarray(2.0 * rows * self._head_bytes(point.units.gpus)[1])
 
     def _piece_bytes(self, point: Layout) -> Array:
         """Two pieces of prefill in and out, and what the CPU's experts exchange where they prefill too."""
@@ -388,22 +397,26 @@ class Costs:
         exchanged = np.where(point.streams, 0.0, 2.0 * (self._choice_bytes + hidden))
         return self._new_cache_bytes(point) + self.prefill_tokens * (4.0 * hidden + exchanged)
 
-    def _scratch_bytes(self, micro_batch: Array) -> Array:
-        """What the operations of one call take: runtime_min.plan_file.scratch_bytes."""
+    def _scratch_bytes(self, micro_batch: Array, gpus: Array) -> Array:
+        """What the operations of one call take: runtime_min.plan_file.scratch_bytes; of several GPUs each
+        needs room for what it adds to a sum."""
         model, a = self.workload.model, self.workload.model.attention
         tokens, context = self.prefill_tokens, self.requests.context_tokens_max
         width = max(model.expert_intermediate, model.dense_intermediate, model.shared_intermediate)
         latent = a.kv_lora_dim + a.rope_dim
-        values = max(8 * (a.heads + a.kv_heads) * a.head_dim, 3 * width, 6 * a.heads * latent)
-        widest = max(3 * model.hidden + values, 4 * model.experts)
+        heads = (a.heads + a.kv_heads * self.cache_copies(gpus)) / gpus
+        values = np.maximum(8 * heads * a.head_dim, 3 * width / gpus)
+        values = np.maximum(values, 6 * a.heads * latent)
+        widest = np.maximum(3 * model.hidden + values, 4 * model.experts)
         expanded = 2 * context * a.heads * a.head_dim if latent else 0
         called = self.workload.value_bytes * (np.maximum(tokens, micro_batch) * widest + expanded)
         per_sequence = 8.0 * context + 4.0 * model.vocab
-        per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token
+        summed = np.where(gpus > 1, (4 + self.workload.value_bytes) * model.hidden, 0)
+        per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token + summed
         return tokens * per_token + called + micro_batch * per_sequence + 16.0 * context * a.head_dim
 
     def _pinned_bytes(self, point: Layout) -> Array:
-        """The host's side of a copy's buffers, and the hidden states of all prompts, which wait there."""
+        """The host's side of one GPU's buffers, and the hidden states of all prompts, which wait there."""
         units, hidden = point.units, self.workload.value_bytes * self.workload.model.hidden
         tokens = units.micro_batch * units.micro_batches * self.requests.prompt_tokens_max
         exchanged = (tokens + self.prefill_tokens) * self._choice_bytes + tokens * hidden
@@ -411,7 +424,7 @@ class Costs:
         return shared + tokens * hidden + np.where(point.streams, 0.0, exchanged)
 
     def gpu_expert_items(self, point: Point) -> Items:
-        """Experts on the GPUs of one copy: those that stay, and two layers' pages of those that stream."""
+        """Experts on the GPUs: those that stay, and two layers' pages of those that stream."""
         streamed = np.where(point.streams, self.workload.model.experts - point.resident, 0.0)
         return [
             ("resident experts", point.resident * self.expert_bytes),
@@ -419,18 +432,18 @@ class Costs:
         ]
 
     def host_items(self, point: Layout) -> Items:
-        """What the host holds beside experts, all copies together."""
+        """What the host holds beside experts, for all GPUs: each has a process of its own."""
         units, requests = point.units, self.requests
         outside = (units.micro_batches - point.on_gpu) * units.micro_batch
         return [
-            ("KV cache", units.copies * self._held(outside, requests.context_tokens_max)),
-            ("pinned buffers", units.copies * self._pinned_bytes(point)),
-            ("workspace", units.copies * (units.scratch_bytes + _LOADING_BYTES)),
-            ("process", units.copies * _HOST_PROCESS_BYTES),
+            ("KV cache", self.cache_copies(units.gpus) * self._held(outside, requests.context_tokens_max)),
+            ("pinned buffers", units.gpus * self._pinned_bytes(point)),
+            ("workspace", units.gpus * (units.scratch_bytes + _LOADING_BYTES)),
+            ("process", units.gpus * _HOST_PROCESS_BYTES),
         ]
 
     def host_expert_items(self, point: Point) -> Items:
-        """Experts in host memory: one set for all copies, and a pinned ring for each copy that stages."""
+        """Experts in host memory, and a pinned ring where they are staged."""
         held = self.workload.model.experts - point.resident - point.disk_experts
         weights = held * self.expert_bytes
         return [
@@ -440,9 +453,9 @@ class Costs:
         ]
 
     def ring_bytes(self, units: Units, resident: Array) -> Array:
-        """The pinned rings of all copies, where weights are staged."""
+        """The pinned rings of all GPUs, where weights are staged."""
         layer = (self.workload.model.experts - resident) * self._layer_expert_bytes
-        return units.copies * layer * (1.0 + SPARE_SLOTS / units.micro_batches)
+        return layer * (1.0 + SPARE_SLOTS / units.micro_batches)
 
     def layout(self, units: Units, on_gpu: Array, cache_up: Array, streams: Mask) -> Layout:
         """Candidates with the room that is left for experts on the GPU and in the host."""
@@ -500,7 +513,7 @@ class Costs:
     def outside_cpu_s(self, point: Point) -> Array:
         """The CPU's seconds if it computed all experts that are not resident, in one decode pass."""
         resident = self.experts.hits(point.units.call_key, point.resident) / point.units.call_hits
-        return point.units.copies * point.units.cpu_experts_s * (1.0 - resident)
+        return point.units.cpu_experts_s * (1.0 - resident)
 
     def _moved(self, point: Point, key: Array, cpu_experts: Array) -> tuple[Array, Array, Array]:
         """Of the experts that tokens of `key` hit: bytes to the GPU, bytes from disk, and the bytes of DRAM
@@ -520,33 +533,36 @@ class Costs:
         return from_disk / self.roofline.roof("disk").up_bytes_per_s
 
     def decode_lanes(self, point: Point) -> Lanes:
-        """Seconds of each lane in one decode pass of one copy; copies share cpu, dram and disk.
+        """Seconds of each lane in one decode pass.
 
         Hidden states of micro-batches that attend on the CPU go up once per layer, their QKV come down; so do
-        the hidden states of all where the CPU computes experts.
+        the hidden states of all where the CPU computes experts, to and from each GPU, and a sum more.
         """
         u, dram = point.units, self.roofline.roof("dram")
         on_cpu, link = point.cpu_micro_batches, dram.up_bytes_per_s * u.gpus
         gpu_calls = self.experts.hits(u.call_key, self.workload.model.experts - point.cpu_experts)
         gpu_share = gpu_calls / u.call_hits
         streamed, from_disk, touched = self._moved(point, u.pass_key, point.cpu_experts)
-        routed = (point.cpu_experts > 0) * u.micro_batches * u.routed_bytes
+        any_cpu = point.cpu_experts > 0
+        routed = any_cpu * u.micro_batches * u.gpus * u.routed_bytes
         cache_up = point.cache_up * u.cache_bytes
         up_s = cache_up * self.cache_copies(u.gpus) / (dram.up_pageable_bytes_per_s * u.gpus)
-        read = u.micro_batches * (u.call_hits - gpu_calls) * self.expert_bytes + on_cpu * u.cache_bytes
+        read = u.micro_batches * (u.call_hits - gpu_calls) * self.expert_bytes
+        read = read + on_cpu * u.cache_bytes * self.cache_copies(u.gpus)
         return {
             "gpu": u.gpu_other_s
+            + any_cpu * u.sum_s
             + u.gpu_experts_s * gpu_share
             + (point.on_gpu + point.cache_up) * u.gpu_attention_s,
             "h2d": self._link_s(point, streamed, on_cpu * u.attended_bytes + routed) + up_s,
             "d2h": (on_cpu * u.qkv_bytes + routed + cache_up / self.context) / link,
-            "cpu": u.copies * (on_cpu * u.cpu_attention_s + u.cpu_experts_s * (1.0 - gpu_share)),
-            "dram": u.copies * (touched + read + STAGED_TOUCHES * cache_up) / dram.bytes_per_s,
-            "disk": u.copies * self._disk_s(from_disk),
+            "cpu": on_cpu * u.cpu_attention_s + u.cpu_experts_s * (1.0 - gpu_share),
+            "dram": (touched + read + STAGED_TOUCHES * cache_up) / dram.bytes_per_s,
+            "disk": self._disk_s(from_disk),
         }
 
     def prefill_lanes(self, point: Point, prompts: Prompts) -> Lanes:
-        """Seconds of each lane while `prompts` of each copy pass through the layers once."""
+        """Seconds of each lane while `prompts` pass through the layers once."""
         workload, model, u = self.workload, self.workload.model, point.units
         gpu, dram = self.roofline.roof("gpu"), self.roofline.roof("dram")
         link = dram.up_bytes_per_s * u.gpus
@@ -555,24 +571,26 @@ class Costs:
         parked, routed, cache = self.prefill_bytes(point, prompts)
         cpu_work = cpu_share * prompts.tokens * workload.operator("routed_experts").flops_per_token
         read = prompts.hits * cpu_share
+        sums = 1.0 + 0.5 * (self._prefill_cpu_experts(point) > 0)
+        gpu_s = (prompts.flops - cpu_work) / (gpu.offload_prefill_flops_per_s * u.gpus)
         return {
-            "gpu": (prompts.flops - cpu_work) / (gpu.offload_prefill_flops_per_s * u.gpus) + prompts.reduce_s,
+            "gpu": gpu_s + sums * prompts.reduce_s,
             "h2d": self._link_s(point, streamed, parked + routed),
             "d2h": (parked + cache + routed) / link,
-            "cpu": u.copies * cpu_work / dram.prefill_flops_per_s,
-            "dram": u.copies * (touched + read * self.expert_bytes + 2 * parked + cache) / dram.bytes_per_s,
-            "disk": u.copies * self._disk_s(from_disk),
+            "cpu": cpu_work / dram.prefill_flops_per_s,
+            "dram": (touched + read * self.expert_bytes + 2 * parked + cache) / dram.bytes_per_s,
+            "disk": self._disk_s(from_disk),
         }
 
     def prefill_bytes(self, point: Point, prompts: Prompts) -> tuple[Array, Array, Array]:
         """Of `prompts`, all layers: hidden states that wait on the host and those that the CPU's experts
-        take, each way, and the cache that goes to the host."""
-        model = self.workload.model
-        hidden = prompts.tokens * model.hidden * self.workload.value_bytes
+        take, each way and for each GPU, and the cache that goes to the host."""
+        model, gpus = self.workload.model, point.units.gpus
+        hidden = gpus * prompts.tokens * model.hidden * self.workload.value_bytes
         return (
             hidden * model.layers,
             (self._prefill_cpu_experts(point) > 0) * hidden * model.moe_layers,
-            prompts.cache_bytes * (1.0 - point.on_gpu / point.units.micro_batches),
+            self.cache_copies(gpus) * prompts.cache_bytes * (1.0 - point.on_gpu / point.units.micro_batches),
         )
 
     def _prefill_cpu_experts(self, point: Point) -> Array:
@@ -588,9 +606,8 @@ class Costs:
             streamed, from_disk, touched = self._moved(point, point.units.pass_key, point.cpu_experts)
         else:
             streamed, from_disk, touched = self._prefill_moved(point, point.units.prompts)
-        copies, dram = point.units.copies, self.roofline.roof("dram")
         link_s = self._link_s(point, streamed, 0.0 * streamed)
-        return link_s, copies * self._disk_s(from_disk), copies * touched / dram.bytes_per_s
+        return link_s, self._disk_s(from_disk), touched / self.roofline.roof("dram").bytes_per_s
 
     def serial_s(self, point: Point, lanes: Lanes) -> Array:
         """What a pass takes beyond its busiest lane."""
@@ -599,7 +616,7 @@ class Costs:
     def pass_s(self, point: Point, lanes: Lanes) -> Array:
         """Seconds of a pass. Where n_ub = 1 GPU and CPU take turns: a lone micro-batch is on one of them at a
         time, and only the copies of weights run beside it."""
-        in_turn = lanes["gpu"] + lanes["cpu"] / point.units.copies
+        in_turn = lanes["gpu"] + lanes["cpu"]
         alone = point.units.micro_batches == 1
         return np.maximum(together(lanes), np.where(alone, in_turn, 0.0))
 

@@ -2,7 +2,7 @@
 
 Requests enter between passes. A pass takes all N sequences one token further and the prompts of those that
 enter: N/o on average, whose experts stream, or are read from disk, with those of decode. So ITL = t(N, N/o),
-a first token waits for the pass under way and its own, and one copy serves N/(o·ITL) requests a second.
+a first token waits for the pass under way and its own, and the machine serves N/(o·ITL) requests a second.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from moeplan.planner.ir.workload import Bucket, RequestClass
 from moeplan.planner.strategies.common import AS_PREDICTED, Slower, estimate, keeps_slo, mixed_rate, too_slow
 from moeplan.planner.strategies.offload_lanes import Array, Costs, Layout, Point, Shapes, take
 from moeplan.planner.strategies.offload_search import (
-    MICRO_BATCH_SIZES,
     best_cpu_experts,
+    degrees,
     extremes,
-    ways,
+    grid,
 )
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -30,7 +30,7 @@ _SHARED: tuple[str, ...] = ("h2d", "disk")  # lanes on which prefill and decode 
 def fastest_online(problem: Costs) -> Point | None:
     """The point with the highest rate of the class's mix of sizes that keeps the SLO for each; if none does,
     the one that comes nearest; None where nothing fits."""
-    layout, _ = extremes(problem, problem.units(_shapes(problem.roofline.machine.gpus)))
+    layout, _ = extremes(problem, problem.units(Shapes(*grid(degrees(problem), _MICRO_BATCHES))))
     mean = replace(problem, requests=_of_one_size(problem.requests, problem.requests.mean_bucket()))
     layout = _again(mean, layout)
 
@@ -47,17 +47,9 @@ def fastest_online(problem: Costs) -> Point | None:
         bucket.share * bucket.output_tokens * itl
         for bucket, (_, itl) in zip(problem.requests.buckets, rates, strict=True)
     )
-    rate = points.sequences * points.units.copies / load
+    rate = points.sequences / load
     best = int(np.argmax(np.where(late <= 1.0, rate, 0.0))) if (late <= 1.0).any() else int(np.argmin(late))
     return take(points, slice(best, best + 1))
-
-
-def _shapes(gpus: int) -> Shapes:
-    degrees = ways(gpus)
-    grids = np.meshgrid(np.arange(len(degrees)), MICRO_BATCH_SIZES, _MICRO_BATCHES, indexing="ij")
-    way, micro, count = (grid.ravel() for grid in grids)
-    degree, copies = np.array(degrees, dtype=float)[way].T
-    return Shapes(degree, copies, micro.astype(float), count.astype(float))
 
 
 def _of_one_size(requests: RequestClass, bucket: Bucket) -> RequestClass:
@@ -68,7 +60,7 @@ def _of_one_size(requests: RequestClass, bucket: Bucket) -> RequestClass:
 def _again(problem: Costs, layout: Layout) -> Layout:
     """The layout with the times of another size of requests."""
     u = layout.units
-    units = problem.units(Shapes(u.gpus, u.copies, u.micro_batch, u.micro_batches))
+    units = problem.units(Shapes(u.gpus, u.micro_batch, u.micro_batches))
     return problem.layout(units, layout.on_gpu, layout.cache_up, layout.streams)
 
 
@@ -119,8 +111,7 @@ def online_figures(problem: Costs, point: Point, bucket: Bucket, slower: Slower)
 
 def online_policy(problem: Costs, point: Point, base: Policy) -> Policy | Rejection:
     """`base`, a point's record as for batch work, with the rates of an online class; or why it is late."""
-    requests, roofline, copies = problem.requests, problem.roofline, base.data_parallel
-    gpus = base.gpus
+    requests, roofline, gpus = problem.requests, problem.roofline, base.gpus
     found = [online_figures(problem, point, bucket, AS_PREDICTED) for bucket in requests.buckets]
     for bucket, figures in zip(requests.buckets, found, strict=True):
         if not keeps_slo(requests, figures.ttft_s, figures.itl_s):
@@ -129,13 +120,13 @@ def online_policy(problem: Costs, point: Point, base: Policy) -> Policy | Reject
     mixed = mixed_rate(requests, (figures.requests_per_s for figures in found))
     return replace(
         base,
-        prefill_tokens_per_s=estimate(roofline, copies * mean.prefill_tokens_per_s, gpus),
-        decode_tokens_per_s=estimate(roofline, copies * mean.decode_tokens_per_s, gpus),
-        generated_tokens_per_s=estimate(roofline, copies * mixed * requests.mean_output_tokens(), gpus),
+        prefill_tokens_per_s=estimate(roofline, mean.prefill_tokens_per_s, gpus),
+        decode_tokens_per_s=estimate(roofline, mean.decode_tokens_per_s, gpus),
+        generated_tokens_per_s=estimate(roofline, mixed * requests.mean_output_tokens(), gpus),
         rates=tuple(
             BucketRate(
                 bucket=number,
-                requests_per_s=estimate(roofline, copies * figures.requests_per_s, gpus),
+                requests_per_s=estimate(roofline, figures.requests_per_s, gpus),
                 batch=base.sequences,
                 ttft_s=figures.ttft_s,
                 itl_s=figures.itl_s,

@@ -1,6 +1,6 @@
 """The search: for every way to spread a model over a machine, the fastest placement of attention and experts.
 
-A shape is a tensor-parallel degree, a number of copies, μ and n_ub. For each the search decides how many
+A shape is a tensor-parallel degree, μ and n_ub. For each the search decides how many
 micro-batches attend on the GPU, out of GPU memory or of a cache copied up, and how many on the CPU; how many
 experts of each layer are resident, streamed, computed by the CPU, or read from disk; and whether weights are
 pinned or staged. Shapes are ranked by a lower bound of their run time; the best are searched exactly.
@@ -8,7 +8,7 @@ pinned or staged. Shapes are ranked by a lower bound of their run time; the best
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from typing import TypeVar
@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moeplan.planner.ir.model import Model
 from moeplan.planner.strategies.common import PLATEAU, run_seconds, smallest_of_best
 from moeplan.planner.strategies.offload_lanes import (
     Array,
@@ -39,20 +40,35 @@ _MOST_LAYOUTS = 3000  # attention splits searched exactly, all shapes together
 _FIRST = 100  # of them, by their bound, before the others are pruned by the best
 
 
-def ways(gpus: int) -> list[tuple[int, int]]:
-    """(GPUs of a copy, copies) that fit a machine of `gpus` GPUs."""
-    degrees = [d for d in range(1, gpus + 1) if gpus % d == 0]
-    return [(d, c) for d in degrees for c in range(1, gpus // d + 1) if (gpus // d) % c == 0]
+def degrees(problem: Costs) -> list[int]:
+    """How many of the machine's GPUs can share the model: divisors of their number."""
+    model, gpus = problem.workload.model, problem.roofline.machine.gpus
+    return [d for d in range(1, gpus + 1) if gpus % d == 0 and can_share(model, d)]
 
 
-def shapes(gpus: int, requests: int) -> Shapes:
-    """Every tensor parallelism, number of copies, μ and n_ub that `requests` can fill; one at least."""
-    degrees = ways(gpus)
-    grids = np.meshgrid(np.arange(len(degrees)), MICRO_BATCH_SIZES, MICRO_BATCHES, indexing="ij")
-    way, micro, count = (grid.ravel() for grid in grids)
-    degree, copies = np.array(degrees, dtype=float)[way].T
-    fill = copies * micro * count <= max(requests, 1)
-    return Shapes(degree[fill], copies[fill], micro[fill].astype(float), count[fill].astype(float))
+def can_share(model: Model, gpus: int) -> bool:
+    """Whether each of `gpus` GPUs gets as many heads and as much of every width as the others.
+
+    Heads of keys and values may be fewer, and are copied then. A latent cache has no heads to share.
+    """
+    heads, kv_heads = model.attention.heads, model.attention.kv_heads
+    if model.attention.kind == "mla":
+        return gpus == 1
+    widths = (heads, model.expert_intermediate, model.dense_intermediate, model.shared_intermediate)
+    return not any(width % gpus for width in widths) and 0 in (kv_heads % gpus, gpus % kv_heads)
+
+
+def shapes(degrees: Sequence[int], requests: int) -> Shapes:
+    """Every tensor parallelism of `degrees`, μ and n_ub that `requests` can fill; one at least."""
+    degree, micro, count = grid(degrees, MICRO_BATCHES)
+    fill = micro * count <= max(requests, 1)
+    return Shapes(degree[fill], micro[fill], count[fill])
+
+
+def grid(degrees: Sequence[int], counts: Sequence[int]) -> list[Array]:
+    """Every degree with every μ and each n_ub of `counts`."""
+    grids = np.meshgrid(np.array(degrees, float), MICRO_BATCH_SIZES, counts, indexing="ij")
+    return [grid.ravel().astype(float) for grid in grids]
 
 
 def fastest(problem: Costs, units: Units) -> Point | None:
@@ -72,7 +88,7 @@ def fastest(problem: Costs, units: Units) -> Point | None:
     times = seconds(both)
     if not np.isfinite(times).any():
         return None
-    best = smallest_of_best(1.0 / times, both.sequences * both.units.copies)
+    best = smallest_of_best(1.0 / times, both.sequences)
     return take(both, slice(best, best + 1))
 
 
@@ -81,7 +97,7 @@ def _promising(problem: Costs, units: Units) -> Layout:
     ends, shape = extremes(problem, units)
     least = np.full(len(units.gpus), np.inf)
     np.minimum.at(least, shape, bound(problem, ends))
-    size = units.copies * units.micro_batch * units.micro_batches
+    size = units.micro_batch * units.micro_batches
     on_plateau = np.where(least <= least.min() * (1.0 + PLATEAU), size, np.inf)
     order = np.lexsort((least, on_plateau))
     order = order[np.isfinite(least[order])]
@@ -135,7 +151,7 @@ def batch_seconds(problem: Costs, point: Point) -> Array:
 
 def _requests_s(problem: Costs, point: Point, decode_s: Array) -> Array:
     prefill_s = problem.pass_s(point, problem.prefill_lanes(point, point.units.prompts))
-    seconds = run_seconds(problem.requests, point.sequences * point.units.copies, prefill_s, decode_s)
+    seconds = run_seconds(problem.requests, point.sequences, prefill_s, decode_s)
     return np.where(point.feasible, seconds, np.inf)
 
 

@@ -24,12 +24,12 @@ _PRE_ATTENTION_LAUNCHES = (
 def decode_tasks(problem: Costs, point: Point, constants: OffloadConstants) -> TaskCosts:
     """The tasks of a decode pass of a one-element point, by operation; attention wherever it may run."""
     u, layers = point.units, problem.workload.model.layers
-    n, copies = float(u.micro_batches[0]), float(u.copies[0])
+    n, gpus = float(u.micro_batches[0]), float(u.gpus[0])
     lanes = {lane: float(s[0]) for lane, s in problem.decode_lanes(point).items()}
     dram, per_layer = problem.roofline.roof("dram"), 1.0 / layers
-    link = dram.up_bytes_per_s * float(u.gpus[0])
+    link = dram.up_bytes_per_s * gpus
     cache = float(u.cache_bytes[0]) * per_layer
-    cpu_s = copies * float(u.cpu_attention_s[0]) * per_layer
+    cpu_s = float(u.cpu_attention_s[0]) * per_layer
     attention_s = float(u.gpu_attention_s[0]) * per_layer
     on_gpu = float((point.on_gpu + point.cache_up)[0])
     head_s, projection_s, other_s = _gpu_split(problem, point)
@@ -38,8 +38,9 @@ def decode_tasks(problem: Costs, point: Point, constants: OffloadConstants) -> T
     cpu_experts_s = (
         max(0.0, lanes["cpu"] - float(point.cpu_micro_batches[0]) * cpu_s * layers) / n * per_layer
     )
-    routed_s = float(u.routed_bytes[0]) * per_layer / link
-    up_s = cache * float(problem.cache_copies(u.gpus)[0]) / (dram.up_pageable_bytes_per_s * float(u.gpus[0]))
+    routed_s = gpus * float(u.routed_bytes[0]) * per_layer / link
+    held = cache * float(problem.cache_copies(u.gpus)[0])
+    up_s = held / (dram.up_pageable_bytes_per_s * gpus)
     return _page_tasks(problem, point, constants, decode=True) | {
         "embed": TaskCost(seconds=0.0),
         "pre_attention": TaskCost(seconds=before_s),
@@ -48,8 +49,8 @@ def decode_tasks(problem: Costs, point: Point, constants: OffloadConstants) -> T
         "head": TaskCost(seconds=head_s),
         "offload_qkv": TaskCost(seconds=float(u.qkv_bytes[0]) * per_layer / link),
         "load_hidden": TaskCost(seconds=float(u.attended_bytes[0]) * per_layer / link),
-        "cpu_attention": sharing(cpu_s, copies * cache / dram.bytes_per_s),
-        "load_kv": sharing(up_s, copies * STAGED_TOUCHES * cache / dram.bytes_per_s),
+        "cpu_attention": sharing(cpu_s, held / dram.bytes_per_s),
+        "load_kv": sharing(up_s, STAGED_TOUCHES * cache / dram.bytes_per_s),
         "store_kv": TaskCost(seconds=cache / problem.context / link),
         "offload_routed": TaskCost(seconds=routed_s),
         "load_partial": TaskCost(seconds=routed_s),

@@ -14,11 +14,13 @@ from conftest import batch_spec
 from moeplan.codegen.emit import runtime
 from moeplan.planner.ir.plan import Plan
 from moeplan.runtime_min import plan_file
+from moeplan.runtime_min.checkpoint import TensorRef
 from moeplan.runtime_min.lanes import load_schedule
-from moeplan.runtime_min.limits import check_offload
+from moeplan.runtime_min.limits import check_offload, check_supported
 from moeplan.runtime_min.model_config import Latent, ModelConfig
-from moeplan.runtime_min.models.tensors import tensor_shapes
+from moeplan.runtime_min.models.tensors import tensor_parts
 from moeplan.runtime_min.offload_memory import Buffers, Experts, check_device_and_host
+from moeplan.runtime_min.shares import Share, parts_of, plan_of
 
 Compile = Callable[[str], Plan]
 
@@ -114,32 +116,47 @@ def test_gpu_plans_say_accelerator(compile_text: Compile) -> None:
 
 
 PLAIN = ModelConfig(norm_eps=1e-5, rope_theta=1e4, tied=False, eos=frozenset())
-LATENT = Latent(query=0, kv=512, plain=128, rotated=64, value=128, score_scale=1.0)
+_SIZES = Latent(query=0, kv=512, plain=128, rotated=64, value=128, score_scale=1.0)
+LATENT = replace(PLAIN, latent=_SIZES, dense=frozenset({0}))
 
 
 @pytest.mark.parametrize(
-    ("machine", "model", "config"),
+    ("model", "machine", "gpus", "config"),
     [
-        ("g4dn.16xlarge", "mixtral-8x7b", PLAIN),
-        ("gr6.8xlarge", "mixtral-8x7b", PLAIN),
-        ("g4dn.16xlarge", "deepseek-v2-lite", replace(PLAIN, latent=LATENT, dense=frozenset({0}))),
-        ("g6.12xlarge", "deepseek-v2-lite", replace(PLAIN, latent=LATENT, dense=frozenset({0}))),
+        ("mixtral-8x7b", "g4dn.16xlarge", 1, PLAIN),
+        ("mixtral-8x7b", "gr6.8xlarge", 1, PLAIN),
+        # The hosts of MoE-Lightning's settings S6 and S7 (arXiv 2411.11217, section 5) with its models.
+        ("mixtral-8x22b", "n1-custom-64-425984+2xT4", 2, PLAIN),
+        ("mixtral-8x22b", "n1-custom-64-425984+4xT4", 4, PLAIN),
+        ("dbrx", "n1-custom-64-425984+2xT4", 2, PLAIN),
+        ("dbrx", "n1-custom-64-425984+4xT4", 4, PLAIN),
+        ("deepseek-v2-lite", "g4dn.16xlarge", 1, LATENT),
+        ("deepseek-v2-lite", "g6.12xlarge", 1, LATENT),
     ],
 )
 def test_the_runtime_counts_no_more_than_an_offload_plan_has(
-    tmp_path: Path, compile_text: Compile, machine: str, model: str, config: ModelConfig
+    tmp_path: Path, compile_text: Compile, model: str, machine: str, gpus: int, config: ModelConfig
 ) -> None:
-    """Weights and cache to the byte; with all else that the runtime allocates, within the budgets."""
-    for path, content in runtime.emit(compile_text(batch_spec(machine=machine, model=model))).items():
+    """Weights and cache to the byte; with all else that a rank allocates, within its part of the budget."""
+    for path, content in runtime.emit(compile_text(batch_spec(model=model, machine=machine))).items():
         (tmp_path / Path(path).name).write_text(content)
     plan = plan_file.load(tmp_path)
-    constants = load_schedule(tmp_path, plan).SCHEDULE
-    experts, buffers = Experts(plan, constants.pages), Buffers(plan, constants)
-    shapes = tensor_shapes(plan.model, config)
+    assert plan.offload.gpus == gpus
+    check_supported(tmp_path, plan)
     check_offload(tmp_path, plan)
-    check_device_and_host(tmp_path, plan, experts, buffers, shapes)
-    assert plan.model.moe_layers * experts.host_bytes == plan.memory.weights_bytes
-    cache = math.prod(buffers.cache(plan.model.layers, buffers.host_places))
+    constants = load_schedule(tmp_path, plan).SCHEDULE
+    parts = tensor_parts(plan.model, config)
+    refs = {n: TensorRef(n, Path(), 0, 2 * math.prod(p.shape), "BF16", p.shape) for n, p in parts.items()}
+    weights = cache = 0
+    for rank in range(gpus):
+        share = Share(rank, gpus)
+        shapes = {name: ref.shape for name, ref in parts_of(refs, plan.model, config, share).items()}
+        own = plan_of(plan, share)
+        experts, buffers = Experts(own, constants.pages), Buffers(own, constants)
+        check_device_and_host(tmp_path, own, experts, buffers, shapes)
+        weights += plan.model.moe_layers * experts.host_bytes
+        cache += math.prod(buffers.cache(plan.model.layers, buffers.host_places))
+    assert weights == plan.memory.weights_bytes
     assert plan_file.ITEM_BYTES[plan.model.compute_dtype] * cache == plan.memory.kv_bytes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -20,10 +19,12 @@ from moeplan.planner.strategies.offload_search import (
     batch_seconds,
     best_cpu_experts,
     bound,
+    degrees,
     every_split,
     fastest,
     shapes,
 )
+from moeplan.runtime_min.shares import whole_heads
 
 CASES = [
     (model, machine, requests, prompt)
@@ -60,7 +61,7 @@ def every_point(problem: Costs, layout: Layout) -> list[Point]:
 def test_search_finds_what_brute_force_finds(catalog: Catalog, case: tuple[str, str, int, int]) -> None:
     """Every shape, split and number of CPU experts; the plateau rule may give half a percent away."""
     problem = costs_of(catalog, *case)
-    units = problem.units(shapes(problem.roofline.machine.gpus, case[2]))
+    units = problem.units(shapes(degrees(problem), case[2]))
     points = every_point(problem, every_split(problem, units))
     best = min(batch_seconds(problem, point).min() for point in points)
     found = fastest(problem, units)
@@ -72,7 +73,7 @@ def test_search_finds_what_brute_force_finds(catalog: Catalog, case: tuple[str, 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bound_is_never_above_the_time(catalog: Catalog, case: tuple[str, str, int, int]) -> None:
     problem = costs_of(catalog, *case)
-    layout = every_split(problem, problem.units(shapes(problem.roofline.machine.gpus, case[2])))
+    layout = every_split(problem, problem.units(shapes(degrees(problem), case[2])))
     least = bound(problem, layout)
     for point in every_point(problem, layout):
         assert (least <= batch_seconds(problem, point) * (1 + 1e-9)).all()
@@ -87,7 +88,7 @@ def test_decode_equals_a_milp(
     the busiest decode lane of gpu, h2d and cpu is minimal under GPU memory."""
     problem = costs_of(catalog, "mixtral-8x7b", machine, micro_batch * count, prompt)
     one = np.ones(1)
-    units = problem.units(Shapes(one, one, micro_batch * one, count * one))
+    units = problem.units(Shapes(one, micro_batch * one, count * one))
     layout = every_split(problem, units)
 
     def decode_s(point: Point) -> np.ndarray:
@@ -152,7 +153,25 @@ def _milp(problem: Costs, units: object) -> float:
 
 
 def test_shapes_never_exceed_the_requests() -> None:
-    for gpus, requests in itertools.product((1, 4, 8), (1, 7, 500)):
-        found = shapes(gpus, requests)
-        assert (found.copies * found.micro_batch * found.micro_batches <= requests).all()
-        assert (found.gpus * found.copies <= gpus).all()
+    for requests in (1, 7, 500):
+        found = shapes((1, 2, 4), requests)
+        assert (found.micro_batch * found.micro_batches <= requests).all()
+        assert set(found.gpus) == {1, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "expected"),
+    [
+        ("dbrx", "n1-custom-64-425984+4xT4", [1, 2, 4]),  # 48 heads, 8 of keys
+        ("qwen3-30b-a3b", "p4d.24xlarge", [1, 2, 4, 8]),  # 4 heads of keys: held twice by 8 GPUs
+        ("phi-3.5-moe", "g2-standard-96", [1, 2, 4, 8]),
+        ("deepseek-v3", "p4d.24xlarge", [1]),  # a latent has no heads
+    ],
+)
+def test_gpus_share_what_the_runtime_can_share(
+    catalog: Catalog, model: str, machine: str, expected: list[int]
+) -> None:
+    problem = costs_of(catalog, model, machine, 8, 40)
+    assert degrees(problem) == expected
+    attention = problem.workload.model.attention
+    assert all(whole_heads(attention.heads, attention.kv_heads, degree) for degree in expected)

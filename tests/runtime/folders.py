@@ -301,7 +301,7 @@ def make_offload_plan(shape: Shape, **changes: Any) -> RuntimePlan:
         slots=changes.get("slots", 0),
         experts_per_page=0,
     )
-    offload = _fields(replace(NO_OFFLOAD, gpus=1, copies=1, budget_bytes=1 << 30), changes)
+    offload = _fields(replace(NO_OFFLOAD, gpus=1, budget_bytes=1 << 30), changes)
     held = replace(plan.memory, weights_bytes=1 << 30, slots_bytes=1 << 20, kv_bytes=1 << 30)
     return replace(plan, device="accelerator", pages=pages, offload=offload, memory=held)
 

@@ -281,9 +281,11 @@ def test_other_plans_are_refused_in_one_sentence(tmp_path, kind, device):
         check_supported(tmp_path / "runtime.json", plan)
 
 
-@pytest.mark.parametrize("change", [{"gpus": 2}, {"copies": 2}])
-def test_plans_over_several_gpus_are_refused_by_name(tmp_path, change):
-    plan = make_offload_plan(SHAPE, **change)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "gpus"), [(4, 2, 3), (6, 3, 2), (12, 3, 4), (6, 2, 4)], ids=str
+)
+def test_heads_that_gpus_cannot_share_are_refused(tmp_path, heads, kv_heads, gpus):
+    plan = make_offload_plan(replace(SHAPE, heads=heads, kv_heads=kv_heads), gpus=gpus)
     plan = replace(plan, schedule=replace(plan.schedule, kind="offload"))
-    with pytest.raises(PlanFileError, match=r"tensor and data parallelism\); this version executes one copy"):
+    with pytest.raises(PlanFileError, match=f"{gpus} GPUs cannot share {heads} heads"):
         check_supported(tmp_path / "runtime.json", plan)
