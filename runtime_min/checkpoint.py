@@ -44,8 +44,8 @@ class TensorRef:
     """One tensor: `nbytes` bytes at `offset` of the file `path`, row-major, little-endian.
 
     `dtype` is the checkpoint's, or a format of `formats`; of one whose scales lie apart, each is of a `block`
-    of rows and values. Where `run_bytes` is not 0 the bytes lie apart: so many from `offset` on, and from each
-    `stride_bytes` behind.
+    of rows and values. Where `run_bytes` is not 0 the bytes lie apart: so many from `offset` on, and from
+    each `stride_bytes` behind.
     """
 
     name: str
