@@ -131,7 +131,7 @@ LATENT = replace(PLAIN, latent=_SIZES, dense=frozenset({0}))
         ("dbrx", "n1-custom-64-425984+2xT4", 2, PLAIN),
         ("dbrx", "n1-custom-64-425984+4xT4", 4, PLAIN),
         ("deepseek-v2-lite", "g4dn.16xlarge", 1, LATENT),
-        ("deepseek-v2-lite", "g6.16xlarge", 1, LATENT),
+        ("deepseek-v2-lite", "gr6.8xlarge", 1, LATENT),
     ],
 )
 def test_the_runtime_counts_no_more_than_an_offload_plan_has(
