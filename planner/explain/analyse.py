@@ -7,6 +7,7 @@ from moeplan.planner.explain.case import Case, Held, holding
 from moeplan.planner.explain.decisions import decisions
 from moeplan.planner.explain.frontier import frontiers
 from moeplan.planner.explain.operators import operator_points
+from moeplan.planner.explain.timeline import timelines
 from moeplan.planner.inputs import Inputs
 from moeplan.planner.ir.analysis import Analysis, Frontier, ReplicaAnalysis, Source
 from moeplan.planner.ir.machine import Offer
@@ -24,6 +25,7 @@ def analyse(plan: Plan, inputs: Inputs) -> Analysis:
         decisions=decisions(plan, inputs, held),
         replicas=tuple(_replica(plan.workload, replica) for replica in plan.replicas),
         frontiers=_frontiers(plan, inputs, held),
+        timelines=timelines(plan, inputs),
         sources=_sources(plan, inputs),
     )
 

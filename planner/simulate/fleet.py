@@ -123,7 +123,7 @@ def bearable_share(part: RequestTrace, pool: Pool, slo: Slo, wanted: float) -> f
 
 
 def _keeps(part: RequestTrace, pool: Pool, slo: Slo, wanted: float) -> bool:
-    """Whether `run_pool` in a surge keeps the SLO for `wanted` of its requests; ends soon where it does not."""
+    """Whether `run_pool` in a surge keeps the SLO for `wanted` of its requests; if not, it soon ends."""
     served = part.part(part.prompt_tokens + part.output_tokens <= pool.law.context_tokens[-1])
     most_late = part.requests - math.ceil(wanted * part.requests) - (part.requests - served.requests)
     return most_late >= 0 and keeps_slo(
