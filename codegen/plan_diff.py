@@ -153,15 +153,22 @@ def _facts(plan: Plan, labels: Mapping[str, str]) -> dict[tuple[str, str], Fact]
 
 
 def _cost(plan: Plan) -> Iterator[tuple[str, Fact]]:
-    fleet = plan["fleet"]
+    """What is minimised first: the bill of batch work alone, else what an hour costs."""
+    fleet, bill = plan["fleet"], list(_bill(plan))
+    if fleet["cost_unit"] == "USD":
+        yield from bill
     yield "USD per hour", _usd(fleet["usd_per_hour"])
     for serves, price in fleet["usd_per_million_tokens"]:
         yield f"USD per million generated tokens, {serves}", _usd(price["value"], 3)
-    batch = [choice for choice in fleet["choices"] if choice["hours"]]
+    if fleet["cost_unit"] != "USD":
+        yield from bill
+
+
+def _bill(plan: Plan) -> Iterator[tuple[str, Fact]]:
+    batch = [choice for choice in plan["fleet"]["choices"] if choice["hours"]]
     if batch:
         yield "USD in all for the batch work", _usd(sum(choice["usd"] for choice in batch))
-        hours = max(choice["hours"] for choice in batch)
-        yield "time for the batch work", _seconds(hours * 3600)
+        yield "time for the batch work", _seconds(max(choice["hours"] for choice in batch) * 3600)
 
 
 def _work(plan: Plan) -> Iterator[tuple[str, Fact]]:

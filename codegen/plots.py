@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moeplan.planner.ir.analysis import BatchPoint, Frontier, OperatorPoint
+from moeplan.planner.ir.analysis import BatchPoint, Frontier, OperatorPoint, Timeline
 from moeplan.planner.ir.roofline import Roof, Roofline
 from moeplan.planner.units import format_duration, format_figure
 
@@ -44,7 +44,9 @@ _STAR: dict[str, Any] = {
     "linestyle": "none",
 }
 _CLOSE = 0.2  # decades
-_WIDTH, _HEIGHT = 4.5, 3.1  # inches of 72 pixels: as wide as a telephone
+_SIZE = (4.5, 3.1)  # inches of 72 pixels: as wide as a telephone
+_WIDE = (10.5, 2.9)
+_DAY_S = 86400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +229,42 @@ def value_text(frontier: Frontier, value: float) -> str:
     return format_duration(value) if frontier.unit == "s" else f"{format_figure(value)}{frontier.unit}"
 
 
+def timeline_chart(timeline: Timeline) -> Chart:
+    """Ready replicas over a replayed trace, on-demand on top of spot; marks where replicas were lost, a bar
+    where fewer were ready than wanted."""
+    parts, days = timeline.columns, [part.begin_s / _DAY_S for part in timeline.columns]
+    edges = [*days, parts[-1].end_s / _DAY_S]
+    on_spot = [part.on_spot for part in parts]
+    ready = [part.on_spot + part.on_demand for part in parts]
+    lost = [(begin, part.preemptions) for begin, part in zip(days, parts, strict=True) if part.preemptions]
+    short = [n for n, part in enumerate(parts) if part.enough_share < 1.0]
+
+    def draw(axes: Axes) -> None:
+        most = max(timeline.wanted, *ready)
+        axes.stairs(on_spot, edges, fill=True, color=_BLUE, label="ready on spot")
+        stand_ins: dict[str, Any] = {"facecolor": "none", "edgecolor": _ORANGE, "hatch": "//////"}
+        axes.stairs(ready, edges, baseline=on_spot, fill=True, linewidth=0, label="on demand", **stand_ins)
+        axes.axhline(timeline.wanted, color=_INK, linewidth=1.0, linestyle="--", label="wanted")
+        marks: dict[str, Any] = {"marker": "v", "color": _RED, "markersize": 4, "linestyle": "none"}
+        axes.plot([day for day, _ in lost], [1.12 * most] * len(lost), label="spot replicas lost", **marks)
+        for n in short:
+            axes.plot(edges[n : n + 2], [-0.06 * most] * 2, color=_RED, linewidth=3)
+        axes.plot([], [], color=_RED, linewidth=3, label="fewer than wanted")
+        axes.set(xlabel="days of the trace", ylabel="replicas", xlim=(0, edges[-1]))
+        axes.set_ylim(-0.12 * most, 1.45 * most)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.legend(loc="upper center", ncols=5, fontsize=7.5, frameon=False, columnspacing=1.2)
+
+    span_s = sum(part.end_s - part.begin_s for part in parts)
+    enough = sum(part.enough_share * (part.end_s - part.begin_s) for part in timeline.rows) / span_s
+    alt = (
+        f"Ready replicas of {timeline.column} over {edges[-1]:.1f} days of a spot trace, replayed: "
+        f"{timeline.wanted} are wanted and ready {enough:.1%} of the time; "
+        f"{sum(part.preemptions for part in timeline.rows)} spot replicas are lost."
+    )
+    return Chart(svg=_svg(draw, f"timeline-{timeline.column}", left=0.06, size=_WIDE), alt=alt)
+
+
 def _short_ticks(axes: Axes) -> None:
     """Powers of ten in letters: 10k instead of a formula."""
     from matplotlib.ticker import FuncFormatter
@@ -268,7 +306,9 @@ def measured_chart(pairs: Sequence[tuple[str, float]]) -> Chart:
 # matplotlib
 
 
-def _svg(draw: Callable[[Axes], None], name: str, left: float = 0.13) -> str:
+def _svg(
+    draw: Callable[[Axes], None], name: str, left: float = 0.13, size: tuple[float, float] = _SIZE
+) -> str:
     """One pair of axes as SVG that a page can hold: no header, no metadata, its own names, our colours.
 
     The axes begin `left` of the width from the edge.
@@ -278,7 +318,7 @@ def _svg(draw: Callable[[Axes], None], name: str, left: float = 0.13) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_style(name)):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT))
+        figure = Figure(figsize=size)
         FigureCanvasSVG(figure)
         axes = figure.add_axes((left, 0.13, 0.97 - left, 0.84))
         draw(axes)

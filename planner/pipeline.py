@@ -151,10 +151,10 @@ def find_fleet(
             offers,
             headroom=math.inf,  # how full is left to simulation
             previous=inputs.previous,
-            explain=explain and last,
+            explain=last,
         )
 
-    return attain(spec, workload, rooflines, policies, inputs.trace, choose)
+    return attain(spec, workload, rooflines, policies, inputs.trace, choose, explain)
 
 
 def _replica(workload: Workload, rooflines: tuple[Roofline, ...], choice: Choice) -> Replica:

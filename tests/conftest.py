@@ -30,6 +30,9 @@ workload:
 """
 
 
+_PLANS: dict[str, Plan] = {}  # of texts: a plan is frozen
+
+
 @pytest.fixture(scope="session")
 def catalog() -> Catalog:
     return load_catalog(None, Span("spec.yaml"))
@@ -37,10 +40,17 @@ def catalog() -> Catalog:
 
 @pytest.fixture
 def compile_text(tmp_path: Path) -> Callable[[str], Plan]:
-    """Compile spec text as if it lay in a folder of its own."""
+    """Compile spec text as if it lay in a folder of its own; text that no file lies beside only once."""
     from moeplan.planner.pipeline import compile_plan
 
-    return lambda text: compile_plan(text, str(tmp_path / "spec.yaml"))
+    def compiled(text: str) -> Plan:
+        if any(tmp_path.iterdir()):
+            return compile_plan(text, str(tmp_path / "spec.yaml"))
+        if text not in _PLANS:
+            _PLANS[text] = compile_plan(text, str(tmp_path / "spec.yaml"))
+        return _PLANS[text]
+
+    return compiled
 
 
 def batch_spec(machine: str = "", model: str = "mixtral-8x7b", more: str = "", name: str = "job") -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import moeplan
+from commands import moeplan
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tinymoe"
 SPEC = """\

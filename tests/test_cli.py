@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import moeplan
 from conftest import ONLINE, batch_spec
-
-CODE = "import sys; sys.argv[0] = 'moeplan'; from moeplan.planner.cli import main; main()"
-
-
-def moeplan(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CODE, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-    assert "Traceback" not in done.stderr
-    return done
 
 
 @pytest.fixture

@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import moeplan
 
 ROOT = Path(__file__).parents[1]
 SPECS = sorted((ROOT / "examples").glob("*/spec.yaml"))
 
+# Compiles every (folder to be in, name of the spec, folder for the plan), all in one process.
 CODE = """
-import sys
+import json, os, sys
 from moeplan.planner.cli import main
-sys.argv = ["moeplan", *sys.argv[1:]]
-main()
+for folder, name, out in json.loads(sys.argv[1]):
+    os.chdir(folder)
+    sys.argv = ["moeplan", "compile", name, "-o", out]
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            sys.exit(f"{name} in {folder}: exit code {stop.code}")
 """
+Files = dict[str, dict[str, bytes]]
 
 
-def moeplan(*arguments: str, cwd: Path, seed: str = "0") -> subprocess.CompletedProcess[str]:
+def compiled(seed: str, jobs: list[tuple[Path, str, Path]]) -> Files:
+    """Every file of every plan, by the example's name and its own."""
     env = {**os.environ, "PYTHONHASHSEED": seed}
-    return subprocess.run(
-        [sys.executable, "-c", CODE, *arguments], cwd=cwd, env=env, capture_output=True, text=True
-    )
+    told = json.dumps([list(map(str, job)) for job in jobs])
+    done = subprocess.run([sys.executable, "-c", CODE, told], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {out.name: files(out) for _, _, out in jobs}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def beside_the_spec(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """In the example's own folder."""
+    folder = tmp_path_factory.mktemp("beside")
+    return compiled("1", [(spec.parent, spec.name, folder / spec.parent.name) for spec in SPECS])
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """In another folder, in reverse order, with another hash seed."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    return compiled("99", [(folder, str(spec), folder / spec.parent.name) for spec in reversed(SPECS)])
 
 
 def test_there_are_examples() -> None:
@@ -37,28 +68,19 @@ def test_there_are_examples() -> None:
     }
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.parent.name)
-def test_example_is_current(spec: Path) -> None:
-    done = moeplan("check", str(spec), cwd=ROOT)
+def test_examples_are_current() -> None:
+    done = moeplan("check", *SPECS)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("are current") == len(SPECS)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.parent.name)
-def test_same_bytes_anywhere(spec: Path, tmp_path: Path) -> None:
-    """Another directory, another way to name the spec, another hash seed: the same files."""
-    made = {}
-    for seed, cwd, name in (("1", spec.parent, "spec.yaml"), ("99", tmp_path, str(spec))):
-        out = tmp_path / seed
-        done = moeplan("compile", name, "-o", str(out), cwd=cwd, seed=seed)
-        assert done.returncode == 0, done.stderr
-        made[seed] = {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
-    assert made["1"] == made["99"]
-    checked_in = next(spec.parent.glob("*.plan"))
-    assert made["1"] == {
-        str(p.relative_to(checked_in)): p.read_bytes()
-        for p in sorted(checked_in.rglob("*"))
-        if p.is_file() and "__pycache__" not in p.parts
-    }
+def test_same_bytes_anywhere(spec: Path, beside_the_spec: Files, elsewhere: Files) -> None:
+    """Another directory, another way to name the spec, another hash seed, other specs before: the same files,
+    which are the checked-in ones."""
+    name = spec.parent.name
+    assert beside_the_spec[name] == elsewhere[name]
+    assert beside_the_spec[name] == files(next(spec.parent.glob("*.plan")))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.parent.name)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import moeplan
+from commands import moeplan
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tinymoe"
 SPEC = """\

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import moeplan
 from runtime.architectures import Small, save
 from runtime.folders import Shape, save_checkpoint
 
@@ -65,11 +64,6 @@ model: {path: checkpoint, dtype: float32}
 workload: {batch: {prompts: prompts.jsonl}}
 machine: {file: box.yaml}
 """
-
-
-def moeplan(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    code = "import sys; sys.argv[0] = 'moeplan'; from moeplan.planner.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True)
 
 
 def answers(path: Path) -> dict[str, str]:

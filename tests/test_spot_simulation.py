@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from commands import moeplan
 from conftest import batch_spec
-from test_cli import moeplan
 
 from moeplan.codegen.timeline import Curve, timeline_svg
 from moeplan.planner.spot_simulation import OnlineRun, simulate_spot

@@ -134,11 +134,16 @@ def _deploy_row(choice: Choice, site: Site) -> dict[str, str]:
         "machine": choice.column.policy.machine.name,
         "market": site.market,
         "regions": regions,
-        "usd_per_hour": f"{choice.replicas * choice.column.usd_per_hour:.2f}",
+        "usd_per_hour": f"{deployed(site) * choice.column.usd_per_hour:.2f}",
         "load": f"{choice.utilisation:.0%}" if choice.utilisation < 1 else "–",
         "usd": f"{choice.usd:.2f}" if choice.usd else "–",
         "hours": format_duration(choice.hours * 3600) if choice.hours else "always",
     }
+
+
+def deployed(site: Site) -> int:
+    """Replicas of a site and those to spare; where a trace placed it, not as many as were solved for."""
+    return site.replicas + site.spot_overprovision
 
 
 def _count(site: Site) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from moeplan.codegen.decisions import amount_text
 from moeplan.codegen.emit.chart import chart as pipeline_svg
-from moeplan.codegen.emit.report import interval, latency, values
+from moeplan.codegen.emit.report import deployed, interval, latency, values
 from moeplan.codegen.page import Section, Table, Tile
 from moeplan.codegen.plots import (
     Chart,
@@ -21,6 +21,7 @@ from moeplan.codegen.plots import (
     frontier_chart,
     measured_chart,
     roofline_chart,
+    timeline_chart,
     value_text,
 )
 from moeplan.codegen.render import render
@@ -58,11 +59,19 @@ def emit(plan: Plan, analysis: Analysis) -> dict[str, str]:
 
 
 def _tiles(plan: Plan) -> Iterator[Tile]:
-    deploy = [f"{c.replicas} × {c.column.policy.machine.name}" for c in plan.fleet.choices]
+    sites = plan.placement.sites
+    both = list(zip(plan.fleet.choices, sites, strict=True))
+    deploy = [f"{deployed(site)} × {choice.column.policy.machine.name}" for choice, site in both]
     markets = sorted({choice.column.market for choice in plan.fleet.choices})
     yield Tile(label="deploy", value=" + ".join(deploy), note=", ".join(markets))
     if plan.fleet.usd_per_hour:
-        yield Tile(label="cost", value=f"{plan.fleet.usd_per_hour:.2f} USD/h", note="while everything runs")
+        whole = all(deployed(site) == choice.replicas for choice, site in both)
+        note = "while everything runs" if whole else "as solved, with spot replicas to spare"
+        yield Tile(label="cost", value=f"{plan.fleet.usd_per_hour:.2f} USD/h", note=note)
+        for site in sites:
+            if site.outlook:
+                bill = f"{site.outlook.usd_per_hour:.2f} USD/h"
+                yield Tile(label="expected bill", value=bill, note=f"of {site.column}, stand-ins included")
         for serves, price in plan.fleet.usd_per_million_tokens:
             note = f"per million generated tokens, {serves}"
             yield Tile(label="token price", value=interval(price, "$", ""), note=note)
@@ -369,6 +378,29 @@ def _availability(plan: Plan, analysis: Analysis) -> Iterator[Section]:
         yield Section(title=title, text=[f"{site['rule']}.", *site["notes"]], tables=tables)
 
 
+def _timelines(plan: Plan, analysis: Analysis) -> Iterator[Section]:
+    """Each site that a spot trace placed, over that trace."""
+    for timeline in analysis.timelines:
+        lost = sum(part.preemptions for part in timeline.rows)
+        days = timeline.rows[-1].end_s / 86400
+        rows = [
+            (f"{part.begin_s / 86400:.3g} to {part.end_s / 86400:.3g}", f"{part.on_spot:.2f}",
+             f"{part.on_demand:.2f}", f"{part.enough_share:.2%}", f"{part.preemptions}")
+            for part in timeline.rows
+        ]  # fmt: skip
+        header = ("days", "ready on spot", "on demand", "time with enough", "lost")
+        yield Section(
+            title=f"Replay of {timeline.column}",
+            text=[
+                f"What {timeline.wanted} replicas would have done over the trace ({timeline.source}): {lost} "
+                f"preemptions in {days:.3g} days. Means of each stretch; before the first cold start nothing "
+                "counts as missing."
+            ],
+            wide=[timeline_chart(timeline)],
+            tables=[Table(caption="", header=header, rows=rows)],
+        )
+
+
 def _measured(plan: Plan, analysis: Analysis) -> Iterator[Section]:
     pairs = [
         (f"{c.figure}, {c.prompt_tokens:.0f} + {c.output_tokens:.0f}", c)
@@ -418,6 +450,7 @@ SECTIONS: tuple[Callable[[Plan, Analysis], Iterator[Section]], ...] = (
     _replicas,
     _alternatives,
     _availability,
+    _timelines,
     _measured,
     _provenance,
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from moeplan.planner.explain.batches import batch_points
-from moeplan.planner.explain.case import Case
+from moeplan.planner.explain.case import Case, Held, holding
 from moeplan.planner.explain.decisions import decisions
 from moeplan.planner.explain.frontier import frontiers
 from moeplan.planner.explain.operators import operator_points
+from moeplan.planner.explain.timeline import timelines
 from moeplan.planner.inputs import Inputs
 from moeplan.planner.ir.analysis import Analysis, Frontier, ReplicaAnalysis, Source
 from moeplan.planner.ir.machine import Offer
@@ -19,10 +20,12 @@ _HALVINGS = 7
 
 def analyse(plan: Plan, inputs: Inputs) -> Analysis:
     """Return what is beside `plan`, compiled from `inputs`."""
+    held = holding(Case(spec=plan.spec, inputs=inputs)) if plan.fleet.usd_per_hour else ()
     return Analysis(
-        decisions=decisions(plan, inputs),
+        decisions=decisions(plan, inputs, held),
         replicas=tuple(_replica(plan.workload, replica) for replica in plan.replicas),
-        frontiers=_frontiers(plan, inputs),
+        frontiers=_frontiers(plan, inputs, held),
+        timelines=timelines(plan, inputs),
         sources=_sources(plan, inputs),
     )
 
@@ -37,13 +40,13 @@ def _replica(workload: Workload, replica: Replica) -> ReplicaAnalysis:
     )
 
 
-def _frontiers(plan: Plan, inputs: Inputs) -> tuple[Frontier, ...]:
+def _frontiers(plan: Plan, inputs: Inputs, held: Held) -> tuple[Frontier, ...]:
     """Of rented fleets that serve online work from GPU memory, where a fleet is found quickly."""
     online = [requests for requests in plan.workload.classes if requests.name == "online"]
     in_memory = all(replica.policy.engine == "vllm" for replica in plan.replicas)
     if not online or len(plan.workload.classes) > 1 or not plan.fleet.usd_per_hour or not in_memory:
         return ()
-    return frontiers(Case(spec=plan.spec, inputs=inputs), plan.fleet, online[0])
+    return frontiers(Case(spec=plan.spec, inputs=inputs), plan.fleet, online[0], held)
 
 
 def _sources(plan: Plan, inputs: Inputs) -> tuple[Source, ...]:

@@ -72,12 +72,13 @@ def solve(case: Case) -> Plan | InfeasibleError:
 Held = tuple[Policy | Rejection, ...]  # what holds the model in GPU memory, by machine and class
 
 
-def decide(case: Case, held: Held | None = None) -> Fleet | InfeasibleError:
+def decide(case: Case, held: Held = ()) -> Fleet | InfeasibleError:
     """The fleet of a case as `solve` would have it, micro-batches aside, in a fraction of the time.
 
     Offloaded policies are looked for only where those that hold the model make no fleet: elsewhere no fleet
     has them unless `market.offload` allows it, and the search for them takes nearly all of a compilation.
-    `held` are the answers of `holding` for a case that differs only in its rate, on which none depends.
+    `held` are the answers of `holding` for a case that differs only in its rate and in a larger market: on
+    neither do they depend.
     """
     spec, inputs = case.spec, case.inputs
     try:
@@ -85,7 +86,8 @@ def decide(case: Case, held: Held | None = None) -> Fleet | InfeasibleError:
         offers = candidate_offers(spec, inputs)
         machines = candidate_machines(spec, inputs, offers)
         rooflines = tuple(find_roofline(workload, machine) for machine in machines)
-        if offers and (found := _in_memory(spec, workload, rooflines) if held is None else held):
+        found = _of(held, workload, rooflines) if held else _in_memory(spec, workload, rooflines)
+        if offers and found:
             try:
                 return _fleet(case, workload, rooflines, offers, found)
             except InfeasibleError:
@@ -132,5 +134,20 @@ def _in_memory(spec: Spec, workload: Workload, rooflines: Sequence[Roofline]) ->
     if not all(roofline.has("gpu") and roofline.roofs[0].flops_per_s for roofline in rooflines):
         return ()
     answers = [in_memory_policy(workload, r, roofline) for roofline in rooflines for r in workload.classes]
+    return _serving_all(answers, workload)
+
+
+def _of(held: Held, workload: Workload, rooflines: Sequence[Roofline]) -> Held:
+    """Those of some machines."""
+    names = {roofline.machine.name for roofline in rooflines}
+    return _serving_all([answer for answer in held if _machine(answer) in names], workload)
+
+
+def _serving_all(answers: Sequence[Policy | Rejection], workload: Workload) -> Held:
+    """The answers where every class is served; else nothing."""
     served = {answer.serves for answer in answers if isinstance(answer, Policy)}
     return tuple(answers) if all(requests.name in served for requests in workload.classes) else ()
+
+
+def _machine(answer: Policy | Rejection) -> str:
+    return answer.machine.name if isinstance(answer, Policy) else answer.machine

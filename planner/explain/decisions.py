@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moeplan.planner.diagnostics import InfeasibleError
 from moeplan.planner.explain.batches import batch_points
-from moeplan.planner.explain.case import Case, decide
+from moeplan.planner.explain.case import Case, Held, decide
 from moeplan.planner.explain.outcomes import outcome_of
 from moeplan.planner.inputs import Inputs
 from moeplan.planner.ir.analysis import Decision
@@ -21,9 +21,12 @@ _MOST = 3
 _MATTERS = 1.005  # times worse, at least
 
 
-def decisions(plan: Plan, inputs: Inputs) -> tuple[Decision, ...]:
-    """The three whose alternatives are worst, the worst first; fewer where fewer matter."""
-    found = [*_of_the_market(plan, inputs)]
+def decisions(plan: Plan, inputs: Inputs, held: Held = ()) -> tuple[Decision, ...]:
+    """The three whose alternatives are worst, the worst first; fewer where fewer matter.
+
+    `held` is what holds the model in GPU memory, where that is known (`case.holding`).
+    """
+    found = [*_of_the_market(plan, inputs, held)]
     for replica in plan.replicas:
         found += _of_a_replica(plan.workload, replica)
     found.sort(key=lambda decision: -decision.times_worse)
@@ -33,7 +36,7 @@ def decisions(plan: Plan, inputs: Inputs) -> tuple[Decision, ...]:
 # On the market: another GPU, the other way to buy
 
 
-def _of_the_market(plan: Plan, inputs: Inputs) -> Iterator[Decision]:
+def _of_the_market(plan: Plan, inputs: Inputs, held: Held) -> Iterator[Decision]:
     if not plan.fleet.usd_per_hour:
         return
     market, catalog = plan.spec.market, inputs.catalog
@@ -41,19 +44,19 @@ def _of_the_market(plan: Plan, inputs: Inputs) -> Iterator[Decision]:
     offered = {catalog.machines[offer.machine].gpu for offer in catalog.offers} - {""}
     others = tuple(sorted((set(market.gpus) or offered) - set(used)))
     if others and not market.machines:
-        yield from _bought(plan, inputs, " and ".join(used), "other GPUs", replace(market, gpus=others))
+        yield from _bought(plan, inputs, held, " and ".join(used), "other GPUs", replace(market, gpus=others))
     kinds = {choice.column.market for choice in plan.fleet.choices}
     if market.purchase == "any" and len(kinds) == 1:
         (kind,) = kinds
         other: Purchase = "on-demand" if kind == "spot" else "spot"
-        yield from _bought(plan, inputs, kind, f"{other} only", replace(market, purchase=other))
+        yield from _bought(plan, inputs, held, kind, f"{other} only", replace(market, purchase=other))
 
 
 def _bought(
-    plan: Plan, inputs: Inputs, chosen: str, alternative: str, market: MarketSpec
+    plan: Plan, inputs: Inputs, held: Held, chosen: str, alternative: str, market: MarketSpec
 ) -> Iterator[Decision]:
     """The fleet of another market: what the work costs there."""
-    answer = decide(Case(spec=replace(plan.spec, market=market), inputs=inputs))
+    answer = decide(Case(spec=replace(plan.spec, market=market), inputs=inputs), held)
     if isinstance(answer, InfeasibleError):
         return
     outcome, before = outcome_of(answer), outcome_of(plan.fleet)

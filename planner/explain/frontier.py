@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moeplan.planner.diagnostics import InfeasibleError
-from moeplan.planner.explain.case import Case, decide, holding
+from moeplan.planner.explain.case import Case, Held, decide
 from moeplan.planner.explain.outcomes import outcome_of
 from moeplan.planner.ir.analysis import Frontier, FrontierPoint
 from moeplan.planner.ir.fleet import Fleet
@@ -17,14 +17,14 @@ _RATES = (0.5, 2.0, 4.0)
 _SLOS = (0.35, 0.6, 2.0)
 
 
-def frontiers(case: Case, fleet: Fleet, online: RequestClass) -> tuple[Frontier, ...]:
-    """USD per hour around the chosen fleet, the chosen point itself included.
+def frontiers(case: Case, fleet: Fleet, online: RequestClass, held: Held) -> tuple[Frontier, ...]:
+    """USD per hour around the chosen fleet, the chosen point itself included; `held` as of `decide`.
 
     The latency frontier scales TTFT and ITL together; its values are the ITL.
     """
     slo = online.slo
     assert slo is not None  # every online class has one
-    held, rate = holding(case), online.rate_per_s
+    rate = online.rate_per_s
     rates = [_point(f, f * rate, decide(_with_rate(case, f * rate), held)) for f in _RATES]
     slos = [_point(f, f * slo.itl_s, decide(_with_slo(case, f))) for f in _SLOS]
     return (

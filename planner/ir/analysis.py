@@ -90,6 +90,31 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TimelinePart:
+    """A stretch of a replay: mean ready replicas on spot and on-demand machines, the share of its time with
+    as many ready as wanted, and spot replicas lost."""
+
+    begin_s: float
+    end_s: float
+    on_spot: float
+    on_demand: float
+    enough_share: float
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """A spot site over the trace that placed it; `wanted` are its replicas. `columns` are short and equal,
+    for a chart, `rows` of whole days, for a table."""
+
+    column: str
+    wanted: int
+    source: str
+    columns: tuple[TimelinePart, ...]
+    rows: tuple[TimelinePart, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Where facts come from: `what` was taken from them, and the citation with its date."""
 
@@ -104,4 +129,5 @@ class Analysis:
     decisions: tuple[Decision, ...]
     replicas: tuple[ReplicaAnalysis, ...]
     frontiers: tuple[Frontier, ...]
+    timelines: tuple[Timeline, ...]
     sources: tuple[Source, ...]

@@ -24,6 +24,7 @@ import pulp
 
 from moeplan.planner.diagnostics import InfeasibleError
 from moeplan.planner.ir.fleet import SolverStatus
+from moeplan.planner.packing.alike import carry_alike, cheapest_counts
 from moeplan.planner.packing.dominance import undominated
 from moeplan.planner.packing.pricing import price
 from moeplan.planner.packing.problem import Pool, Problem
@@ -78,7 +79,8 @@ def solve_fleet(problem: Problem, effort: Effort | None = None, prune: bool = Tr
     pools = sorted(problem.pools, key=lambda pool: pool.name)
     if not all(any(pool.serves(k) for pool in pools) for k in range(len(problem.online))):
         return None
-    pools = undominated(pools, problem) if prune else pools
+    if prune and carry_alike(problem, pools := undominated(pools, problem)):
+        return _counted(problem, pools)
     if prune and len(pools) * len(problem.online) > _DIRECT:
         return _solve_large(problem, pools, effort)
     return _solve(problem, pools, effort)
@@ -104,6 +106,17 @@ def serve_all(
     shares = _share_variables(program, pools, range(len(problem.online)), "y")
     _serve(problem, pools, program, shares)
     return shares
+
+
+def _counted(problem: Problem, pools: Sequence[Pool]) -> Solution | None:
+    """As `_solve`, of pools that carry all demands alike."""
+    found = cheapest_counts(problem, pools, _ties(pools))
+    if found is None:
+        return None
+    objective, numbers = found
+    counts = {c.name: count for c, count in zip(pools, numbers, strict=True)}
+    result = Result(status="optimal", objective=objective, bound=objective)
+    return _solution(problem, [c for c in pools if counts[c.name]], counts, {}, result)
 
 
 def _solve(problem: Problem, pools: Sequence[Pool], effort: Effort | None) -> Solution | None:
@@ -185,8 +198,7 @@ def build(problem: Problem, pools: Sequence[Pool]) -> Model:
     """The program of the module's head over `pools`; the limit of the n-th resource is called limit_n."""
     model = _variables(problem, pools)
     program = model.program
-    step = min(_TIE_BREAK, _MOST_TIE_BREAK / max(1, len(pools)))
-    ties = [step * (i + 1) * model.machines[c.name] for i, c in enumerate(pools)]
+    ties = [tie * model.machines[c.name] for tie, c in zip(_ties(pools), pools, strict=True)]
     program += pulp.lpSum([*_costs(problem, pools, model), *ties])
     _serve(problem, pools, program, model.shares)
     for c in pools:
@@ -200,6 +212,12 @@ def build(problem: Problem, pools: Sequence[Pool]) -> Model:
     if single := [model.machines[c.name] for c in pools if c.name in problem.single]:
         program += pulp.lpSum(single) == 1
     return model
+
+
+def _ties(pools: Sequence[Pool]) -> list[float]:
+    """What a machine of each pool costs more, so that of equals the first is taken."""
+    step = min(_TIE_BREAK, _MOST_TIE_BREAK / max(1, len(pools)))
+    return [step * (i + 1) for i in range(len(pools))]
 
 
 def _variables(problem: Problem, pools: Sequence[Pool]) -> Model:
@@ -304,8 +322,10 @@ def _balanced(problem: Problem, used: Sequence[Pool], counts: Mapping[str, int],
     """With the machines fixed: the routing with the lowest peak utilisation, ties by the order of pools.
 
     The first solve leaves shares free to wander between solvers; this one pins them. Shares that cost money
-    stay as they were found.
+    stay as they were found. One pool has it all.
     """
+    if len(used) == 1:
+        return {(k, used[0].name): 1.0 for k in range(len(problem.online))}
     program = pulp.LpProblem("routing", pulp.LpMinimize)
     peak = program.add_variable("peak", 0)
     shares = serve_all(problem, used, program)

@@ -1,4 +1,4 @@
-"""A pulp problem, solved the same way everywhere: one thread, limits in nodes, an honest bound.
+"""A pulp problem, solved the same way everywhere: no threads, limits in nodes, an honest bound.
 
 CBC (which pulp ships) solves. Where its limit leaves a gap and highspy is installed, HiGHS goes on. A proven
 optimum is therefore the same with and without HiGHS.
@@ -67,13 +67,16 @@ def solve(problem: pulp.LpProblem, effort: Effort | None = None) -> Result | Non
 
 def _cbc(problem: pulp.LpProblem, effort: Effort) -> Result | None:
     """After a limit pulp's `status` still reads "Optimal"; only `sol_status` tells an incumbent, and only
-    CBC's log has its bound."""
+    CBC's log has its bound.
+
+    Its option `threads` is left out: even of 1 it makes a thread, for which one run in 600 waits ten seconds
+    on a busy machine.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         options = [f"maxNodes {effort.nodes}", f"randomCbcSeed {_SEED}", f"randomSeed {_SEED}"]
         solver = pulp.PULP_CBC_CMD(
             msg=False,
-            threads=1,
             gapRel=effort.gap or None,
             timeLimit=effort.seconds,
             logPath=str(log),

@@ -46,20 +46,24 @@ def attain(
     policies: Sequence[Policy],
     trace: RequestTrace | None,
     choose: Choose,
+    explain: bool = True,
 ) -> tuple[Fleet, Attainment]:
     """Return the cheapest fleet that `choose` finds and that attains the SLO of the online class, and its
     simulations. Its online policies have the rates that queues leave.
 
     Without an online class it is the solver's own. Raises InfeasibleError as `choose` does, and where no
-    fleet that quota, budget and machines allow attains the SLO even at the planned rate.
+    fleet that quota, budget and machines allow attains the SLO even at the planned rate. Without `explain`
+    the fleet is not explained, and its simulations are not told.
     """
     requests = next((r for r in workload.classes if r.slo is not None), None)
     if requests is None:
-        return choose(policies, True), Attainment()
+        return choose(policies, explain), Attainment()
     search = _Search(workload, rooflines, policies, requests, request_stream(requests, trace), choose)
     best = search.cheapest()
     if best is None:
         raise _missed(spec, requests, [search.planned(tried) for tried in search.tried])
+    if not explain:
+        return best.fleet, Attainment()
     first = search.tried[0]
     online = ClassAttainment(
         serves=requests.name,

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from moeplan.planner.ir.estimate import Estimate
-from moeplan.planner.ir.fleet import UNEXPLAINED, Choice, Column, Fleet, Route
+from moeplan.planner.ir.fleet import UNEXPLAINED, Alternative, Choice, Column, Fleet, Route
 from moeplan.planner.ir.machine import Offer
 from moeplan.planner.ir.policy import Policy, Rejection
 from moeplan.planner.ir.spec import Spec
@@ -49,7 +49,7 @@ def choose_fleet(
 
     `headroom` scales how full replicas may be planned, see `headroom_of`. `previous` counts the replicas that
     run now, by column: moving away from them must pay. Without `explain` it is not asked what would change
-    the answer: for fleets that are only tried.
+    the answer, nor what else there is: for fleets that are only tried.
     """
     columns = find_columns(policies, offers, spec.market)
     require_columns(spec, workload, policies, columns, rejections)
@@ -58,19 +58,11 @@ def choose_fleet(
     solution = solve_fleet(problem)
     if solution is None:
         raise why_infeasible(spec, market, problem)
-    everything = find_market(workload, columns, spec.market, all_columns=True)
-    priced = formulate(everything, spec.market, headroom)
-    pools = [(pool, everything.columns[pool.name]) for pool in priced.pools]
     choices = _choices(market, problem, solution)
-    names = {choice.column.name for choice in choices}
     return Fleet(
         choices=choices,
         routes=_routes(market, solution),
-        alternatives=tuple(
-            alternative
-            for requests in sorted(workload.classes, key=lambda r: r.name != "online")
-            for alternative in find_alternatives(everything, pools, names, requests.name)
-        ),
+        alternatives=_alternatives(spec, workload, columns, choices, headroom) if explain else (),
         usd_per_hour=sum(choice.replicas * choice.column.usd_per_hour for choice in choices),
         usd_per_million_tokens=tuple(_token_price(requests, choices) for requests in workload.classes),
         target_utilisation=min(_target(workload, choice.column, headroom) for choice in choices),
@@ -81,6 +73,21 @@ def choose_fleet(
         gap=solution.gap,
         spot_assumption=_spot_assumption(market, choices),
         sensitivity=find_sensitivity(market, problem, solution) if explain else UNEXPLAINED,
+    )
+
+
+def _alternatives(
+    spec: Spec, workload: Workload, columns: Sequence[Column], choices: Sequence[Choice], headroom: float
+) -> tuple[Alternative, ...]:
+    """Of all columns, those that are listed only included; online first."""
+    everything = find_market(workload, columns, spec.market, all_columns=True)
+    priced = formulate(everything, spec.market, headroom)
+    pools = [(pool, everything.columns[pool.name]) for pool in priced.pools]
+    names = {choice.column.name for choice in choices}
+    return tuple(
+        alternative
+        for requests in sorted(workload.classes, key=lambda r: r.name != "online")
+        for alternative in find_alternatives(everything, pools, names, requests.name)
     )
 
 

@@ -6,6 +6,7 @@ with the fewest unfinished requests. Importing this module imports Numba.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from moeplan.planner.ir.attainment import Percentiles, Pool, PoolReplay, Replay
 from moeplan.planner.ir.fleet import Route
 from moeplan.planner.ir.spec import Slo
 from moeplan.planner.ir.workload import Bucket
-from moeplan.planner.simulate.serving import Floats, Ints, serve
+from moeplan.planner.simulate.serving import Floats, Ints, keeps_slo, serve
 from moeplan.planner.traces import RequestTrace
 
 _SEED = 1  # of the router
@@ -96,8 +97,7 @@ def engines_needed(part: RequestTrace, pool: Pool, slo: Slo, wanted: float, most
     its part in a surge; None where `most` do not. Of many engines the number is right to a twentieth."""
 
     def keeps(engines: int) -> bool:
-        run = run_pool(part, replace(pool, engines=engines), slo, surge=True)
-        return run.attained >= wanted * part.requests
+        return _keeps(part, replace(pool, engines=engines), slo, wanted)
 
     low, high = pool.engines - 1, min(pool.engines, most)
     while not keeps(high):
@@ -117,10 +117,24 @@ def bearable_share(part: RequestTrace, pool: Pool, slo: Slo, wanted: float) -> f
     low, high = 1 / 32, 1.0
     while high - low > 1 / 32:
         middle = (low + high) / 2
-        some = part.part(drawn < middle)
-        keeps = run_pool(some, pool, slo, surge=True).attained >= wanted * some.requests
+        keeps = _keeps(part.part(drawn < middle), pool, slo, wanted)
         low, high = (middle, high) if keeps else (low, middle)
     return low
+
+
+def _keeps(part: RequestTrace, pool: Pool, slo: Slo, wanted: float) -> bool:
+    """Whether `run_pool` in a surge keeps the SLO for `wanted` of its requests; if not, it soon ends."""
+    served = part.part(part.prompt_tokens + part.output_tokens <= pool.law.context_tokens[-1])
+    most_late = part.requests - math.ceil(wanted * part.requests) - (part.requests - served.requests)
+    return most_late >= 0 and keeps_slo(
+        served.arrival_s / pool.margin,
+        served.prompt_tokens,
+        served.output_tokens,
+        pool.law,
+        pool.engines,
+        (slo.ttft_s, slo.itl_s),
+        most_late,
+    )
 
 
 def _routed(bucket: Ints, routes: Sequence[Route], columns: Sequence[str], buckets: int) -> Ints:

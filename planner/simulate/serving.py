@@ -36,14 +36,17 @@ _ARRIVAL, _PREFILL, _OWN, _CACHE, _SINCE_S, _TTFT, _ITL, _GAP, _FINISH = range(9
 # Columns of engines, ints: requests that wait or run, sequences that run, tokens in their caches, steps
 # taken, the table's segment of contexts last looked up; steps of the leg under way, how many requests end
 # their prefill in it; first and last that wait, how much of the first is prefilled; how many gaps are kept.
-_LOAD, _RUNNING, _CONTEXT, _STEPS, _SEGMENT, _LENGTH, _ENTERING, _FIRST, _LAST, _DONE, _GAPS = range(11)
+# And how many of its requests were late.
+_LOAD, _RUNNING, _CONTEXT, _STEPS, _SEGMENT, _LENGTH, _ENTERING, _FIRST, _LAST, _DONE, _GAPS, _LATE = range(
+    12
+)
 # Floats: bytes of cache set aside, seconds in which it steps, the same times the sequences that run; of the
 # leg under way: begin, end (infinite where there is none), seconds of each step, the same without prefill.
 _HELD, _BUSY, _OCCUPIED, _BEGIN, _END, _STEP, _DECODE = range(7)
 # Columns of sequences: a heap by the step in which each ends (when, which request); who enters in this leg.
 _WHEN, _WHO, _ENTERED = range(3)
-# Of what an engine may hold.
-_SEQUENCES, _STEP_TOKENS, _MEMORY, _FIRST_STEPS = range(4)
+# Of what an engine may hold; of when the simulation may end early.
+_SEQUENCES, _STEP_TOKENS, _MEMORY, _FIRST_STEPS, _TTFT_SLO, _ITL_SLO, _MOST_LATE = range(7)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,38 @@ def serve(
     Raises ValueError where arrivals are not sorted, sizes are below 1, there is no engine, or a request's
     cache alone exceeds an engine's memory.
     """
+    times, clocks, _ = _run(arrival_s, prompt_tokens, output_tokens, law, engines, (np.inf,) * 3)
+    ttft, itl, gap, finish = (times[:, column].copy() for column in (_TTFT, _ITL, _GAP, _FINISH))
+    busy, occupied = clocks[:, _BUSY].copy(), clocks[:, _OCCUPIED].copy()
+    return Served(ttft_s=ttft, itl_s=itl, gap_s=gap, finish_s=finish, busy_s=busy, occupied_s=occupied)
+
+
+def keeps_slo(
+    arrival_s: Floats,
+    prompt_tokens: Ints,
+    output_tokens: Ints,
+    law: ServingLaw,
+    engines: int,
+    slo_s: tuple[float, float],
+    most_late: int,
+) -> bool:
+    """Whether at most so many of the requests that `serve` takes come later than `slo_s`, their TTFT and ITL.
+
+    Ends with the first one too many.
+    """
+    limits = (*slo_s, float(most_late))
+    return _run(arrival_s, prompt_tokens, output_tokens, law, engines, limits)[2] <= most_late
+
+
+def _run(
+    arrival_s: Floats,
+    prompt_tokens: Ints,
+    output_tokens: Ints,
+    law: ServingLaw,
+    engines: int,
+    late: tuple[float, float, float],
+) -> tuple[Floats, Floats, int]:
+    """Requests' times, engines' clocks, and how many were late; see `serve`."""
     if engines < 1 or (len(arrival_s) and min(prompt_tokens.min(), output_tokens.min()) < 1):
         raise ValueError("there is an engine, and sizes are 1 token or more")
     if (np.diff(arrival_s) < 0).any():
@@ -80,16 +115,14 @@ def serve(
     times[:, _CACHE] = np.interp(prompt_tokens + output_tokens / 2, law.context_tokens, law.cache_bytes)
     if times[:, _CACHE].max(initial=0.0) > law.memory_bytes:
         raise ValueError("a request's cache exceeds the memory of an engine")
-    counts, clocks = np.zeros((engines, 11), np.int64), np.zeros((engines, 7))
+    counts, clocks = np.zeros((engines, 12), np.int64), np.zeros((engines, 7))
     counts[:, _FIRST], clocks[:, _END] = -1, np.inf
     sequences = np.zeros((engines, law.sequences, 3), np.int64)
     gap_s, gap_step = np.zeros((engines, _GAPS_KEPT)), np.zeros((engines, _GAPS_KEPT), np.int64)
-    limits = np.array((law.sequences, law.step_tokens, law.memory_bytes, law.first_token_steps))
+    limits = np.array((law.sequences, law.step_tokens, law.memory_bytes, law.first_token_steps, *late))
     context = np.asarray(law.context_tokens, np.float64)
     _serve(sizes, times, counts, clocks, sequences, gap_s, gap_step, limits, context, _by_batch(law))
-    ttft, itl, gap, finish = (times[:, column].copy() for column in (_TTFT, _ITL, _GAP, _FINISH))
-    busy, occupied = clocks[:, _BUSY].copy(), clocks[:, _OCCUPIED].copy()
-    return Served(ttft_s=ttft, itl_s=itl, gap_s=gap, finish_s=finish, busy_s=busy, occupied_s=occupied)
+    return times, clocks, int(counts[:, _LATE].sum())
 
 
 def _by_batch(law: ServingLaw) -> Floats:
@@ -115,17 +148,23 @@ def _serve(
     context: Any,
     step_s: Any,
 ) -> None:
-    """Arrival by arrival: bring all engines up to it, then hand it over. After the last, all come to rest."""
+    """Arrival by arrival: bring all engines up to it, then hand it over. After the last, all come to rest.
+
+    It ends as soon as more requests are late than may be.
+    """
     engines, requests = len(counts), len(sizes)
     for request in range(requests + 1):
         now = times[request, _ARRIVAL] if request < requests else np.inf
-        chosen = 0
+        chosen, late = 0, 0
         for e in range(engines):
             while clocks[e, _END] <= now and clocks[e, _END] < np.inf:
                 _end_leg(sizes, times, counts, clocks, sequences, gap_s, gap_step, limits, e)
                 _begin_leg(sizes, times, counts, clocks, sequences, limits, context, step_s, e)
             if counts[e, _LOAD] < counts[chosen, _LOAD]:
                 chosen = e
+            late += counts[e, _LATE]
+        if late > limits[_MOST_LATE]:
+            return
         if request < requests:
             _hand_over(sizes, times, counts, clocks, limits, chosen, request, now)
 
@@ -244,6 +283,8 @@ def _end_leg(
         times[request, _ITL] = (now - times[request, _SINCE_S]) / (sizes[request, _OUTPUT] - 1)
         times[request, _GAP] = _longest_gap(counts, gap_s, gap_step, e, sizes[request, _SINCE])
         times[request, _FINISH] = now
+        if times[request, _TTFT] > limits[_TTFT_SLO] or times[request, _ITL] > limits[_ITL_SLO]:
+            counts[e, _LATE] += 1
     for place in range(counts[e, _ENTERING]):
         request = sequences[e, place, _ENTERED]
         waited = now - times[request, _ARRIVAL]
@@ -252,6 +293,8 @@ def _end_leg(
             clocks[e, _HELD] -= times[request, _CACHE]
             counts[e, _LOAD] -= 1
             times[request, _FINISH] = now
+            if times[request, _TTFT] > limits[_TTFT_SLO]:
+                counts[e, _LATE] += 1
         else:
             sizes[request, _SINCE], times[request, _SINCE_S] = steps, now
             counts[e, _CONTEXT] += sizes[request, _PROMPT] + 1

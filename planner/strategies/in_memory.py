@@ -283,9 +283,8 @@ class _Copy:
         most = self.requests.context_tokens_max
         batch = batch_grid(sequences)
         context, prompts = tokens_grid(most), tokens_grid(self.requests.prompt_tokens_max)
-        steps = [
-            [float(np.asarray(sum(self.step_parts(float(b), c).values()))) for c in context] for b in batch
-        ]
+        sizes = np.array(batch, dtype=float)
+        steps = np.stack([np.asarray(sum(self.step_parts(sizes, c).values())) for c in context], axis=1)
         prefill = [self.prefill_s(p) for p in prompts]
         own_s = self.workload.model.moe_layers * VLLM.prefill_moe_layer_s
         return ServingLaw(
@@ -294,7 +293,7 @@ class _Copy:
             memory_bytes=self.kv_bytes,
             batch=batch,
             context_tokens=context,
-            step_s=tuple(map(tuple, steps)),
+            step_s=tuple(map(tuple, steps.tolist())),
             cache_bytes=tuple(self._held(c) for c in context),
             prompt_tokens=prompts,
             prefill_s=tuple(VLLM.mixed_prefill * s for s in prefill),

@@ -54,6 +54,18 @@ def test_more_requests_cost_what_the_plans_say(compile_text: Compile) -> None:
     assert all(line.count("|") == 6 for line in lines[2:])
 
 
+def test_batch_work_is_told_by_its_bill_first(compile_text: Compile) -> None:
+    """The slower machine costs less an hour and more in all: the headline is what is paid."""
+    text = batch_spec(model="qwen3-30b-a3b")
+    fast, slow = (
+        compile_text(f"{text}market: {{clouds: [gcp], gpus: [{gpu}]}}\n") for gpu in ("A100-80GB", "L4")
+    )
+    assert slow.fleet.usd_per_hour < fast.fleet.usd_per_hour
+    bills = [f"{plan.fleet.choices[0].usd:.2f}" for plan in (fast, slow)]
+    headline = plan_diff.headline(plan_diff.compare(data(fast), data(slow)))
+    assert headline.startswith(f"USD in all for the batch work {bills[0]} → {bills[1]} (+")
+
+
 def test_backwards_is_the_mirror_image(compile_text: Compile) -> None:
     t4, l4 = (data(compile_text(batch_spec(machine=name))) for name in ("g4dn.16xlarge", "gr6.8xlarge"))
     there, back = plan_diff.compare(t4, l4), plan_diff.compare(l4, t4)

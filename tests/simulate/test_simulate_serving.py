@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stepwise_serving import step_through
 
 from moeplan.planner.ir.attainment import ServingLaw
-from moeplan.planner.simulate.serving import Floats, Ints, serve
+from moeplan.planner.simulate.serving import Floats, Ints, keeps_slo, serve
 
 STEP_S = 1e-3
 # One token a step, whatever runs: a request of n tokens is served n milliseconds from when it is admitted.
@@ -189,3 +189,22 @@ def test_a_request_larger_than_memory_is_refused() -> None:
 def test_no_requests() -> None:
     nothing = np.zeros(0, np.int64)
     assert len(serve(np.zeros(0), nothing, nothing, BUSY, 2).ttft_s) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    count=st.integers(1, 60),
+    rate_per_s=st.sampled_from([0.5, 4.0, 40.0]),
+    engines=st.integers(1, 3),
+    slo_s=st.tuples(st.floats(0.005, 3.0), st.floats(0.005, 0.06)),
+)
+def test_whether_an_slo_is_kept_is_known_early(
+    seed: int, count: int, rate_per_s: float, engines: int, slo_s: tuple[float, float]
+) -> None:
+    """The simulation that ends with the first request too many says what the whole one counts."""
+    sizes = requests(seed, count, rate_per_s)
+    served = serve(*sizes, BUSY, engines)
+    late = int(((served.ttft_s > slo_s[0]) | (served.itl_s > slo_s[1])).sum())
+    for most_late in {0, late - 1, late, late + 1, count} - {-1}:
+        assert keeps_slo(*sizes, BUSY, engines, slo_s, most_late) == (late <= most_late)
