@@ -123,7 +123,7 @@ LATENT = Latent(query=0, kv=512, plain=128, rotated=64, value=128, score_scale=1
         ("g4dn.16xlarge", "mixtral-8x7b", PLAIN),
         ("gr6.8xlarge", "mixtral-8x7b", PLAIN),
         ("g4dn.16xlarge", "deepseek-v2-lite", replace(PLAIN, latent=LATENT, dense=frozenset({0}))),
-        ("g6.12xlarge", "deepseek-v2-lite", replace(PLAIN, latent=LATENT, dense=frozenset({0}))),
+        ("gr6.8xlarge", "deepseek-v2-lite", replace(PLAIN, latent=LATENT, dense=frozenset({0}))),
     ],
 )
 def test_the_runtime_counts_no_more_than_an_offload_plan_has(
