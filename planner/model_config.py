@@ -659,12 +659,14 @@ _ROPE_TYPES = (None, "default", "llama3", "yarn", "longrope")
 
 def _not_executed(keys: _Keys) -> Iterator[str]:
     """What of a model runtime_min refuses, in words: as runtime_min.model_config has it."""
+    packing = _packing(keys)[0]
     quantization = keys.value("quantization_config")
-    if quantization is not None and _packing(keys)[0] == "none":
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        yield f"quantised checkpoints ({method})"
     if keys.value("text_config") is not None:
         keys = keys.group("text_config")
+        quantization = keys.value("quantization_config") or quantization
+    if quantization is not None and packing == "none":
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        yield f"quantised checkpoints ({method})"
     rope = _rope(keys)
     rope_type = rope.get("rope_type", rope.get("type"))
     if keys.value("mlp_bias"):

@@ -485,7 +485,6 @@ def test_missing_files(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, ('the activation "gelu"',)),
         ({"rope_scaling": {"type": "linear"}}, ('rotary positions of type "linear"',)),
         ({"rope_parameters": {"rope_type": "yarn"}}, ()),
-        ({"quantization_config": {"quant_method": "fp8"}}, ()),
         (
             {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}},
             ("quantised checkpoints (awq)",),

@@ -100,7 +100,7 @@ def test_unknown_dtype(folder):
     path = shard_of(folder, TENSOR)
     edit_header(path, lambda header: header[TENSOR].update(dtype="F8_E5M2"))
     [problem] = problems(folder)
-    assert problem == f"{path}: {TENSOR}: has dtype F8_E4M3, expected BF16, F16, F32"
+    assert problem == f"{path}: {TENSOR}: has dtype F8_E5M2, expected BF16, F16, F32"
 
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj.bias", "block_sparse_moe.experts.gate_up_proj"])
