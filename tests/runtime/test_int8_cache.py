@@ -34,8 +34,8 @@ def answers(folder: Path, cache: str, pass_tokens: int) -> tuple[torch.Tensor, t
 def test_answers_are_those_of_the_values_it_stands_for(
     pass_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A float32 cache in which keys and values were rounded before gives the same scores; also where a prompt's
-    later parts attend to earlier ones out of the cache."""
+    """A float32 cache in which keys and values were rounded before gives the same scores; also where later
+    parts of a prompt attend to earlier ones out of the cache."""
     save_checkpoint(tmp_path, SHAPE)
     exact, exactly = answers(tmp_path, "same", pass_tokens)
     tokens, scores = answers(tmp_path, "int8", pass_tokens)
