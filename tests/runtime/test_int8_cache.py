@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ SHAPE = Shape(hidden=64, heads=2, kv_heads=1, head_dim=64, inner=64)
 def answers(folder: Path, cache: str, pass_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [4, 8] and the logarithms of their probabilities, with keys and values kept so."""
     plan = make_plan(SHAPE, kv_cache=cache, pass_tokens=pass_tokens, slots=2)
-    runtime_dir = write_plan(folder / f"plan-{cache}-{pass_tokens}", plan)
+    runtime_dir = write_plan(Path(tempfile.mkdtemp(dir=folder)), plan)
     batch = [Generation(list(range(5 + i, 45 + i)), 8, GREEDY, top_scored=1) for i in range(4)]
     with Engine(runtime_dir, load(runtime_dir), folder) as engine:
         engine.run(batch)
