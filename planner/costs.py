@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.planner.cold_start import cold_start
-from moeplan.planner.ir.model import PACKED_BYTES, Model, Packing
+from moeplan.planner.ir.model import PACKED_BYTES, PACKINGS, Model, Packed, Packing
 from moeplan.planner.ir.policy import WeightsDtype
 from moeplan.planner.ir.roofline import Roof
 from moeplan.planner.ir.workload import KvDtype, Operator, Workload
@@ -177,13 +177,13 @@ def held_weight_bytes(workload: Workload) -> float:
     return p.routed_experts * routed + (p.total() - p.routed_experts) * other
 
 
-def packings(workload: Workload) -> tuple[Packing, ...]:
+def packings(workload: Workload) -> tuple[Packed, ...]:
     """What the bundled runtime may hold experts in that are not packed yet, the most exact first.
 
     Their values are bf16, and so is the arithmetic of its kernels; bf12 takes no wider ones.
     """
     model = workload.model
-    wanted = tuple(name for name in PACKED_BYTES if workload.quantize in (name, "allow"))
+    wanted = tuple(name for name in PACKINGS if workload.quantize in (name, "allow"))
     if workload.dtype != "bf16" or not model.packable():
         return ()
     sixteen_bit = model.stored_bytes_per_other_parameter == 2.0

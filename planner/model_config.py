@@ -802,7 +802,8 @@ def _stored_bytes(keys: _Keys, architecture: _Architecture) -> tuple[float, floa
         bits, group = quantization.size("bits"), quantization.group_values()
         return _layer_bytes(architecture, plain, bits / 8, 2.0 + bits / 8, group)
     if method == "moeplan":
-        return PACKED_BYTES.get(quantization.text("format"), plain), plain
+        packed: Mapping[str, float] = {**PACKED_BYTES}
+        return packed.get(quantization.text("format"), plain), plain
     if method:
         keys.wrong(
             f"unsupported quant_method {method!r}: supported are awq, compressed-tensors in fp8, "

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types  # type: ignore[attr-defined]
+from numba import njit, types
 from numba.core import cgutils
 
 from moeplan.runtime_min.formats import CUTS, SMALLEST_STEP
@@ -66,7 +66,7 @@ def _as_bf16(builder: Any, value: Any) -> Any:
 
 
 def _inverse(builder: Any, step: Any) -> Any:
-    some = builder.fcmp_ordered(">", step, _constant(_F(SMALLEST_STEP)))
+    some = builder.fcmp_ordered(">", step, _constant(float(_F(SMALLEST_STEP))))
     return builder.select(some, builder.fdiv(_constant(1.0), step), _constant(0.0))
 
 

@@ -184,10 +184,14 @@ def _write_shard(path: Path, refs: Sequence[TensorRef], experts: set[str], packi
 def _written_meanwhile(file: BinaryIO) -> Iterator[None]:
     """Have the disk take what is written while more is made, not all of it at the end."""
     done = threading.Event()
+    failed: list[OSError] = []
 
     def flush() -> None:
-        while not done.wait(_FLUSH_S):
-            os.fdatasync(file.fileno())
+        try:
+            while not done.wait(_FLUSH_S):
+                os.fdatasync(file.fileno())
+        except OSError as error:  # which a later fsync would not tell again
+            failed.append(error)
 
     thread = threading.Thread(target=flush)
     thread.start()
@@ -196,6 +200,8 @@ def _written_meanwhile(file: BinaryIO) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+    if failed:
+        raise failed[0]
 
 
 def _header(entries: dict[str, tuple[str, tuple[int, ...], int, int]]) -> bytes:
@@ -221,7 +227,6 @@ class _Source:
     def __init__(self, refs: Sequence[TensorRef]) -> None:
         self._paths = {ref.path for ref in refs}
         self._buffers = threading.local()
-
         self._threads = ThreadPoolExecutor(_THREADS)
 
     def __enter__(self) -> _Source:
@@ -260,7 +265,7 @@ class _Source:
         return _Piece(ref, self._read(ref, first, rows).numpy().tobytes())
 
     def _read(self, ref: TensorRef, first: int, rows: int) -> Tensor:
-        """Bytes of rows, in this thread's buffer: until it reads again."""
+        """Bytes of rows; they may lie in this thread's buffer, until it reads again."""
         row_bytes = ref.nbytes // max(1, _rows(ref))
         begin = ref.offset + first * row_bytes
         nbytes = min(rows, _rows(ref) - first) * row_bytes
@@ -274,7 +279,8 @@ class _Source:
             self._shards[ref.path].read(begin - skipped, view)
         except (OSError, EOFError) as error:
             raise CheckpointError([f"{ref.path}: {ref.name}: cannot be read: {error}"]) from None
-        return torch.frombuffer(buffer, dtype=torch.uint8)[skipped : skipped + nbytes]
+        found = torch.frombuffer(buffer, dtype=torch.uint8)[skipped : skipped + nbytes]
+        return found.clone() if skipped % 8 else found  # values that lie across their size
 
 
 def _rows(ref: TensorRef) -> int:

@@ -24,8 +24,8 @@ ROUTE_VALUES = 256
 _SPAN_SHARE = 0.25
 # So many weights of a pass lie in a cache, in which products are measured.
 NEAR_BYTES = 16 << 20
-# Of the bytes of cache that attention reads in a second, where they have to be widened.
-INT8_KV_SHARE = 0.7
+# Of the bytes of cache that attention reads in a second, where it is int8: two cores of a Sapphire Rapids.
+INT8_KV_SHARE = 0.58
 # Of one thread, where it was not measured: what `moeplan calibrate` found on a Sapphire Rapids.
 UNPACK_VALUES_PER_S: dict[Packing, float] = {"bf12": 9e9, "int8": 6e9, "int4": 4e9}
 

@@ -120,6 +120,23 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("name", PACKINGS)
+def test_tensors_may_lie_anywhere_in_their_file(name: str, tmp_path: Path) -> None:
+    """A header of odd length puts all values across their size."""
+    source = make(tmp_path / "a", "mixtral")
+    quantize(source, tmp_path / "b", name)
+    file = source / "model.safetensors"
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].rstrip()
+    odd = header + b" " * (1 + len(header) % 2)
+    file.write_bytes(len(odd).to_bytes(8, "little") + odd + data[8 + size :])
+    quantize(source, tmp_path / "c", name)
+    assert tensors(tmp_path / "b").keys() == tensors(tmp_path / "c").keys()
+    for key, value in tensors(tmp_path / "b").items():
+        assert torch.equal(value, tensors(tmp_path / "c")[key])
+
+
+@pytest.mark.parametrize("name", PACKINGS)
 def test_a_plan_for_it_answers_as_the_unpacked_checkpoint(name: str, tmp_path: Path) -> None:
     """The weights it stands for, written plainly, give the same text."""
     source = make(tmp_path / "plain", "mixtral")
