@@ -407,13 +407,14 @@ class Costs:
         heads = (a.heads + a.kv_heads * self.cache_copies(gpus)) / gpus
         values = np.maximum(8 * heads * a.head_dim, 3 * width / gpus)
         values = np.maximum(values, 6 * a.heads * latent)
-        widest = np.maximum(3 * model.hidden + values, 4 * model.experts)
+        widest: Array = np.maximum(3 * model.hidden + values, 4 * model.experts)
         expanded = 2 * context * a.heads * a.head_dim if latent else 0
         called = self.workload.value_bytes * (np.maximum(tokens, micro_batch) * widest + expanded)
         per_sequence = 8.0 * context + 4.0 * model.vocab
         summed = np.where(gpus > 1, (4 + self.workload.value_bytes) * model.hidden, 0)
         per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token + summed
-        return tokens * per_token + called + micro_batch * per_sequence + 16.0 * context * a.head_dim
+        room = tokens * per_token + called + micro_batch * per_sequence + 16.0 * context * a.head_dim
+        return np.asarray(room)
 
     def _pinned_bytes(self, point: Layout) -> Array:
         """The host's side of one GPU's buffers, and the hidden states of all prompts, which wait there."""
