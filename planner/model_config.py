@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
 from moeplan.planner.ir.model import PACKED_BYTES, Attention, Model, Packing, Parameters, Scaled
@@ -701,7 +701,7 @@ _KEPT = ("lm_head", "embed_tokens", "norm", ".gate", ".router", ".shared_expert_
 def _packing(keys: _Keys) -> tuple[Packing, tuple[int, int]]:
     """The format in which runtime_min reads this checkpoint, and the rows and values that share a scale in
     fp8 (0: all); every known format has a size. As runtime_min.model_config has it."""
-    found = keys.value("quantization_config")
+    found: Any = keys.value("quantization_config")
     match found:
         case {"quant_method": "moeplan", "format": wanted}:
             if name := next((n for n in get_args(Packing) if n == wanted and n in PACKED_BYTES), None):
@@ -715,7 +715,7 @@ def _packing(keys: _Keys) -> tuple[Packing, tuple[int, int]]:
     return "none", (0, 0)
 
 
-def _fp8_block(quantization: Mapping[str, object]) -> tuple[int, int] | None:
+def _fp8_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
     """Rows and values that share a scale; None where the weights are in something else, or some in bf16."""
     lists = [quantization.get(key) or () for key in _KEPT_KEYS]
     kept = [name for names in lists if isinstance(names, (list, tuple)) for name in names]

@@ -145,7 +145,7 @@ def read_config(folder: Path, model: ModelPlan, context_tokens: int) -> ModelCon
     return config
 
 
-def _packing(quantization: object, kind: Architecture) -> tuple[str, tuple[int, int]]:
+def _packing(quantization: Any, kind: Architecture) -> tuple[str, tuple[int, int]]:
     """The format that a checkpoint is in, "unknown" where it is none of this runtime's, and fp8's block."""
     match quantization:
         case None:
