@@ -410,7 +410,9 @@ class Costs:
         per_sequence = 8.0 * context + 4.0 * model.vocab
         summed = np.where(gpus > 1, (4 + self.workload.value_bytes) * model.hidden, 0)
         per_token = 8 * model.hidden + 24 + 64 * model.experts_per_token + summed
-        return tokens * per_token + called + micro_batch * per_sequence + 16.0 * context * a.head_dim
+        return np.asarray(
+            tokens * per_token + called + micro_batch * per_sequence + 16.0 * context * a.head_dim
+        )
 
     def _pinned_bytes(self, point: Layout) -> Array:
         """The host's side of one GPU's buffers, and the hidden states of all prompts, which wait there."""
