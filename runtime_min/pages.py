@@ -322,9 +322,9 @@ class Reader:
         apart = ref.stride_bytes - ref.run_bytes >= ALIGNMENT_BYTES
         buffer, nbytes = self._buffers.get(), 0
         try:
-            for some in into.split(1 if apart else len(into)):
-                nbytes += self._read_runs(ref, low, some, buffer)
-                low += ref.stride_bytes
+            for row in range(len(into) if apart else 1):
+                some = into[row : row + 1] if apart else into
+                nbytes += self._read_runs(ref, low + row * ref.stride_bytes, some, buffer)
         except (OSError, EOFError) as error:
             raise ReadError(f"{ref.path}: {ref.name}: cannot be read: {error}") from None
         finally:

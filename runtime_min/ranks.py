@@ -67,7 +67,8 @@ class Ranks:
         if meeting:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             kinds = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_backend(device)}"
-            store = dist.FileStore(str(meeting / "ranks"), share.ranks)  # no port is open to other machines
+            # A file, so that no port is open to other machines.
+            store = dist.FileStore(str(meeting / "ranks"), share.ranks)  # type: ignore[attr-defined]
             with self._together():
                 dist.init_process_group(kinds, store=store, rank=share.rank, world_size=share.ranks)
 
@@ -105,7 +106,7 @@ class Ranks:
             self._tell(None)
         else:
             while (told := self._tell(None)) is not None:
-                yield Generation(*told, Sampling(0.0, 1.0, 0))
+                yield Generation(told[0], told[1], Sampling(0.0, 1.0, 0))
 
     def agree(self, generations: Sequence[Generation]) -> None:
         """Let `generations` end as rank 0's, which have taken a token each, or ended without."""
@@ -171,10 +172,10 @@ def started(folder: Path, plan: RuntimePlan, checkpoint: Path, rehearse: bool) -
             yield Ranks(Share(0, count), device_of(0, rehearse), Path(meeting), others)
         finally:
             ended.set()
-            for process in others:
-                process.kill()
-            for process in others:
-                process.join()
+            for other in others:
+                other.kill()
+            for other in others:
+                other.join()
             if dist.is_initialized():
                 dist.destroy_process_group()
 

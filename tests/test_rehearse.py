@@ -125,7 +125,7 @@ def test_a_dense_model_on_a_gpu_too_small_for_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "gpus", "memory_bytes"), [("mixtral", 2, 50_000_000), ("dbrx", 4, 36_000_000)]
+    ("kind", "gpus", "memory_bytes"), [("mixtral", 2, 66_000_000), ("dbrx", 4, 44_000_000)]
 )
 def test_a_model_that_only_several_gpus_hold(tmp_path: Path, kind: str, gpus: int, memory_bytes: int) -> None:
     """The published settings in small: experts streamed through 2 and 4 T4s, the model on all of them."""
