@@ -802,7 +802,7 @@ def _stored_bytes(keys: _Keys, architecture: _Architecture) -> tuple[float, floa
         bits, group = quantization.size("bits"), quantization.group_values()
         return _layer_bytes(architecture, plain, bits / 8, 2.0 + bits / 8, group)
     if method == "moeplan":
-        packed: Mapping[str, float] = {**PACKED_BYTES}
+        packed = {str(name): size for name, size in PACKED_BYTES.items()}
         return packed.get(quantization.text("format"), plain), plain
     if method:
         keys.wrong(

@@ -23,6 +23,7 @@ from moeplan.runtime_min.checkpoint import CheckpointError
 from moeplan.runtime_min.engine import Generation
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.formats import PACKINGS
+from moeplan.runtime_min.model_config import read_config
 from moeplan.runtime_min.packing import Packed, packed, plain
 from moeplan.runtime_min.plan_file import STORED_BYTES, load
 from moeplan.runtime_min.quantize import quantize
@@ -232,3 +233,18 @@ def test_streamed_it_says_what_it_stands_for(kind: str, name: str, resident: int
             engine.run(batch)
         said.append([(g.tokens, [scored.logprob for scored in g.scored]) for g in batch])
     assert said[0] == said[1]
+
+
+def test_a_plan_refuses_a_checkpoint_that_is_packed_otherwise(tmp_path: Path) -> None:
+    """By name; and where it is not packed yet, with the command."""
+    source = make(tmp_path / "plain", "mixtral")
+    quantize(source, tmp_path / "packed", "int4")
+    model = model_plan(load_model(source, Span("config.json")), "", "bf16")
+    with pytest.raises(
+        CheckpointError, match=r"is None, the plan has .*int8.*`runtime_min quantize --to int8`"
+    ):
+        read_config(source, replace(model, packing="int8"), 64)
+    with pytest.raises(CheckpointError, match=r"'format': 'int4'.*, the plan has .*'format': 'int8'"):
+        read_config(tmp_path / "packed", replace(model, packing="int8"), 64)
+    with pytest.raises(CheckpointError, match=r"'format': 'int4'.*, the plan has None"):
+        read_config(tmp_path / "packed", model, 64)
