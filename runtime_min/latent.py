@@ -48,7 +48,7 @@ def absorbed_queries(q: Tensor, up: Tensor, sizes: Latent) -> Tensor:
     plain, rotated = q.tensor_split((sizes.plain,), 2)
     keys = up.view(q.shape[1], -1, sizes.kv)[:, : sizes.plain]
     wide = torch.cat((torch.bmm(plain.transpose(0, 1), keys).transpose(0, 1), rotated), dim=2)
-    return wide.float() * (sizes.score_scale * wide.shape[2] ** 0.5)
+    return wide.float().mul(sizes.score_scale * wide.shape[2] ** 0.5)
 
 
 def values_of(attended: Tensor, up: Tensor, sizes: Latent) -> Tensor:
