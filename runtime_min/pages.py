@@ -141,7 +141,9 @@ class PageView(Mapping[str, Any]):
         ref, at = self._layout.places[name]
         data = self._slot[at : at + ref.nbytes]
         if ref.dtype in SCALED:
-            return _scaled(data, self[name + SCALES], ref)
+            scales = self[name + SCALES]
+            assert isinstance(scales, Tensor)
+            return _scaled(data, scales, ref)
         if ref.dtype in PACKINGS:
             return _packed(data, ref)
         return _typed(data, ref).view(ref.shape).to(kept_as(ref, self._dtype))
