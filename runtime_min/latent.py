@@ -8,6 +8,8 @@ T tokens, B sequences, Q heads, L width of a latent without and W with what is r
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def absorbed_queries(q: Tensor, up: Tensor, sizes: Latent) -> Tensor:
     plain, rotated = q.tensor_split((sizes.plain,), 2)
     keys = up.view(q.shape[1], -1, sizes.kv)[:, : sizes.plain]
     wide = torch.cat((torch.bmm(plain.transpose(0, 1), keys).transpose(0, 1), rotated), dim=2)
-    return wide.float().mul(sizes.score_scale * wide.shape[2] ** 0.5)
+    return wide.float() * (sizes.score_scale * math.sqrt(wide.shape[2]))
 
 
 def values_of(attended: Tensor, up: Tensor, sizes: Latent) -> Tensor:

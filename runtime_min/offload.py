@@ -320,7 +320,8 @@ class Offload(Batches):
         if group.host is not None:
             qkv = self._pinned["qkv"][j, : len(group.active)]
             kinds, heads, _ = kv_shape(m)
-            q, *kept = torch.split(qkv, [m.heads, *[heads] * kinds], 1)
+            ends = range(m.heads, m.heads + kinds * heads, heads)
+            q, *kept = qkv.tensor_split(tuple(ends), 1)
             cache, sinks = self._memory.host_cache, self._host_sinks[layer]
             out = attend(layer, group.host, cache, q, kept, self.config.sight(layer), sinks)
             self._pinned["attended"][j, : len(out)] = out
@@ -477,7 +478,7 @@ class Offload(Batches):
         positions, weights, sizes = piece.batch.positions, self._memory.resident, self.config.latent
         if sizes is None:
             q, k, v = self._device_ops.queries(layer, hidden, positions, weights)
-            return attend_prompts(piece.batch, q, k, v, *self._sight(layer)), [k, v]
+            return attend_prompts(piece.batch, q, k, v, *self._sight(layer)), (k, v)
         q, latents = self._device_ops.latents(layer, hidden, positions, weights)
         k, v = expand(latents, self._up_projection(layer), self._model.heads, sizes)
         return attend_prompts(piece.batch, q, k, v, scale=sizes.score_scale), [latents[:, None]]
