@@ -127,20 +127,23 @@ def test_a_dense_model_on_a_gpu_too_small_for_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "gpus", "memory_bytes"), [("mixtral", 2, 66_000_000), ("dbrx", 4, 44_000_000)]
 )
-def test_a_model_that_only_several_gpus_hold(tmp_path: Path, kind: str, gpus: int, memory_bytes: int) -> None:
+def test_a_model_that_only_several_gpus_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, gpus: int, memory_bytes: int
+) -> None:
     """The published settings in small: experts streamed through 2 and 4 T4s, the model on all of them."""
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     reference = save(checkpoint, LARGE[kind])
     (tmp_path / "box.yaml").write_text(BOX.format(memory_bytes=memory_bytes, count=gpus))
     (tmp_path / "spec.yaml").write_text(
-        SPEC.replace("prompts: prompts.jsonl", "requests: 4, prompt: 20, output: 8")
+        SPEC.replace("prompts: prompts.jsonl", "requests: 3, prompt: 20, output: 3")
     )
     folder, made = compiled(tmp_path)
     assert (made.offload.gpus, made.schedule.kind) == (gpus, "offload")
     assert made.pages.pages_per_layer > 0
-    prompts = [[257, 1, 2, 3], [257, *range(40, 59)], [257], [39_999]]
-    batch = [Generation(prompt, 8, Sampling(temperature=0.0, top_p=1.0, seed=0)) for prompt in prompts]
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # the others' schedules as plain Python
+    prompts = [[257, 1, 2, 3], [257, *range(40, 59)], [39_999]]
+    batch = [Generation(prompt, 3, Sampling(temperature=0.0, top_p=1.0, seed=0)) for prompt in prompts]
     with (
         started(folder, made, checkpoint, rehearse=True) as ranks,
         Offload(folder, made, checkpoint, ranks.device, ranks) as engine,
