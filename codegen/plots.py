@@ -240,6 +240,8 @@ def timeline_chart(timeline: Timeline) -> Chart:
     short = [n for n, part in enumerate(parts) if part.enough_share < 1.0]
 
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         most = max(timeline.wanted, *ready)
         axes.stairs(on_spot, edges, fill=True, color=_BLUE, label="ready on spot")
         stand_ins: dict[str, Any] = {"facecolor": "none", "edgecolor": _ORANGE, "hatch": "//////"}
@@ -252,7 +254,7 @@ def timeline_chart(timeline: Timeline) -> Chart:
         axes.plot([], [], color=_RED, linewidth=3, label="fewer than wanted")
         axes.set(xlabel="days of the trace", ylabel="replicas", xlim=(0, edges[-1]))
         axes.set_ylim(-0.12 * most, 1.45 * most)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         axes.legend(loc="upper center", ncols=5, fontsize=7.5, frameon=False, columnspacing=1.2)
 
     span_s = sum(part.end_s - part.begin_s for part in parts)

@@ -7,6 +7,7 @@ interpreters of its own.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -57,7 +58,9 @@ for line in sys.stdin:
 def _server() -> subprocess.Popen[str]:
     """Ends when its standard input does, with the process of the tests."""
     command = [sys.executable, "-c", _SERVER]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)
+    return server
 
 
 def moeplan(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
