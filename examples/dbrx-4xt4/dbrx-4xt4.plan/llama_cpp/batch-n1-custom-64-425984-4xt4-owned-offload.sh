@@ -4,7 +4,7 @@
 # experts off the GPU with the CPU.
 : "${1:?usage: sh $0 MODEL.gguf [more options of llama-server]}"
 exec llama-server --model "$@" \
-  --n-gpu-layers 41 --n-cpu-moe 40 --tensor-split 1,1,1,1 \
+  --n-gpu-layers 41 --n-cpu-moe 38 --tensor-split 1,1,1,1 \
   --parallel 256 --ctx-size 81920 --no-kv-unified --cont-batching \
   --batch-size 4096 --ubatch-size 4096 \
   --threads 32 --no-kv-offload

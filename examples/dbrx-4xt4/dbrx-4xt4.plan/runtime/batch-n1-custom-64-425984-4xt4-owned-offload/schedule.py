@@ -48,13 +48,13 @@ class Constants(NamedTuple):
 
 SCHEDULE = Constants(
     layers=40,
-    micro_batches=4,
-    pieces=112,
-    pages=4,
+    micro_batches=5,
+    pieces=80,
+    pages=5,
     slots=0,
     lead=1,
     disk_pages=0,
-    cpu_attended=3,
+    cpu_attended=4,
     copied_up=0,
     decode_cpu_experts=0,
     prefill_cpu_experts=0,
