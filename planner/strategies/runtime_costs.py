@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moeplan.planner import costs
 from moeplan.planner.ir.machine import Kernels, Table
-from moeplan.planner.ir.model import PACKED_BYTES, Model, Packing
+from moeplan.planner.ir.model import Model, Packing
 from moeplan.planner.ir.roofline import Roofline
 
 # Choosing a token's experts and sorting by them costs about as much as the norm of so many values.
@@ -26,8 +26,9 @@ _SPAN_SHARE = 0.25
 NEAR_BYTES = 16 << 20
 # Of the bytes of cache that attention reads in a second, where it is int8: two cores of a Sapphire Rapids.
 INT8_KV_SHARE = 0.58
-# Of one thread, where it was not measured: what `moeplan calibrate` found on a Sapphire Rapids.
-UNPACK_VALUES_PER_S: dict[Packing, float] = {"bf12": 9e9, "int8": 6e9, "int4": 4e9}
+# Of one thread, where it was not measured: what `moeplan calibrate` found on a Sapphire Rapids. Those of fp8
+# and MXFP4 were never measured: they are int8's and int4's, whose blocks resemble theirs.
+UNPACK_VALUES_PER_S: dict[Packing, float] = {"bf12": 9e9, "int8": 6e9, "int4": 4e9, "fp8": 6e9, "mxfp4": 4e9}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,7 @@ class RuntimeCosts:
         pieces = math.ceil(rows / hit / step.call_tokens)
         each = rows / hit / pieces
         values_s = rows * (model.hidden + model.expert_intermediate) / _between(k.expert_values_per_s, each)
-        products_s = self._products(each, model.expert_parameters(), model.packing)
+        products_s = self._products(each, model.expert_parameters(), self._held_expert_bytes, model.packing)
         return hit * pieces * (products_s + k.expert_s) + values_s
 
     def ends(self, step: PassShape, head_rows: int, schedule_rows: float) -> float:
@@ -121,16 +122,25 @@ class RuntimeCosts:
         fixed_s = k.pass_s + n * k.sequence_s + schedule_rows * k.row_s
         return fixed_s + embedding_s + head_s + n * model.vocab / k.score_values_per_s
 
-    def _products(self, rows: float, weights: float, packing: Packing = "none") -> float:
+    @property
+    def _held_expert_bytes(self) -> float:
+        """Of one expert, as it lies in memory."""
+        return self.model.expert_page_bytes(1, self.value_bytes)
+
+    def _products(
+        self, rows: float, weights: float, held_bytes: float | None = None, packing: Packing = "none"
+    ) -> float:
         """Products of `rows` with matrices of `weights` in all, one after the other; calls not counted.
 
-        Rows of packed ones are unpacked once for all tokens, into a cache.
+        Plain weights lie in the dtype of the arithmetic; rows of packed ones, of `held_bytes` in all, are
+        unpacked once for all tokens, into a cache.
         """
         k = self.kernels
         near_s = weights * 2 * rows / _between(k.product_flops_per_s, rows)
         if packing != "none":
             near_s += weights / _unpack_values_per_s(k, packing)
-        return near_s + weights * PACKED_BYTES.get(packing, self.value_bytes) * self._far_s_per_byte
+        held = weights * self.value_bytes if held_bytes is None else held_bytes
+        return near_s + held * self._far_s_per_byte
 
     @property
     def _far_s_per_byte(self) -> float:

@@ -241,10 +241,10 @@ def test_a_plan_refuses_a_checkpoint_that_is_packed_otherwise(tmp_path: Path) ->
     quantize(source, tmp_path / "packed", "int4")
     model = model_plan(load_model(source, Span("config.json")), "", "bf16")
     with pytest.raises(
-        CheckpointError, match=r"is None, the plan has .*int8.*`runtime_min quantize --to int8`"
+        CheckpointError, match=r"is None, the plan has int8.*`runtime_min quantize --to int8`"
     ):
         read_config(source, replace(model, packing="int8"), 64)
-    with pytest.raises(CheckpointError, match=r"'format': 'int4'.*, the plan has .*'format': 'int8'"):
+    with pytest.raises(CheckpointError, match=r"'format': 'int4'.*, the plan has int8"):
         read_config(tmp_path / "packed", replace(model, packing="int8"), 64)
-    with pytest.raises(CheckpointError, match=r"'format': 'int4'.*, the plan has None"):
+    with pytest.raises(CheckpointError, match=r"'format': 'int4'.*, the plan has none"):
         read_config(tmp_path / "packed", model, 64)
