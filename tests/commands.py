@@ -14,8 +14,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+_PLAIN = "NUMBA_DISABLE_JIT"
 _ALONE = "import sys; sys.argv[0] = 'moeplan'; from moeplan.planner.cli import main; main()"
 _SERVER = """
 import gc, json, os, sys
@@ -58,9 +61,22 @@ for line in sys.stdin:
 def _server() -> subprocess.Popen[str]:
     """Ends when its standard input does, with the process of the tests."""
     command = [sys.executable, "-c", _SERVER]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipe, env = subprocess.PIPE, {k: v for k, v in os.environ.items() if k != _PLAIN}
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
     atexit.register(server.communicate)
     return server
+
+
+@contextmanager
+def plain_children() -> Iterator[None]:
+    """Processes that begin meanwhile run what Numba would compile as plain Python; this one does not."""
+    os.environ[_PLAIN] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_PLAIN]
+        if config := sys.modules.get("numba.core.config"):  # which may have seen it
+            config.reload_config()
 
 
 def moeplan(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

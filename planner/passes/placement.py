@@ -278,9 +278,7 @@ def _statement(spec: Spec, sites: Sequence[Site]) -> str:
         parts += ["nothing is known of the other spot replicas"] * (len(parts) < len(spot))
         return f"availability {wanted} is wanted; {'; '.join(parts)}"
     if any(site.market == "spot" for site in sites):
-        return (
-            "batch work on spot machines: a preempted job is started elsewhere and skips finished parts"
-        )
+        return "batch work on spot machines: a preempted job is started elsewhere and skips finished parts"
     return "no spot machines: availability is that of on-demand or owned machines"
 
 

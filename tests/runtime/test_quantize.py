@@ -1,8 +1,6 @@
 """Checkpoints in fewer bits: written, resumed, planned, run; the answers are those of what they stand for."""
 
 import json
-import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import moeplan
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -166,13 +165,10 @@ def answered(folder: Path) -> str:
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "spec.yaml").write_text(SPEC)
     for arguments in (
-        ["compile", "spec.yaml"],
+        ["compile", "spec.yaml", "--no-html"],
         ["run", "job.plan", "--input", "prompts.jsonl", "--output", "answers.jsonl"],
     ):
-        code = "import sys; sys.argv[0] = 'moeplan'; from moeplan.planner.cli import main; main()"
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True
-        )
+        done = moeplan(*arguments, cwd=folder)
         assert done.returncode == 0, done.stderr
     texts = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     return "\n".join(t["response"]["body"]["choices"][0]["text"] for t in texts)

@@ -19,6 +19,7 @@ from typing import Any
 import durability
 import pytest
 import torch
+from commands import plain_children
 
 from moeplan.runtime_min import __main__ as command
 from moeplan.runtime_min import ranks, results
@@ -50,9 +51,10 @@ PLANS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def plain_schedules_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_schedules_of_others() -> Iterator[None]:
     """The other ranks, too, run schedules as plain Python."""
-    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    with plain_children():
+        yield
 
 
 class Several(Offload):
@@ -220,8 +222,7 @@ def folder(tmp_path_factory) -> Path:
         made = replace(plan, offload=replace(plan.offload, gpus=gpus))
         runtime_dir = write_plan(folder / str(gpus), made, schedule)
         given = folder / "checkpoint", folder / "in.jsonl", folder / f"{gpus}.jsonl"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("NUMBA_DISABLE_JIT", "1")
+        with plain_children():
             run_plan(runtime_dir, *given, rehearse=True)
     assert (folder / "1.jsonl").read_bytes() == (folder / "2.jsonl").read_bytes()
     return folder
