@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from moeplan.planner.diagnostics import CompileError, Diagnostic, Span
-from moeplan.planner.ir.model import PACKED_BYTES, Attention, Model, Packing, Parameters, Scaled
+from moeplan.planner.ir.model import (
+    EXPERTS_TOGETHER,
+    PACKED_BYTES,
+    SCALED,
+    Attention,
+    Model,
+    Packing,
+    Parameters,
+    Scaled,
+)
 
 _STORED_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0}
 _CONFIG_BYTES_LIMIT = 16 * 2**20  # a config.json has a few kilobytes
@@ -693,7 +702,6 @@ def _rope(keys: _Keys) -> Mapping[str, object]:
     return found if isinstance(found, Mapping) else {}
 
 
-_FUSED = ("dbrx", "gpt_oss", "llama4", "llama4_text")  # what several projections or experts share is a tensor
 _KEPT_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
 _KEPT = ("lm_head", "embed_tokens", "norm", ".gate", ".router", ".shared_expert_gate")  # never in fp8
 
@@ -702,14 +710,15 @@ def _packing(keys: _Keys) -> tuple[Packing, tuple[int, int]]:
     """The format in which runtime_min reads this checkpoint, and the rows and values that share a scale in
     fp8 (0: all); every known format has a size. As runtime_min.model_config has it."""
     found: Any = keys.value("quantization_config")
+    model_type = keys.value("model_type")
     match found:
         case {"quant_method": "moeplan", "format": wanted}:
             if name := next((n for n in get_args(Packing) if n == wanted and n in PACKED_BYTES), None):
                 return name, (0, 0)
             keys.wrong(f"quantization_config has format {wanted!r}, supported are {', '.join(PACKED_BYTES)}")
-        case {"quant_method": "mxfp4"} if keys.value("model_type") == "gpt_oss":
+        case {"quant_method": "mxfp4"} if model_type == "gpt_oss":
             return "mxfp4", (0, 0)
-        case {"quant_method": "fp8" | "compressed-tensors"} if keys.value("model_type") not in _FUSED:
+        case {"quant_method": "fp8" | "compressed-tensors"} if model_type not in EXPERTS_TOGETHER:
             block = _fp8_block(found)
             return ("none", (0, 0)) if block is None else ("fp8", block)
     return "none", (0, 0)
@@ -752,7 +761,7 @@ def _scaled(keys: _Keys, architecture: _Architecture, packing: Packing, block: t
     def mlp(width: int) -> tuple[int, int]:
         return sizes((width, hidden), (hidden, width), (width, hidden))
 
-    if packing not in ("fp8", "mxfp4"):
+    if packing not in SCALED:
         return Scaled()
     expert = mlp(a.expert_intermediate)
     if packing == "mxfp4":

@@ -16,11 +16,19 @@ from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
-from moeplan.runtime_min.kernel_parts import draw, intrinsic
+from moeplan.runtime_min.kernel_parts import (
+    F32,
+    FLOATS,
+    I32,
+    I64,
+    INTS,
+    POINTER,
+    draw,
+    fma,
+    intrinsic,
+    splat,
+)
 
-I32, I64 = ir.IntType(32), ir.IntType(64)
-F32, POINTER = ir.FloatType(), ir.PointerType()
-FLOATS, INTS = ir.VectorType(F32, 16), ir.VectorType(I32, 16)
 LINE = 64  # bytes that a step takes of a row
 KEYS = 16  # keys whose scores are one vector
 # What the registers hold: 32 of 16 floats where there is AVX-512, else 16 of eight.
@@ -38,18 +46,6 @@ def _at(builder: Any, base: Any, offset: Any = None) -> Any:
     """The pointer `offset` bytes behind the address `base`."""
     address = base if offset is None else builder.add(base, offset)
     return builder.inttoptr(address, POINTER)
-
-
-def _splat(builder: Any, value: Any) -> Any:
-    vector = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), value, I32(0))
-    return builder.shuffle_vector(vector, ir.Constant(FLOATS, ir.Undefined), ir.Constant(INTS, [0] * 16))
-
-
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(FLOATS, [FLOATS] * 3), "llvm.fma.v16f32"
-    )
-    return builder.call(function, [a, b, c])
 
 
 def _fetch(builder: Any, address: Any) -> None:
@@ -105,7 +101,7 @@ def _scores(width: int) -> Any:
             rows = builder.add(k, builder.mul(row_bytes, I64(first)))
             sums += products(builder, q, rows, lines, row_bytes, ahead)
         scores = _transposed_sum(builder, [builder.load(total) for total in sums])
-        builder.store(builder.fmul(scores, _splat(builder, scale)), _at(builder, out), align=4)
+        builder.store(builder.fmul(scores, splat(builder, scale)), _at(builder, out), align=4)
 
     def products(builder, q, k, lines, row_bytes, ahead):
         """Of KEYS_AT_ONCE rows at k: vectors whose elements' sum is the product with q."""
@@ -124,7 +120,7 @@ def _scores(width: int) -> Any:
                 _fetch(builder, builder.add(place, ahead))
                 value = builder.load(total)
                 for a, b in zip(_line(builder, _at(builder, place), width), query, strict=True):
-                    value = _fma(builder, a, b, value)
+                    value = fma(builder, a, b, value)
                 builder.store(value, total)
                 place = builder.add(place, row_bytes)
         return sums
@@ -166,9 +162,9 @@ def _weigh(width: int, heads: int) -> Any:
                 for g in range(heads):
                     index = builder.add(builder.mul(stride, I64(g)), key.index)
                     weight = builder.load(_at(builder, p, builder.mul(index, I64(4))), typ=F32, align=4)
-                    weights = _splat(builder, weight)
+                    weights = splat(builder, weight)
                     for total, part in zip(totals[g * width : (g + 1) * width], parts, strict=True):
-                        builder.store(_fma(builder, weights, part, builder.load(total)), total)
+                        builder.store(fma(builder, weights, part, builder.load(total)), total)
             for place, total in zip(places, totals, strict=True):
                 builder.store(builder.load(total), place, align=4)
 
@@ -196,11 +192,11 @@ def _exp(builder: Any, x: Any) -> Any:
 
     x = builder.call(maximum, [x, constant(-87.0)])
     n = builder.call(rint, [builder.fmul(x, constant(1.4426950408889634))])
-    r = _fma(builder, n, constant(-0.693145751953125), x)  # ln 2 in two parts
-    r = _fma(builder, n, constant(-1.428606820309417e-06), r)
+    r = fma(builder, n, constant(-0.693145751953125), x)  # ln 2 in two parts
+    r = fma(builder, n, constant(-1.428606820309417e-06), r)
     y = constant(1 / 720)
     for factor in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
-        y = _fma(builder, y, r, constant(factor))
+        y = fma(builder, y, r, constant(factor))
     exponent = builder.shl(builder.fptosi(n, INTS), ir.Constant(INTS, [23] * 16))
     return builder.bitcast(builder.add(builder.bitcast(y, INTS), exponent), FLOATS)
 
@@ -211,7 +207,7 @@ def exponentials(typingctx, scores, top):
 
     def codegen(context, builder, signature, args):
         place = _at(builder, args[0])
-        x = builder.fsub(builder.load(place, typ=FLOATS, align=4), _splat(builder, args[1]))
+        x = builder.fsub(builder.load(place, typ=FLOATS, align=4), splat(builder, args[1]))
         y = _exp(builder, x)
         builder.store(y, place, align=4)
         kind = ir.FunctionType(F32, [F32, FLOATS])

@@ -20,14 +20,12 @@ from moeplan.runtime_min.formats import EXPONENTS, PACKINGS, SCALED, fits
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _STORED_AS = {EXPONENTS: "U8", **{name: scaled.stored_as for name, scaled in SCALED.items()}}
 _VALUE_BYTES = {**ITEM_BYTES, EXPONENTS: 1, **{name: 1 / scaled.per_byte for name, scaled in SCALED.items()}}
+_HEADER_BYTES = {**ITEM_BYTES, "U8": 1, "F8_E4M3": 1}
+_NONE: Mapping[str, str] = {}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _STRANGE = "is none of the tensors that this runtime knows of the architecture"
 MAX_HEADER_BYTES = 100 << 20  # as the safetensors library has it
-
-
-_HEADER_BYTES = {**ITEM_BYTES, "U8": 1, "F8_E4M3": 1}
-_NONE: Mapping[str, str] = {}
 
 
 class CheckpointError(RunError):

@@ -76,11 +76,11 @@ def plain(
         v = v.transpose(0, 1).flatten(1, 2)[:, begin:length]
         grouped = q[i].reshape(k.shape[0], -1, q.shape[2])  # [V, G, D]
         if sinks is None:
-            rows.append(F.scaled_dot_product_attention(grouped.float(), k.float(), v.float()).flatten())
+            rows.append(F.scaled_dot_product_attention(grouped.float(), k, v).flatten())
             continue
-        scores = grouped.float() @ k.float().transpose(1, 2) / q.shape[2] ** 0.5  # [V, G, tokens]
+        scores = grouped.float() @ k.transpose(1, 2) / q.shape[2] ** 0.5  # [V, G, tokens]
         scores = torch.cat((scores, sinks.float().view(*scores.shape[:2], 1)), dim=2)
-        rows.append((scores.softmax(dim=2)[..., :-1] @ v.float()).flatten())
+        rows.append((scores.softmax(dim=2)[..., :-1] @ v).flatten())
     return torch.stack(rows).to(q.dtype)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import extending, types
+from numba.core import cgutils
 
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32, POINTER = ir.FloatType(), ir.PointerType()
@@ -24,6 +25,20 @@ def draw(typingctx, address):
         return builder.atomic_rmw("add", pointer, I64(1), "seq_cst")
 
     return types.int64(types.int64), codegen
+
+
+def splat(builder: Any, value: Any, count: int = 16) -> Any:
+    """A vector of `count` times the value."""
+    kind = ir.VectorType(value.type, count)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, count), [0] * count))
+
+
+def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a · b + c of 16 float32, rounded once."""
+    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
+    return builder.call(function, [a, b, c])
 
 
 def transposed(builder: Any, rows: list[Any]) -> list[Any]:

@@ -17,13 +17,13 @@ from numba.core import cgutils
 from moeplan.runtime_min.formats import CUTS, SMALLEST_STEP
 from moeplan.runtime_min.kernel_parts import (
     FLOATS,
-    I32,
     I64,
     INTS,
     POINTER,
     intrinsic,
     rounded,
     row_pointers,
+    splat,
     transposed,
 )
 
@@ -118,8 +118,7 @@ def try_cut(typingctx, memory, cut):
     def codegen(context, builder, signature, args):
         memory, cut = args
         low, high = _load(builder, memory, LOW), _load(builder, memory, HIGH)
-        one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), cut, I32(0))
-        cuts = builder.shuffle_vector(one, one, ir.Constant(INTS, [0] * LANES))
+        cuts = splat(builder, cut)
         width = builder.fsub(high, low)
         shift = builder.fmul(width, cuts)
         inner = builder.fsub(width, builder.fmul(_constant(2.0), shift))

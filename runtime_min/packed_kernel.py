@@ -22,6 +22,7 @@ from moeplan.runtime_min.kernel_parts import (
     draw,
     intrinsic,
     rounded,
+    splat,
 )
 
 I8 = ir.IntType(8)
@@ -32,12 +33,6 @@ ROWS = 32  # unpacked at once
 
 # The table of a call. FAR: exceptions, which follow the rows; or where Packed.grid lies.
 NEXT, PARTS, DATA, CODE, OUTER, INNER, FAR, OUT, TABLE_SIZE = range(9)
-
-
-def _splat(builder: Any, value: Any, count: int) -> Any:
-    kind = ir.VectorType(value.type, count)
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, count), [0] * count))
 
 
 def _constant(kind: Any, value: int) -> Any:
@@ -67,9 +62,9 @@ def _scale(builder: Any, address: Any) -> Any:
 
 def _scaled(builder: Any, whole: Any, scale: Any, least: Any = None) -> Any:
     """16 whole numbers (int32) times `scale`, plus `least`, as the nearest bf16."""
-    value = builder.fmul(builder.sitofp(whole, FLOATS), _splat(builder, scale, 16))
+    value = builder.fmul(builder.sitofp(whole, FLOATS), splat(builder, scale, 16))
     if least is not None:
-        value = builder.fadd(value, _splat(builder, least, 16))
+        value = builder.fadd(value, splat(builder, least, 16))
     return rounded(builder, builder.bitcast(value, INTS))
 
 
@@ -83,7 +78,7 @@ def bf12_block(typingctx, data, base, out):
         low, high = _halves(builder, builder.add(data, I64(64)))
         order = ir.Constant(ir.VectorType(I32, 64), list(range(64)))
         distance = builder.zext(builder.shuffle_vector(low, high, order), SHORTS)
-        above = _splat(builder, builder.zext(_load(builder, base, I8), I16), 64)
+        above = splat(builder, builder.zext(_load(builder, base, I8), I16), 64)
         exponent = builder.shl(builder.add(distance, above), _constant(SHORTS, 7))
         sign = builder.shl(builder.and_(signs, _constant(SHORTS, 0x80)), _constant(SHORTS, 8))
         mantissa = builder.and_(signs, _constant(SHORTS, 0x7F))
@@ -146,7 +141,7 @@ def fp8_block(typingctx, data, scale, out):
 
     def codegen(context, builder, signature, args):
         data, scale, out = args
-        factor = _splat(builder, _load(builder, scale, F32), 16)
+        factor = splat(builder, _load(builder, scale, F32), 16)
         for i in range(0, 64, 16):
             some = _load(builder, builder.add(data, I64(i)), ir.VectorType(I8, 16))
             value = _small_float(builder, builder.zext(some, INTS), 0x80, 3, 7)
@@ -170,7 +165,7 @@ def mxfp4_block(typingctx, data, scales, out):
             value = _small_float(builder, builder.zext(some, INTS), 8, 1, 1)
             power = builder.zext(_load(builder, builder.add(scales, I64(i // 32)), I8), I32)
             factor = builder.bitcast(builder.shl(power, I32(23)), F32)
-            bits = builder.bitcast(builder.fmul(value, _splat(builder, factor, 16)), INTS)
+            bits = builder.bitcast(builder.fmul(value, splat(builder, factor, 16)), INTS)
             _store(builder, rounded(builder, bits), builder.add(out, I64(2 * i)))
         return context.get_dummy_value()
 

@@ -18,15 +18,16 @@ from moeplan.runtime_min.kernel_parts import (
     F32,
     FLOATS,
     I16,
-    I32,
     I64,
     INTS,
     POINTER,
     draw,
+    fma,
     intrinsic,
     line_pointers,
     rounded,
     row_pointers,
+    splat,
     transposed,
 )
 from moeplan.runtime_min.packed_kernel import unpack_rows
@@ -81,17 +82,13 @@ def multiply(typingctx, weight, tokens, inner, out):
         weight, tokens, inner, out = args
         zero = ir.Constant(FLOATS, [0.0] * 16)
         sums = [cgutils.alloca_once_value(builder, zero) for _ in range(ROWS)]
-        kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
-        fma = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
-        nothing, first = ir.Constant(FLOATS, ir.Undefined), ir.Constant(INTS, [0] * 16)
         with cgutils.for_range(builder, inner) as loop:
             line = builder.add(tokens, builder.mul(loop.index, I64(LINE)))
             values = builder.load(builder.inttoptr(line, POINTER), typ=FLOATS, align=4)
             place = builder.add(weight, builder.mul(loop.index, I64(4)))
             for total in sums:
                 one = builder.load(builder.inttoptr(place, POINTER), typ=F32, align=4)
-                same = builder.shuffle_vector(builder.insert_element(nothing, one, I32(0)), nothing, first)
-                builder.store(builder.call(fma, [same, values, builder.load(total)]), total)
+                builder.store(fma(builder, splat(builder, one), values, builder.load(total)), total)
                 place = builder.add(place, builder.mul(inner, I64(4)))
         for i, total in enumerate(sums):
             to = builder.inttoptr(builder.add(out, I64(LINE * i)), POINTER)

@@ -13,8 +13,9 @@ Packing = Literal["none", "bf12", "int8", "int4", "fp8", "mxfp4"]
 # Bytes of a packed value, scales included: as runtime_min.plan_file.STORED_BYTES has it.
 PACKED_BYTES: dict[Packing, float] = {"bf12": (97 / 64) * (1 + 1 / 256), "int8": 66 / 64, "int4": 40 / 64}
 PACKINGS: tuple[Packed, ...] = ("bf12", "int8", "int4")  # the most exact first
+SCALED: tuple[Packing, ...] = ("fp8", "mxfp4")  # their scales lie apart
 _BLOCK_VALUES, _MOST_VALUES = 64, 1 << 16  # of a packed row: as runtime_min.formats has them
-_EXPERTS_TOGETHER = ("dbrx", "gpt_oss", "llama4", "llama4_text")  # in one tensor, which is not packed
+EXPERTS_TOGETHER = ("dbrx", "gpt_oss", "llama4", "llama4_text")  # in one tensor, which is not packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +172,7 @@ class Model:
         return (
             self.packing == "none"
             and stored >= 2.0
-            and self.model_type not in _EXPERTS_TOGETHER
+            and self.model_type not in EXPERTS_TOGETHER
             and all(row % _BLOCK_VALUES == 0 and row <= _MOST_VALUES for row in rows)
         )
 

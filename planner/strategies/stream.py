@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from moeplan.planner import costs
 from moeplan.planner.ir.estimate import Z90, Estimate
 from moeplan.planner.ir.machine import Kernels
-from moeplan.planner.ir.model import PACKED_BYTES
+from moeplan.planner.ir.model import PACKED_BYTES, SCALED
 from moeplan.planner.ir.policy import (
     MemoryLimit,
     Pages,
@@ -291,7 +291,7 @@ class _Point:
     def _stored_page_bytes(self) -> list[float]:
         """Bytes of each page of one layer in the checkpoint."""
         model = self.workload.model
-        if model.packing not in ("fp8", "mxfp4"):
+        if model.packing not in SCALED:
             attention, *experts = self.page_parameters
             return [attention * model.stored_bytes_per_other_parameter] + [
                 n * model.stored_bytes_per_expert_parameter for n in experts
@@ -304,7 +304,7 @@ class _Point:
     def slot_bytes(self) -> int:
         """The largest page as stored, each of its tensors cut out in whole blocks."""
         attention, *experts = self._stored_page_bytes[:2]  # of those with experts the first is the largest
-        wide, deep = (14, 6) if self.workload.model.packing in ("fp8", "mxfp4") else (9, 4)  # tensors
+        wide, deep = (14, 6) if self.workload.model.packing in SCALED else (9, 4)  # tensors
         blocks = [math.ceil(attention / ALIGNMENT_BYTES) + 2 * wide]
         blocks += [
             math.ceil(stored / ALIGNMENT_BYTES) + 2 * deep * self.experts_per_page for stored in experts
