@@ -9,6 +9,8 @@ from torch import Tensor
 from moeplan.runtime_min.formats import PACKINGS, SCALED, Packing, fits
 from moeplan.runtime_min.packing import Packed, pack, packed, plain, scaled, unpack
 
+from .plain_packing import plain_pack
+
 ALL = list(PACKINGS.values())
 
 
@@ -44,6 +46,18 @@ def test_the_kernel_unpacks_as_torch_does(packing: Packing, shape: tuple[int, in
     small = packed(weight, packing)
     assert len(small.data) - 8 * small.beside() == packing.least_bytes(shape)
     assert same_bits(unpack(small), plain(small))
+
+
+@pytest.mark.parametrize("packing", ALL, ids=lambda packing: packing.name)
+@pytest.mark.parametrize("shape", [(1, 64), (33, 64), (70, 320)])
+def test_the_kernel_packs_as_torch_does(packing: Packing, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape).bfloat16()
+    weight[0, :32], weight[-1, 5], weight[:, 7] = 0.0, 1e-30, 3.0
+    rows, exceptions = pack(weight, packing)
+    expected, far = plain_pack(weight, packing)
+    assert torch.equal(rows, expected)
+    assert len(exceptions) == int(far.sum())
 
 
 @pytest.mark.parametrize(("name", "most"), [("int8", 0.5 / 127), ("int4", 1.0 / 15)])
