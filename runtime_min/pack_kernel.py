@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""The compiled side of packing rows: as packing.py has it in torch, to the bit. Imported only where Numba is.
+"""The compiled side of packing rows, to formats.py. Imported only where Numba is.
 
 Sums and extremes of a block are taken by halving it. int4 has 16 half blocks side by side, each in a lane of
 vectors; what lies in the memory it works in, in vectors of 16 float32: 32 of values, then LOW to NUMBERS.
