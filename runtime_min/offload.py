@@ -234,7 +234,7 @@ class Offload(Batches):
         for group in groups(lengths, self.plan.batch.prefill_tokens):
             some, ends = active[group], list(accumulate(lengths[group]))
             places = [place for place, _ in some]
-            batch = prefill_batch(0, places, lengths[group])
+            batch = prefill_batch(places, lengths[group])
             split = sum(len(g.prompt) for place, g in some if place < self._buffers.host_places)
             to_host, to_device = slice(0, split), slice(split, ends[-1])
             on_device = batch.part(to_device, self._buffers.host_places).on(self._device)
@@ -259,7 +259,7 @@ class Offload(Batches):
 
         def batch(first_place: int) -> MicroBatch | None:
             places = [place - first_place for place, _ in active]
-            return decode_batch(0, places, lengths) if active else None
+            return decode_batch(places, lengths) if active else None
 
         device = batch(first)
         tokens = torch.tensor([g.tokens[-1] for _, g in active], dtype=torch.int64, device=self._device)
