@@ -10,7 +10,6 @@ from typing import Any, Literal
 from moeplan.runtime_min.checkpoint import CheckpointError, read_json
 from moeplan.runtime_min.config_keys import Keys
 from moeplan.runtime_min.formats import PACKINGS
-from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.architecture import Architecture
 from moeplan.runtime_min.plan_file import ModelPlan
 from moeplan.runtime_min.rope_scaling import LongScaling, Scaling, read_scaling
@@ -99,12 +98,9 @@ class ModelConfig:
 
 def read_config(folder: Path, model: ModelPlan, context_tokens: int) -> ModelConfig:
     """Read config.json; raises CheckpointError naming every field this runtime or the plan disagrees with."""
-    outer, kind = read_json(folder / "config.json"), BY_MODEL_TYPE[model.architecture]
+    outer, kind = read_json(folder / "config.json"), model.kind
     keys = Keys(outer, kind)
-    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        keys.problems.append(f"rope_parameters is {rope!r}, expected an object")
-        rope = {}
+    rope = keys.group("rope_parameters", "rope_scaling")
     scaling, rope_factor, score_factor = read_scaling(keys, rope, context_tokens)
     dense = _dense_layers(keys, kind, model.layers)
     biased = bool(keys.get(kind.bias_key, kind.has_biases))
@@ -196,7 +192,7 @@ def _norms(kind: Architecture) -> bool:
     return kind.query_norm == "rotated" or not kind.query_norm_key
 
 
-def _theta(keys: Keys, kind: Architecture, rope: dict[str, Any]) -> float:
+def _theta(keys: Keys, kind: Architecture, rope: Keys) -> float:
     value = rope.get("rope_theta", keys.get("rope_theta", kind.rope_theta))
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         keys.problems.append(f"rope_theta is {value!r}, expected a positive number")
@@ -204,7 +200,7 @@ def _theta(keys: Keys, kind: Architecture, rope: dict[str, Any]) -> float:
     return float(value)
 
 
-def _rotary_dim(keys: Keys, kind: Architecture, rope: dict[str, Any], model: ModelPlan) -> int:
+def _rotary_dim(keys: Keys, kind: Architecture, rope: Keys, model: ModelPlan) -> int:
     """Of a head; in latent attention of what is rotated apart."""
     if kind.attention == "latent":
         return 0

@@ -25,7 +25,6 @@ from moeplan.runtime_min.layers import (
     rope_frequencies,
 )
 from moeplan.runtime_min.model_config import Latent, ModelConfig
-from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.tensors import CORRECTION
 from moeplan.runtime_min.plan_file import RuntimePlan, call_tokens
 from moeplan.runtime_min.ranks import ALONE, Ranks
@@ -51,7 +50,7 @@ class Operations:
         self._tokens = slice(part.start, part.stop)  # those whose embeddings and scores are here
         self._call = call_tokens(batch)
         self._head_rows = batch.micro_batch
-        self._kind = BY_MODEL_TYPE[m.architecture]
+        self._kind = m.kind
         rotated = config.latent.rotated if config.latent else config.rotary_dim or m.head_dim
         frequencies = rope_frequencies(rotated, config.rope_theta, config.rope_scaling)
         neighbours = self._kind.neighbours

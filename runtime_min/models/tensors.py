@@ -15,7 +15,6 @@ from pathlib import Path
 from moeplan.runtime_min.checkpoint import TensorRef, cut, find_tensors
 from moeplan.runtime_min.formats import EXPONENTS, MX_VALUES, SCALED
 from moeplan.runtime_min.model_config import Latent, ModelConfig
-from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.architecture import Architecture
 from moeplan.runtime_min.plan_file import ModelPlan, PagePlan
 
@@ -58,7 +57,7 @@ def tensor_parts(model: ModelPlan, config: ModelConfig) -> dict[str, Part]:
 
 def packed(model: ModelPlan, name: str, shape: Shape) -> bool:
     """Whether a tensor is stored in fewer bits: experts' matrices; in fp8 all of a layer but routers."""
-    kind = BY_MODEL_TYPE[model.architecture]
+    kind = model.kind
     if model.packing == "none" or len(shape) != 2 or not name.startswith("model.layers."):
         return False
     if name.endswith(SCALES):
@@ -88,7 +87,7 @@ def _stored(model: ModelPlan, config: ModelConfig, name: str, part: Part) -> dic
 
 
 def _plain_parts(model: ModelPlan, config: ModelConfig) -> dict[str, Part]:
-    kind = BY_MODEL_TYPE[model.architecture]
+    kind = model.kind
     biased = {"model.norm.bias": (model.hidden,)} if kind.norm == "biased layer" else {}
     parts = _wholes(kind, {"model.embed_tokens.weight": (model.vocab, model.hidden)})
     for layer in range(model.layers):
@@ -110,7 +109,7 @@ def unused(model: ModelPlan, name: str) -> bool:
     """Whether a tensor of the checkpoint is none of the decoder's: of layers beyond the last (prediction of
     several tokens), of what sees images, rotary frequencies, a head beside the embedding it is tied to, or
     scales of activations, which are not rounded here."""
-    kind = BY_MODEL_TYPE[model.architecture]
+    kind = model.kind
     layer = name.removeprefix(stored_name(kind, "model.layers.")).split(".")[0]
     beyond = layer.isdigit() and int(layer) >= model.layers
     head = name == stored_name(kind, "lm_head.weight")
@@ -138,7 +137,7 @@ def page_experts(model: ModelPlan, pages: PagePlan, page: int) -> range:
 
 def expert_names(model: ModelPlan, layer: int, e: int) -> tuple[str, ...]:
     """An expert's tensors: gate, down, up, or what it has of fused ones. A dense model's MLP is expert 0."""
-    kind = BY_MODEL_TYPE[model.architecture]
+    kind = model.kind
     expert = f"experts.{e}." if kind.routed else ""
     start = f"model.layers.{layer}.{kind.mlp}.{expert}"
     if kind.experts != "pairs":
@@ -148,7 +147,7 @@ def expert_names(model: ModelPlan, layer: int, e: int) -> tuple[str, ...]:
 
 def expert_shapes(model: ModelPlan) -> tuple[Shape, ...]:
     """The shapes of an expert's tensors."""
-    kind, hidden, inner = BY_MODEL_TYPE[model.architecture], model.hidden, model.expert_intermediate
+    kind, hidden, inner = model.kind, model.hidden, model.expert_intermediate
     match kind.experts:
         case "apart":
             return (inner, hidden), (hidden, inner), (inner, hidden)
@@ -163,7 +162,7 @@ def expert_shapes(model: ModelPlan) -> tuple[Shape, ...]:
 
 def _layer(model: ModelPlan, config: ModelConfig, layer: int) -> dict[str, Part]:
     """The tensors of one layer, as they follow each other in Mixtral's files."""
-    kind, hidden = BY_MODEL_TYPE[model.architecture], model.hidden
+    kind, hidden = model.kind, model.hidden
     shapes: dict[str, Shape] = {}
     for norm in ("input_layernorm", "post_attention_layernorm"):
         shapes[f"{norm}.weight"] = (hidden,)
@@ -182,7 +181,7 @@ def _layer(model: ModelPlan, config: ModelConfig, layer: int) -> dict[str, Part]
 
 def _mlp(model: ModelPlan, config: ModelConfig, layer: int) -> dict[str, Shape]:
     """The router and what takes every token, within a layer; a dense model's MLP is an expert instead."""
-    kind, mlp, hidden = BY_MODEL_TYPE[model.architecture], BY_MODEL_TYPE[model.architecture].mlp, model.hidden
+    kind, mlp, hidden = model.kind, model.kind.mlp, model.hidden
     if layer in config.dense:
         return _gated(f"{mlp}.", hidden, model.dense_intermediate)
     if not kind.routed:
@@ -208,7 +207,7 @@ def _gated(start: str, hidden: int, inner: int) -> dict[str, Shape]:
 
 
 def _expert(model: ModelPlan, layer: int, e: int) -> dict[str, Part]:
-    kind = BY_MODEL_TYPE[model.architecture]
+    kind = model.kind
     shapes = dict(zip(expert_names(model, layer, e), expert_shapes(model), strict=True))
     if kind.experts == "apart":
         return _wholes(kind, shapes)
@@ -224,7 +223,7 @@ def _expert(model: ModelPlan, layer: int, e: int) -> dict[str, Part]:
 
 def _attention(model: ModelPlan, config: ModelConfig, layer: int) -> dict[str, Part]:
     """Projections, their biases and sinks of a layer."""
-    kind, start = BY_MODEL_TYPE[model.architecture], f"model.layers.{layer}.self_attn."
+    kind, start = model.kind, f"model.layers.{layer}.self_attn."
     if config.latent:
         projections = _latent_projections(model, config.latent, config)
         return _wholes(kind, {start + name: shape for name, shape in projections})
