@@ -44,9 +44,9 @@ Scaling = Llama3Scaling | YarnScaling | LongScaling
 
 
 def read_scaling(keys: Keys, rope: Keys, context_tokens: int) -> tuple[Scaling | None, float, float]:
-    """The scaling that the `rope` parameters ask for, the factor of all rotated values, and the one of scores.
+    """The scaling that the group `rope` of `keys` asks for, the factor of what is rotated, and that of scores.
 
-    Notes in `keys`, of which they are a group, what is not supported.
+    Notes in `keys` what is not supported.
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
     match kind:
@@ -95,13 +95,11 @@ def _yarn(rope: Keys) -> tuple[YarnScaling, float, float]:
 
 def _long(keys: Keys, rope: Keys, context_tokens: int) -> tuple[Scaling | None, float, float]:
     """Beyond the original context the factors are others, for the keys in the cache too: refused."""
-    factors = rope.get("short_factor")
-    original = rope.number(
-        "original_max_position_embeddings", keys.get("original_max_position_embeddings", 0)
-    )
+    factors, key = rope.get("short_factor"), "original_max_position_embeddings"
+    original = rope.number(key, keys.get(key, 0))
     if context_tokens > original:
         keys.problems.append(
-            f"original_max_position_embeddings is {original:.0f}, the plan has {context_tokens} tokens of "
+            f"{key} is {original:.0f}, the plan has {context_tokens} tokens of "
             "context, and longrope is supported within the original context only"
         )
     if not isinstance(factors, list) or not factors or not all(isinstance(f, (int, float)) for f in factors):
