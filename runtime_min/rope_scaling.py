@@ -44,7 +44,7 @@ Scaling = Llama3Scaling | YarnScaling | LongScaling
 
 
 def read_scaling(keys: Keys, rope: Keys, context_tokens: int) -> tuple[Scaling | None, float, float]:
-    """The scaling that the group `rope` of `keys` asks for, the factor of what is rotated, and that of scores.
+    """The scaling that the group `rope` of `keys` asks for, the factor of what is rotated and that of scores.
 
     Notes in `keys` what is not supported.
     """

@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from moeplan.runtime_min.errors import written
@@ -32,9 +31,7 @@ class Trace:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Complete the file, also of an interrupted run."""
         left_out = max(0, self._count - self._most)
         note = f"{left_out} later events left out" if left_out else "complete"
