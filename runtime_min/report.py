@@ -165,14 +165,18 @@ def peak_bytes() -> int:
 
 def summary(plan: RuntimePlan, report: Report) -> str:
     """The run in lines of text, its speeds beside those that the plan expects."""
+    whole = report.prompt_tokens + report.shared_tokens
+    shared = f"  shared     {report.shared_tokens:,} of {whole:,} prompt tokens: others begin alike"
+    # In a rehearsal the host's memory holds the device's too.
+    planned = plan.memory.budget_bytes + plan.offload.budget_bytes * report.rehearsed
     resumed = f" ({report.resumed} from the interrupted run)" if report.resumed else ""
     failed = f", {report.failed} with an error record" if report.failed else ""
     lines = [
         f"{report.answered + report.failed + report.resumed} requests{resumed}{failed}; "
         f"{report.generated_tokens:,} tokens generated in {report.elapsed_s:.1f} s",
         *(_speed(*speed) for speed in _speeds(plan, report)),
-        *(_shared(report) if report.shared_tokens else ()),
-        f"  memory     {_gib(report.peak_bytes)} GiB at peak, planned {_gib(_planned_bytes(plan, report))}",
+        *([shared] if report.shared_tokens else ()),
+        f"  memory     {_gib(report.peak_bytes)} GiB at peak, planned {_gib(planned)}",
         *(_lane(lane, report.elapsed_s) for lane in report.lanes if report.elapsed_s > 0),
     ]
     if report.ranks:
@@ -191,11 +195,6 @@ def summary(plan: RuntimePlan, report: Report) -> str:
 _SLOWER = "a busy machine, a batch that was not full, or a model so small that calls outweigh arithmetic"
 
 
-def _planned_bytes(plan: RuntimePlan, report: Report) -> int:
-    """Host memory; in a rehearsal it holds the device's too."""
-    return plan.memory.budget_bytes + plan.offload.budget_bytes * report.rehearsed
-
-
 def _speeds(plan: RuntimePlan, report: Report) -> Iterator[tuple[str, float, Range]]:
     """(phase, tokens/s as measured, tokens/s as planned) of each phase that ran."""
     expected = plan.predicted
@@ -210,11 +209,6 @@ def _speeds(plan: RuntimePlan, report: Report) -> Iterator[tuple[str, float, Ran
 def _speed(name: str, measured: float, plan: Range) -> str:
     interval = f"{plan.low:,.0f} to {plan.high:,.0f}"
     return f"  {name:9}  {measured:,.0f} tokens/s, the plan expected {plan.value:,.0f} ({interval})"
-
-
-def _shared(report: Report) -> Iterator[str]:
-    whole = report.prompt_tokens + report.shared_tokens
-    yield f"  shared     {report.shared_tokens:,} of {whole:,} prompt tokens: others begin alike"
 
 
 def _lane(lane: LaneReport, elapsed_s: float) -> str:
