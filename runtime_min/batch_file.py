@@ -92,6 +92,11 @@ class Answer:
     places: tuple[Place, ...] | None = None
 
 
+def failure(item: Request | Failure, code: str, message: str) -> Failure:
+    """The line of `item` is answered with an error."""
+    return Failure(item.line, item.custom_id, code, f"line {item.line}: {message}")
+
+
 class _InvalidError(Exception):
     """The line cannot be run: code, message."""
 
@@ -111,8 +116,8 @@ def _unique(item: Request | Failure, seen: dict[str, int]) -> Request | Failure:
     first = seen.setdefault(item.custom_id, item.line)
     if first == item.line:
         return item
-    message = f"line {item.line}: custom_id {item.custom_id!r} is already used in line {first}"
-    return Failure(item.line, item.custom_id, "duplicate_custom_id", message)
+    message = f"custom_id {item.custom_id!r} is already used in line {first}"
+    return failure(item, "duplicate_custom_id", message)
 
 
 def parse_line(number: int, line: bytes) -> Request | Failure:

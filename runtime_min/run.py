@@ -19,6 +19,7 @@ from moeplan.runtime_min.batch_file import (
     Request,
     TokenScore,
     answer_record,
+    failure,
     failure_record,
     read_requests,
 )
@@ -148,16 +149,16 @@ class _Run:
             raise
         except Exception as error:  # a tokenizer or template may fail in any way; the others go on
             said = str(error) if isinstance(error, PromptError) else f"the prompt cannot be made: {error!r}"
-            return Failure(request.line, request.custom_id, "invalid_prompt", f"line {request.line}: {said}")
+            return failure(request, "invalid_prompt", said)
         batch = self._engine.plan.batch
         room = batch.context_tokens - len(prompt)
         new = room if request.max_tokens is None else request.max_tokens
         if len(prompt) > batch.prompt_tokens or new > room:
             message = (
-                f"line {request.line}: {len(prompt)} prompt and {new} new tokens do not fit the plan's "
+                f"{len(prompt)} prompt and {new} new tokens do not fit the plan's "
                 f"{batch.prompt_tokens} prompt and {batch.context_tokens} context tokens"
             )
-            return Failure(request.line, request.custom_id, "context_length_exceeded", message)
+            return failure(request, "context_length_exceeded", message)
         seed = default_seed(request.custom_id) if request.seed is None else request.seed
         generation = Generation(
             prompt=prompt,
@@ -180,8 +181,7 @@ class _Run:
     def _record(self, generation: Generation) -> None:
         request = self._requests.pop(id(generation))
         if generation.finish == "invalid":
-            message = f"line {request.line}: the model's scores are no numbers"
-            self._fail(Failure(request.line, request.custom_id, "invalid_scores", message))
+            self._fail(failure(request, "invalid_scores", "the model's scores are no numbers"))
             return
         record = answer_record(request, self._answer(request, generation), self._engine.plan.name)
         self._results.add(record)
