@@ -48,21 +48,6 @@ from moeplan.runtime_min.report import RankReport
 from moeplan.runtime_min.shares import parts_of, plan_of
 
 LANES = ("gpu", "h2d", "d2h", "cpu", "copier", "disk")
-DECODE_OPS = (
-    "embed",
-    "pre_attention",
-    "offload_qkv",
-    "cpu_attention",
-    "load_hidden",
-    "load_kv",
-    "gpu_attention",
-    "store_kv",
-    "post_attention",
-    "offload_routed",
-    "cpu_experts",
-    "load_partial",
-    "head",
-)
 PREFILL_OPS = (
     "load_piece",
     "prefill_layer",
@@ -202,7 +187,7 @@ class Offload(Batches):
             if name in PAGE_OPS:
                 yield self._page_work(name, step, layer, item, slot)
                 continue
-            ahead = name in DECODE_OPS and item in headed
+            ahead = name not in PREFILL_OPS and item in headed
             if name == "head":
                 headed.add(item)
             do = getattr(self, f"_{name}")
@@ -535,7 +520,7 @@ def offload_constants(plan: RuntimePlan, schedule: Any) -> dict[str, object]:
     offload, ops = plan.offload, getattr(schedule, "OPS", ())
     return {
         "LANES": LANES,
-        "OPS": tuple(op for op in ops if op in (*DECODE_OPS, *PREFILL_OPS, *PAGE_OPS)),
+        "OPS": tuple(op for op in ops if op in PAGE_OPS or f"_{op}" in vars(Offload)),
         "layers": plan.model.layers,
         "micro_batches": -(-plan.batch.sequences // plan.batch.micro_batch),
         "pages": plan.pages.pages_per_layer,
