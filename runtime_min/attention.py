@@ -29,10 +29,10 @@ class Span:
     """
 
     tokens: slice
-    new: int = 1
-    places: slice = slice(0)
-    length: int = 0
-    mask: Tensor | None = None  # [B, 1, 1, length]
+    new: int
+    places: slice
+    length: int
+    mask: Tensor | None  # [B, 1, 1, length]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +208,7 @@ def prefill_batch(places: Sequence[int], lengths: Sequence[int]) -> MicroBatch:
     spans, row = [], 0
     for new, some in groupby(lengths):
         end = row + new * len(list(some))
-        spans.append(Span(slice(row, end), new=new))
+        spans.append(Span(slice(row, end), new, slice(0), 0, None))
         row = end
     positions = torch.cat([torch.arange(length) for length in lengths])
     repeated = torch.tensor(places).repeat_interleave(torch.tensor(lengths))
@@ -236,4 +236,4 @@ def _decode_span(place: int, start: int, lengths: Sequence[int]) -> Span:
     if min(lengths) < longest:
         mask = (torch.arange(longest) < torch.tensor(lengths)[:, None])[:, None, None]
     tokens, places = slice(start, start + count), slice(place, place + count)
-    return Span(tokens, places=places, length=longest, mask=mask)
+    return Span(tokens, 1, places, longest, mask)
