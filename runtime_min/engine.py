@@ -66,7 +66,7 @@ Active = Sequence[tuple[int, Generation]]  # (place, generation), places ascendi
 class Stats:
     """Sums over the passes so far.
 
-    `decode_tokens` leaves out each request's first token. Seconds go to prefill for passes that only read
+    Seconds go to prefill for passes that only read
     prompts, to decode for those that read none, else to mixed; `first_tokens_s` sums over requests what
     passed from being taken in to the first token.
     """
@@ -74,9 +74,8 @@ class Stats:
     requests: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    decode_tokens: int = 0
     prefilled_tokens: int = 0  # prompt tokens of prefill passes
-    decoded_tokens: int = 0  # tokens of decode passes
+    decode_tokens: int = 0  # tokens of decode passes
     decode_passes: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -240,12 +239,11 @@ class Batches:
         stats.first_tokens_s += sum(end - self._since[id(g)] for g in first)
         stats.prompt_tokens += prompt
         stats.generated_tokens += tokens
-        stats.decode_tokens += tokens - len(first)
         if len(new) == len(active):
             stats.prefilled_tokens += prompt
             stats.prefill_s += end - start
         elif not new:
-            stats.decoded_tokens += tokens
+            stats.decode_tokens += tokens
             stats.decode_passes += 1
             stats.decode_s += end - start
         else:

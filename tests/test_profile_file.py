@@ -167,7 +167,7 @@ def test_the_runtime_names_figures_as_the_profile_does() -> None:
         generated_tokens=40,
         decode_tokens=32,
         prefilled_tokens=80,
-        decoded_tokens=32,
+        decode_tokens=32,
         decode_passes=8,
         prefill_s=2.0,
         decode_s=4.0,
