@@ -289,14 +289,11 @@ def test_progress_reaches_the_end(runtime_dir, tmp_path):
 
 def test_bench_times_full_batches(runtime_dir):
     report = bench_plan(runtime_dir, None, prompt_tokens=8, tokens=4, batches=2)
-    assert report.stats.prompt_tokens == 2 * 4 * 8
-    assert (report.stats.generated_tokens, report.stats.decode_tokens, report.stats.decode_passes) == (
-        32,
-        24,
-        6,
-    )
+    stats = report.stats
+    assert stats.prompt_tokens == 2 * 4 * 8
+    assert (stats.generated_tokens, stats.decode_tokens, stats.decode_passes) == (32, 24, 6)
     assert report.bytes_read > 0
-    assert report.stats.decode_s > 0
+    assert stats.decode_s > 0
     with pytest.raises(RunError, match="8 prompt and 57 new tokens do not fit the plan's 48 and 56"):
         bench_plan(runtime_dir, None, prompt_tokens=8, tokens=57, batches=1)
 
