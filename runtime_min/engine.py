@@ -64,9 +64,9 @@ Active = Sequence[tuple[int, Generation]]  # (place, generation), places ascendi
 
 @dataclass(slots=True)
 class Stats:
-    """Sums over the passes so far. Seconds go to prefill for passes that only read prompts, to decode for those
-    that read none, else to mixed; `first_tokens_s` sums over requests what passed from being taken in to the
-    first token.
+    """Sums over the passes so far. Seconds go to prefill for passes that only read prompts, to decode for
+    those that read none, else to mixed; `first_tokens_s` sums over requests what passed from being taken in
+    to the first token.
     """
 
     requests: int = 0

@@ -23,12 +23,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from moeplan.runtime_min.compiled import compiled_apart
 from moeplan.runtime_min.plan_file import SCHEDULE_FORMAT, PlanFileError, RuntimePlan
+from moeplan.runtime_min.trace import Trace
 
 LANES = ("compute", "disk")  # of a stream plan
 OPS = ("embed", "read", "attention", "route", "experts", "head", "expect", "guess", "place", "fetch", "hit")
@@ -131,15 +132,6 @@ class Lane:
             self.stall_s += elapsed
 
 
-class Watcher(Protocol):
-    """Told of every block that a lane has executed; `start_s` and `end_s` are of time.perf_counter.
-
-    Calls come one at a time, from the thread that did the work.
-    """
-
-    def block(self, lane: str, op: str, row: Row, nbytes: int, start_s: float, end_s: float) -> None: ...
-
-
 class Lanes:
     """Runs passes of a schedule module; `readers` threads work on the disk's rows."""
 
@@ -158,7 +150,7 @@ class Lanes:
         # Entered as a C lock: an exception out of a signal handler cannot come between lock and block.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self.watcher: Watcher | None = None
+        self.watcher: Trace | None = None  # told of every block, in turn
         self._error: BaseException | None = None
         self._stop = False
 
@@ -231,13 +223,8 @@ class Lanes:
             begun.blocks_left -= 1
             self._retire(lane)
             if self.watcher:
-                self._tell(self.watcher, lane, begun.row, nbytes, start, end)
-
-    def _tell(
-        self, watcher: Watcher, lane: Lane, row: Row, nbytes: int, start_s: float, end_s: float
-    ) -> None:
-        name, op = self._schedule.LANES[lane.number], self._schedule.OPS[row[0]]
-        watcher.block(name, op, row, nbytes, start_s, end_s)
+                name, op = self._schedule.LANES[lane.number], self._schedule.OPS[begun.row[0]]
+                self.watcher.block(name, op, begun.row, nbytes, start, end)
 
     def _next(self, lane: Lane) -> tuple[_Begun, Block] | None:
         """The next block, when it may start; None at the end, which for the caller is the end of its rows."""

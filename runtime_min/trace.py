@@ -14,7 +14,7 @@ MOST_EVENTS = 1_000_000  # about 150 MB; later ones are counted only
 
 
 class Trace:
-    """Writes an event per block that a lane executes, one track per thread of a lane. A `lanes.Watcher`.
+    """Writes an event per block that a lane executes, one track per thread of a lane.
 
     Events go to the file as they come; memory holds none. On an accelerator the blocks of lanes with a stream
     show when they were enqueued, not when they ran.
@@ -43,7 +43,7 @@ class Trace:
     def block(
         self, lane: str, op: str, row: Sequence[int], nbytes: int, start_s: float, end_s: float
     ) -> None:
-        """Write the event of one block of `row`: op, lane, layer, item, slot; times in seconds."""
+        """Write the event of one block of `row`: op, lane, layer, item, slot; times of time.perf_counter."""
         self._count += 1
         if self._count > self._most:
             return
