@@ -211,9 +211,10 @@ def attend_spans(
             continue
         first = int(first_seen(sight, torch.tensor(span.start)))
         cached = cache.load(layer, span.table, first, span.start + span.new)
-        rows = (q[some], *expand(*(x.transpose(0, 1) for x in cached)))
+        given = (q[some], *expand(*(x.transpose(0, 1) for x in cached)))
+        queries, k, v = (x.transpose(0, 1)[None] for x in given)
         mask = seen(sight, first, span.start, span.new, q.device)
-        out = scored(*(x.transpose(0, 1)[None] for x in rows), mask, sinks, scale=scale)
+        out = scored(queries, k, v, mask, sinks, scale=scale)
         parts.append(out[0].transpose(0, 1).flatten(1))
     return joined(parts)
 
