@@ -109,7 +109,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    """A number of parts."""
     if not text.isdecimal() or not 0 < int(text) <= _MOST_PARTS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {_MOST_PARTS}")
     return int(text)

@@ -284,8 +284,6 @@ def answer_record(request: Request, answer: Answer, model: str) -> dict[str, Any
 
 
 def _chat_scores(places: tuple[Place, ...]) -> dict[str, Any]:
-    """The logprobs of a chat's choice."""
-
     def entry(token: TokenScore) -> dict[str, Any]:
         return {"token": token.text, "logprob": token.logprob, "bytes": list(token.utf8)}
 

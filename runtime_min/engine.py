@@ -83,7 +83,6 @@ class Stats:
 
     @property
     def seconds(self) -> float:
-        """Of all passes."""
         return self.prefill_s + self.decode_s + self.mixed_s
 
     def since(self, before: Stats) -> Stats:
@@ -91,7 +90,6 @@ class Stats:
         return Stats(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
 
     def plus(self, more: Stats) -> Stats:
-        """Both together."""
         return Stats(*(getattr(self, f.name) + getattr(more, f.name) for f in fields(self)))
 
 
@@ -107,7 +105,6 @@ class Waiting:
         return list(islice(self._ready, count))
 
     def drop(self, count: int) -> None:
-        """Forget the first `count`."""
         for _ in range(count):
             self._ready.popleft()
 

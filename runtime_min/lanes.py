@@ -83,7 +83,6 @@ def check_schedule(module: Any, kind: str, expected: dict[str, Any]) -> None:
 
 
 def single(work: Callable[..., None], *arguments: Any) -> Blocks:
-    """Work in one part."""
     return lambda: (lambda: work(*arguments),)
 
 

@@ -125,13 +125,11 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 @functools.cache
 def _kernel() -> Any | None:
-    """The module of the compiled kernel, or None without Numba."""
     return team.module("packed_kernel", "kernel_parts")
 
 
 @functools.cache
 def _packer() -> Any | None:
-    """The module of the compiled kernels that pack, or None without Numba."""
     return team.module("pack_kernel", "formats", "kernel_parts")
 
 
@@ -153,7 +151,6 @@ def plain(packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def _plain_scaled(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """Some rows after the other."""
     assert packed.grid is not None
     assert packed.scales is not None
     (outer, inner), out = packed.shape, torch.empty(packed.shape, dtype=dtype)
@@ -164,14 +161,11 @@ def _plain_scaled(packed: Packed, dtype: torch.dtype) -> Tensor:
         some = slice(first, min(outer, first + rows))
         blocks = torch.arange(some.start, some.stop) // height
         factors = scales[blocks].repeat_interleave(width, dim=1)[:, :inner]
-        out[some] = (
-            _fp4(data[some], factors) if packed.packing is SCALED["mxfp4"] else _fp8(data[some], factors)
-        )
+        if packed.packing is SCALED["mxfp4"]:
+            out[some] = _fp4(data[some], factors)
+        else:
+            out[some] = data[some].view(torch.float8_e4m3fn).float() * factors
     return out
-
-
-def _fp8(data: Tensor, factors: Tensor) -> Tensor:
-    return data.view(torch.float8_e4m3fn).float() * factors
 
 
 def _fp4(data: Tensor, exponents: Tensor) -> Tensor:

@@ -265,7 +265,6 @@ def _matrix(ref: TensorRef, data: Tensor, others: Mapping[str, Any]) -> Matrix:
 
 
 def kept_as(ref: TensorRef, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor is kept in."""
     if ref.dtype == EXPONENTS:
         return torch.uint8
     return torch.float32 if ref.name.endswith((CORRECTION, SCALES)) else dtype

@@ -280,7 +280,8 @@ def slot_bytes(model: ModelPlan, pages: PagePlan, stored_item_bytes: int) -> int
         return padding + page_bytes(model, pages, page, stored_item_bytes)
 
     streamed = range(pages.resident_pages, pages.pages_per_layer)
-    return _align(max(map(needed, streamed), default=0))
+    largest = max(map(needed, streamed), default=0)
+    return -(-largest // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def weights_bytes(model: ModelPlan, pages: PagePlan) -> int:
@@ -363,10 +364,6 @@ def scratch_bytes(model: ModelPlan, batch: BatchPlan, tokens: int, value_bytes: 
     logits = 4 * batch.micro_batch * model.vocab
     rope = 4 * 4 * batch.context_tokens * model.head_dim
     return tokens * per_token + call + value_bytes * latents + mask + logits + rope
-
-
-def _align(size: int) -> int:
-    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def to_json(plan: RuntimePlan) -> str:

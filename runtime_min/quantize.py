@@ -272,7 +272,6 @@ def _rows(ref: TensorRef) -> int:
 
 
 def _piece_rows(ref: TensorRef, most_bytes: int) -> int:
-    """As many rows as take `most_bytes`, or one."""
     return max(1, most_bytes * _rows(ref) // max(1, ref.nbytes))
 
 

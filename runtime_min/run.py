@@ -274,7 +274,6 @@ def _engine(
 
 
 def _load(runtime_dir: Path, plan: RuntimePlan, checkpoint: Path, ranks: Ranks) -> Batches:
-    """The plan's engine with its checkpoint loaded."""
     from moeplan.runtime_min.offload import Offload
     from moeplan.runtime_min.stream import Engine
 
