@@ -12,8 +12,6 @@ themselves.
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import sys
 import threading
 import time
@@ -44,28 +42,19 @@ Blocks = Callable[[], Sequence[Block]]  # the parts of a row's work, which may r
 
 
 def load_schedule(folder: Path, plan: RuntimePlan) -> types.ModuleType:
-    """Import `folder`/schedule.py, whose digest plan_file.load has checked; raises PlanFileError."""
+    """Execute `folder`/schedule.py, whose digest plan_file.load has checked, and never a .pyc left beside it;
+    raises PlanFileError."""
     path = folder / "schedule.py"
-    name = f"moeplan_schedule_{plan.schedule.sha256[:16]}"
-    loader = _SourceLoader(name, str(path))
-    module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, loader, origin=str(path)))
+    module = types.ModuleType(f"moeplan_schedule_{plan.schedule.sha256[:16]}")
     module.__file__ = str(path)
-    sys.modules[name] = module  # Numba looks the functions' module up by name
+    sys.modules[module.__name__] = module  # Numba looks the functions' module up by name
     try:
         with compiled_apart(plan.schedule.sha256):
-            loader.exec_module(module)
+            exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), vars(module))
             module.issue(module.new_clock(), 1, 1, 1)  # compiled now, not in the first pass
     except Exception as error:
         raise PlanFileError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
     return module
-
-
-class _SourceLoader(importlib.machinery.SourceFileLoader):
-    """Compiles the source whose digest was checked, never a .pyc left beside it."""
-
-    def get_code(self, fullname: str) -> types.CodeType:
-        path = self.get_filename(fullname)
-        return self.source_to_code(self.get_data(path), path)
 
 
 def check_schedule(module: Any, kind: str, expected: dict[str, Any]) -> None:
