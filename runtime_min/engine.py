@@ -18,7 +18,7 @@ from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.plan_file import RuntimePlan
 from moeplan.runtime_min.ranks import ALONE, Ranks
 from moeplan.runtime_min.report import RankReport, peak_bytes
-from moeplan.runtime_min.sampling import Sampling, Scored, best_scored, draw, generator, greedy
+from moeplan.runtime_min.sampling import Sampling, Scored, best_scored, draw, greedy
 
 
 @dataclass(slots=True, eq=False)
@@ -26,8 +26,8 @@ class Generation:
     """A request under way. `ends` are tokens that finish it, `stopped` a test of the tokens so far.
 
     `top_scored` asks for the log-probability of each token and of so many of the best (None: for none);
-    they come in `scored`. `cached` counts the tokens whose keys and values are kept. A generation whose
-    scores are no numbers ends as "invalid".
+    they come in `scored`. `cached` counts the tokens whose keys and values are kept; `since_s` is when it was
+    taken in, by time.perf_counter. A generation whose scores are no numbers ends as "invalid".
     """
 
     prompt: Sequence[int]
@@ -40,6 +40,11 @@ class Generation:
     scored: list[Scored] = field(default_factory=list)
     finish: Literal["", "stop", "length", "invalid"] = ""
     cached: int = 0
+    since_s: float = 0.0
+    source: torch.Generator = field(init=False)  # of its draws
+
+    def __post_init__(self) -> None:
+        self.source = torch.Generator().manual_seed(self.sampling.seed)
 
     @property
     def length(self) -> int:
@@ -126,8 +131,6 @@ class Batches:
         self.ranks = ranks
         self.stats = Stats()
         self.batches: list[tuple[int, Stats]] = []  # from empty to empty: most sequences at once, sums
-        self._sources: dict[int, torch.Generator] = {}
-        self._since: dict[int, float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -162,7 +165,7 @@ class Batches:
             self._timed_pass(active, bool(waiting))
             for place, generation in active:
                 if generation.finish:
-                    self._leave(place, generation)
+                    self._leave(place)
                     finished(generation)
             active = [(place, g) for place, g in active if not g.finish]
             after_pass()
@@ -190,11 +193,10 @@ class Batches:
         return len(candidates)
 
     def _enter(self, place: int, generation: Generation) -> None:
-        self._sources[id(generation)] = generator(generation.sampling)
-        self._since[id(generation)] = time.perf_counter()
+        generation.since_s = time.perf_counter()
 
-    def _leave(self, place: int, generation: Generation) -> None:
-        del self._sources[id(generation)], self._since[id(generation)]
+    def _leave(self, place: int) -> None:
+        """The sequence at `place` is done."""
 
     def _pass(self, active: Active, more: bool) -> None:
         """One pass over tokens of `active` that are not cached; those that have all accept their next token.
@@ -216,7 +218,7 @@ class Batches:
                 g.finish = "invalid"
                 continue
             drawn = g.sampling.temperature > 0
-            token = draw(scores[row], g.sampling, self._sources[id(g)]) if drawn else best[row]
+            token = draw(scores[row], g.sampling, g.source) if drawn else best[row]
             if g.top_scored is not None:
                 g.scored.append(best_scored(scores[row], token, g.top_scored))
             g.accept(token)
@@ -231,7 +233,7 @@ class Batches:
         prompt = sum(g.cached for g in new) - cached
         tokens = sum(len(g.tokens) for _, g in active) - said
         stats.requests += len(first)
-        stats.first_tokens_s += sum(end - self._since[id(g)] for g in first)
+        stats.first_tokens_s += sum(end - g.since_s for g in first)
         stats.prompt_tokens += prompt
         stats.generated_tokens += tokens
         if len(new) == len(active):

@@ -168,8 +168,7 @@ class Stream(Batches):
         generation.cached = len(shared) * KV_BLOCK_TOKENS
         self.stats.shared_tokens += generation.cached
 
-    def _leave(self, place: int, generation: Generation) -> None:
-        super()._leave(place, generation)
+    def _leave(self, place: int) -> None:
         self._prefixes.forget(self.model.cache.give_back(place))
 
     def _pass(self, active: Active, more: bool) -> None:
