@@ -7,6 +7,7 @@ that was killed goes on at the shard it was at.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -26,13 +27,13 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min.checkpoint import INDEX, CheckpointError, TensorRef, every_tensor, read_json
-from moeplan.runtime_min.checksums import Verification
 from moeplan.runtime_min.errors import RunError, replaced, written
-from moeplan.runtime_min.formats import EXPONENTS, PACKINGS, Packing, fits
+from moeplan.runtime_min.formats import PACKINGS, Packing, fits
 from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.tensors import stored_name
 from moeplan.runtime_min.packing import pack
-from moeplan.runtime_min.pages import DTYPES, Reader, Shard
+from moeplan.runtime_min.pages import DTYPES, Shard
+from moeplan.runtime_min.plan_file import ALIGNMENT_BYTES
 
 METHOD = "moeplan"  # quantization_config's quant_method
 _SHARD_BYTES = 1 << 30  # of the source, at most, where tensors are smaller
@@ -218,11 +219,11 @@ class _Source:
 
     def __init__(self, refs: Sequence[TensorRef]) -> None:
         self._paths = {ref.path for ref in refs}
+        self._buffers = threading.local()
         self._threads = ThreadPoolExecutor(_THREADS)
 
     def __enter__(self) -> _Source:
         self._shards = {path: Shard(path) for path in self._paths}
-        self._reader = Reader(self._shards, _THREADS, _CHUNK_BYTES, Verification((), {}))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -249,21 +250,30 @@ class _Source:
             yield made.popleft().result()
 
     def _packed(self, ref: TensorRef, packing: Packing, first: int, rows: int) -> _Piece:
-        values = self._read(ref, first, rows, ref.shape[1])
-        data, exceptions = pack(values.view(-1, ref.shape[1]), packing, first)
+        values = self._read(ref, first, rows)
+        data, exceptions = pack(values.view(DTYPES[ref.dtype]).view(-1, ref.shape[1]), packing, first)
         return _Piece(ref, data.numpy().data, exceptions.numpy().data)
 
     def _plain(self, ref: TensorRef, first: int, rows: int) -> _Piece:
-        """Bytes as they are, whatever their dtype."""
-        row_bytes = ref.nbytes // max(1, _rows(ref))
-        return _Piece(ref, self._read(replace(ref, dtype=EXPONENTS), first, rows, row_bytes).numpy().data)
+        return _Piece(ref, self._read(ref, first, rows).numpy().tobytes())
 
-    def _read(self, ref: TensorRef, first: int, rows: int, width: int) -> Tensor:
-        """Some rows of `width` values, flat."""
-        into = torch.empty(min(rows, _rows(ref) - first) * width, dtype=DTYPES[ref.dtype])
-        for block in self._reader.blocks(ref, into, first * width):
-            block()
-        return into
+    def _read(self, ref: TensorRef, first: int, rows: int) -> Tensor:
+        """Bytes of rows; they may lie in this thread's buffer, until it reads again."""
+        row_bytes = ref.nbytes // max(1, _rows(ref))
+        begin = ref.offset + first * row_bytes
+        nbytes = min(rows, _rows(ref) - first) * row_bytes
+        skipped = begin % ALIGNMENT_BYTES
+        wanted = -(-(skipped + nbytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        buffer = getattr(self._buffers, "bytes", None)
+        if buffer is None or len(buffer) < wanted:
+            self._buffers.bytes = buffer = mmap.mmap(-1, max(wanted, ALIGNMENT_BYTES))  # begins on a page
+        view = memoryview(buffer)[:wanted]
+        try:
+            self._shards[ref.path].read(begin - skipped, view)
+        except (OSError, EOFError) as error:
+            raise CheckpointError([f"{ref.path}: {ref.name}: cannot be read: {error}"]) from None
+        found = torch.frombuffer(buffer, dtype=torch.uint8)[skipped : skipped + nbytes]
+        return found.clone() if skipped % 8 else found  # values that lie across their size
 
 
 def _rows(ref: TensorRef) -> int:
