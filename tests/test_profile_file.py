@@ -165,7 +165,6 @@ def test_the_runtime_names_figures_as_the_profile_does() -> None:
         requests=8,
         prompt_tokens=80,
         generated_tokens=40,
-        decode_tokens=32,
         prefilled_tokens=80,
         decode_tokens=32,
         decode_passes=8,
