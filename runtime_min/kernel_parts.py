@@ -49,9 +49,9 @@ def splat(builder: Any, value: Any, count: int = 16) -> Any:
 
 
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """a · b + c of 16 float32, rounded once."""
-    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
+    """a · b + c of vectors of float32, rounded once."""
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{a.type.count}f32")
     return builder.call(function, [a, b, c])
 
 
