@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.formats import PACKINGS, SCALED, Packing, fits
 from moeplan.runtime_min.packing import Packed, pack, packed, plain, scaled, unpack
 
@@ -81,6 +82,12 @@ def test_rows_packed_in_parts_are_rows_packed_at_once(packing: Packing) -> None:
     parts = [pack(weight[i : i + 15], packing, i) for i in range(0, 40, 15)]
     assert torch.equal(rows, torch.cat([part for part, _ in parts]))
     assert torch.equal(exceptions, torch.cat([part for _, part in parts]))
+
+
+def test_packing_takes_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeplan.runtime_min.packing._packer", lambda: None)
+    with pytest.raises(RunError, match="numba is not installed"):
+        packed(torch.zeros(1, 64).bfloat16(), PACKINGS["int8"])
 
 
 def test_what_fits() -> None:
