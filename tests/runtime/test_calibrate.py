@@ -17,7 +17,9 @@ from moeplan.runtime_min import calibration as calibrate
 from moeplan.runtime_min.calibration import kernels
 from moeplan.runtime_min.calibration.accelerator import DeviceSizes, measure_device
 from moeplan.runtime_min.calibration.probe import Probe, Shape
+from moeplan.runtime_min.packing import _packer
 
+_packer()  # compiled, though schedules here run as plain Python
 TINY = Shape(
     layers=2,
     hidden=32,
