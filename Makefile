@@ -34,8 +34,8 @@ test: $(VENV)/.done
 	$(BIN)/pytest $(OTHERS)
 
 test-all: $(VENV)/.done
-	$(BIN)/pytest -m 'not external' $(KERNELS)
-	$(BIN)/pytest -m 'not external' $(OTHERS)
+	$(BIN)/pytest -m 'not external' --hypothesis-profile=others $(KERNELS)
+	$(BIN)/pytest -m 'not external' --hypothesis-profile=others $(OTHERS)
 
 # The real consumers of generated files, in an environment of their own, from package registries only.
 VALIDATORS := build/validators

@@ -259,7 +259,7 @@ class Mark:
         return self.done.is_set()
 
     def synchronize(self) -> None:
-        assert self.done.wait(20)
+        assert self.done.wait(120)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
