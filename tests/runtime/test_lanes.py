@@ -1,6 +1,5 @@
 """Rows run in lane order, after what they wait for, and lanes go on across the pass boundary."""
 
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -82,10 +81,9 @@ def reach(lanes, lane, count):
 @pytest.mark.parametrize("slots", [1, 2, 5, 11])
 @pytest.mark.parametrize("readers", [1, 4])
 @pytest.mark.parametrize("barrier", [0, 1, 2])
-def test_slots_hold_what_is_computed(tmp_path, slots, readers, barrier, monkeypatch):
+def test_slots_hold_what_is_computed(tmp_path, slots, readers, barrier):
     """Changing numbers of micro-batches; every page is read once a pass and in its slot in time."""
     plan = make_plan(SHAPE, slots=slots)
-    monkeypatch.setitem(sys.modules, "numba", None)
     runtime_dir = write_plan(tmp_path, plan, stream_schedule(plan, barrier=barrier))
     schedule = load_schedule(runtime_dir, load(runtime_dir))
     recorder, lanes = Recorder(), Lanes(schedule, readers)
@@ -223,18 +221,6 @@ def test_streams_wait_for_events_and_hosts_for_streams():
     run(lanes, lambda row: single(lambda: None), 1, 0, 0)
     assert lanes.lanes["gpu"].events == {}
     lanes.close()
-
-
-def test_jitted_and_plain_loops_write_the_same_rows(tmp_path, monkeypatch):
-    runtime_dir = write_plan(tmp_path, make_plan(SHAPE, resident_pages=1))
-    jitted = Lanes(load_schedule(runtime_dir, load(runtime_dir)))
-    with monkeypatch.context() as context:
-        context.setitem(sys.modules, "numba", None)
-        plain = Lanes(load_schedule(runtime_dir, load(runtime_dir)))
-    for micro_batches in (3, 1, 2):
-        rows = jitted.issue(micro_batches, 0, 1)
-        assert plain.issue(micro_batches, 0, 1) == rows
-        assert any(row[WAIT + COMPUTE] for row in rows if row[1] == DISK)
 
 
 def test_a_changed_schedule_is_refused(tmp_path):
