@@ -118,9 +118,9 @@ def test_a_killed_run_goes_on(folders, tmp_path):
         {
             "custom_id": str(n),
             "url": "/v1/completions",
-            "body": {"prompt": f"Tale {n}", "max_tokens": 40, "seed": n},
+            "body": {"prompt": f"Tale {n}", "max_tokens": 12, "seed": n},
         }
-        for n in range(60)
+        for n in range(24)
     ]
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(map(json.dumps, lines)))
