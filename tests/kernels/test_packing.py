@@ -20,7 +20,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 @given(bits=st.lists(st.integers(0, 2**16 - 1), min_size=128, max_size=128))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_bf12_keeps_every_bit_of_anything(bits: list[int]) -> None:
     """NaN, infinities, zeros of both signs, denormals: all of it."""
     signed = [b - (1 << 16) if b >= 1 << 15 else b for b in bits]
