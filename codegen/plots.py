@@ -6,6 +6,7 @@ and Ito's (Color Universal Design, 2008), and no chart tells things apart by col
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import re
@@ -336,8 +337,7 @@ def _svg(
 def _loaded() -> tuple[type[Figure], type[FigureCanvasSVG]]:
     """matplotlib's figure and canvas. Imported without the documentation of every artist's properties, which
     matplotlib writes as it loads, in half of the time that this takes."""
-    from matplotlib import artist
-
+    artist: Any = importlib.import_module("matplotlib.artist")
     documented, artist.kwdoc = artist.kwdoc, lambda _: ""
     try:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
