@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields
+from typing import Any
 
 from moeplan.planner.catalog.load import Catalog
 from moeplan.planner.ir.machine import Level, Machine, Offer
@@ -136,10 +137,16 @@ def facts_digest(*facts: Model | Machine | Offer) -> str:
 
     Their order does not matter, nor when and where a price was read.
     """
-    lines = sorted(f"{type(fact).__name__} {json.dumps(_told(fact), sort_keys=True)}" for fact in facts)
+    told = (json.dumps(_told(fact), sort_keys=True, default=_values) for fact in facts)
+    lines = sorted(f"{type(fact).__name__} {text}" for fact, text in zip(facts, told, strict=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _told(fact: Model | Machine | Offer) -> dict[str, object]:
-    data = asdict(fact)
-    return {k: v for k, v in data.items() if not (isinstance(fact, Offer) and k in ("date", "source"))}
+    unsaid = ("date", "source") if isinstance(fact, Offer) else ()
+    return {name: value for name, value in _values(fact).items() if name not in unsaid}
+
+
+def _values(record: Any) -> dict[str, object]:
+    """The fields of a record, for JSON."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}

@@ -113,6 +113,15 @@ def test_a_users_matplotlibrc_changes_nothing(offloaded: tuple[Plan, Analysis]) 
         assert report_html.emit(*offloaded) == before
 
 
+def test_matplotlib_documents_its_artists_to_others(offloaded: tuple[Plan, Analysis]) -> None:
+    """What is left out while it loads is back afterwards."""
+    report_html.emit(*offloaded)
+    from matplotlib.artist import kwdoc
+    from matplotlib.lines import Line2D
+
+    assert "linewidth" in kwdoc(Line2D)
+
+
 def test_names_are_text_not_markup(market: tuple[Plan, Analysis]) -> None:
     plan, analysis = market
     name = '<script>alert("x")</script>&'

@@ -8,6 +8,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from moeplan.codegen import render as module
 from moeplan.codegen.data import rounded, to_json
 from moeplan.codegen.render import render, yaml_scalar
 
@@ -33,6 +34,18 @@ def test_yaml_scalars_come_back(value: str | int | float | bool) -> None:
     back = yaml.safe_load(f"key: {yaml_scalar(value)}\nother: 1\n")
     assert back == {"key": value, "other": 1}
     assert type(back["key"]) is type(value)
+
+
+def test_templates_render_where_no_folder_may_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary folder that someone else owns, say: templates are compiled anew each time."""
+
+    def refuse() -> None:
+        raise RuntimeError("no safe folder")
+
+    monkeypatch.setattr(jinja2, "FileSystemBytecodeCache", refuse)
+    environment = module._environment.__wrapped__()
+    assert environment.bytecode_cache is None
+    assert environment.from_string("{{ x }}").render(x=1) == "1"
 
 
 def test_an_unknown_name_is_an_error() -> None:
