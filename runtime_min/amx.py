@@ -131,7 +131,8 @@ def _fits(x: Tensor, weight: Matrix) -> bool:
 def product(x: Tensor, weight: Matrix, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """x bf16 [T, in] times weight [out, in], summed in float32: [T, out] of `dtype`, bf16 or float32.
 
-    The weight is read in place; its rows must be contiguous. A token's result does not depend on the others.
+    Only where the tiles are `usable`, and for multiples of 32 in `out` and `in`: `linear` looks at both. The
+    weight is read in place; its rows must be contiguous. A token's result does not depend on the others.
     """
     kernel = _kernel()
     x = x.contiguous()

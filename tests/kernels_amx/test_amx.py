@@ -129,10 +129,10 @@ def test_many_rows_are_left_to_torch_that_has_tiles(
 
 
 @pytest.mark.parametrize(("outer", "inner"), [(8, 64), (64, 40), (40, 33)])
-def test_other_shapes_are_left_to_torch(outer: int, inner: int) -> None:
+def test_other_shapes_are_left_to_torch(monkeypatch: pytest.MonkeyPatch, outer: int, inner: int) -> None:
+    monkeypatch.setattr(amx, "usable", lambda: True)
     weight, x = weight_of(outer, inner), torch.randn(9, inner).bfloat16()
     assert amx.linear(x, weight) is None
-    assert torch.equal(amx.product(x, weight), torch.nn.functional.linear(x, weight))
 
 
 def test_float32_is_left_to_torch() -> None:
