@@ -119,6 +119,7 @@ KERNELS = """\
         kv_bytes_per_s: 2.4e+10
         head_s: 2.7e-08
         attention_values_per_s: {1: 1.8e+07, 128: 3.7e+08}
+        decode_values_per_s: {1: 1.8e+07, 64: 1.2e+08}
         route_values_per_s: {1: 1.0e+07, 128: 4.4e+08}
         expert_values_per_s: {1: 3.6e+08, 64: 5.8e+08}
         score_values_per_s: 7.0e+08

@@ -91,13 +91,13 @@ def test_a_full_disk_while_records_are_added(folder, tmp_path, no_more_than, cap
 def test_a_full_disk_at_the_end(folder, tmp_path, no_more_than, capsys, monkeypatch):
     """All records are there, their final order finds no room: nothing is computed again."""
     output = tmp_path / "out.jsonl"
-    in_order = results.Results._write_in_order
+    finish = results.Results.finish
 
-    def without_room(self, path):
+    def without_room(self):
         no_more_than(1000)
-        in_order(self, path)
+        finish(self)
 
-    monkeypatch.setattr(results.Results, "_write_in_order", without_room)
+    monkeypatch.setattr(results.Results, "finish", without_room)
     try:
         assert command.main(arguments(folder, output)) == 2
     finally:

@@ -23,13 +23,14 @@ from moeplan.runtime_min.engine import Generation
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.formats import PACKINGS
 from moeplan.runtime_min.model_config import read_config
-from moeplan.runtime_min.packing import Packed, packed, plain
+from moeplan.runtime_min.packing import Packed, _packer, packed, plain
 from moeplan.runtime_min.plan_file import STORED_BYTES, load
 from moeplan.runtime_min.quantize import quantize
 from moeplan.runtime_min.stream import Engine
 
 from .folders import GREEDY, Shape, make_plan, save_checkpoint, write_plan
 
+_packer()  # compiled, though schedules here run as plain Python
 SHAPES = {
     "mixtral": Shape(hidden=64, inner=128, heads=4, kv_heads=2),
     "llama": Shape(kind="llama", experts=1, top=1, hidden=64, inner=128),
