@@ -7,6 +7,7 @@ from signal import Signals
 _PROGRAM = """
 import signal, sys
 from contextlib import suppress
+sys.modules["numba"] = None  # the schedule runs as plain Python
 from moeplan.runtime_min import __main__ as command, results
 add = results.Results.add
 

@@ -46,7 +46,7 @@ SIZES = kernels.Sizes(
     contexts=(4, 512),
     near_bytes=1 << 16,
     far_bytes=(1 << 18, 1 << 20),
-    seconds=0.004,
+    seconds=0.0005,
     rounds=2,
 )
 
