@@ -67,7 +67,8 @@ def read_plan(path: Path) -> Plan:
         hint = "give a plan folder, or a plan.json"
         raise PlanFileError(f"{file}: {error.strerror or error}\n  hint: {hint}") from None
     except ValueError as error:
-        raise PlanFileError(f"{file}: not JSON: {error}\n  hint: compile it again") from None
+        hint = "compile it again" if file.name == _PLAN else "give a plan folder, or a plan.json"
+        raise PlanFileError(f"{file}: not a plan: {error}\n  hint: {hint}") from None
     version = data.get("format") if isinstance(data, dict) else None
     if version != PLAN_FORMAT:
         hint = "compile it again with this version"
@@ -298,7 +299,7 @@ def _share(value: float) -> Fact:
 
 def markdown(difference: Difference) -> str:
     """A comment for a pull request: one headline, one table."""
-    name = difference.names[1]
+    name = " → ".join(dict.fromkeys(difference.names))
     if not difference.changes:
         same = "plan.json is the same" if not difference.sections else "only " + _where(difference)
         return f"**{name}**: nothing changes in meaning; {same}\n"

@@ -32,7 +32,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="the spec file")]
+
+def _readable(path: Path) -> Path:
+    """Found out before anything that takes long to import; raises OSError."""
+    path.open("rb").close()
+    return path
+
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="the spec file", callback=_readable)]
 OutFolder = Annotated[
     Path | None, typer.Option("-o", "--output", help="plan folder [default: NAME.plan beside the spec]")
 ]

@@ -106,7 +106,7 @@ def test_what_has_no_fact_is_named_by_its_section(compile_text: Compile) -> None
     ("content", "says"),
     [
         (None, "No such file"),
-        ("{", "not JSON"),
+        ("{", "not a plan"),
         ("[]", "format None"),
         ('{"format": 99}', "format 99, this version reads 1"),
     ],
