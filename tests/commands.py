@@ -85,7 +85,7 @@ def moeplan(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Compl
     What runs a model does so in an interpreter of its own: torch and Numba stay apart.
     """
     words = [str(argument) for argument in arguments]
-    if words[0] in ("run", "calibrate"):
+    if words[0] == "run" or (words[0] == "calibrate" and "--from" not in words):
         command = [sys.executable, "-c", _ALONE, *words]
         done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
         assert "Traceback" not in done.stderr, done.stderr
