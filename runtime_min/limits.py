@@ -18,7 +18,7 @@ from moeplan.runtime_min.plan_file import (
     most_places,
     workspace_bytes,
 )
-from moeplan.runtime_min.shares import whole_heads
+from moeplan.runtime_min.shares import has_whole_experts, whole_heads
 
 
 def check_supported(path: Path, plan: RuntimePlan) -> None:
@@ -80,9 +80,24 @@ def check_offload(path: Path, plan: RuntimePlan) -> None:
         "disk_experts are not among those streamed": 0 <= o.disk_experts <= streamed,
         "no slots for pages from disk": plan.pages.slots > 0 or o.disk_experts == 0,
         "ranking does not rank the experts of each layer": ranked or not o.ranking,
-        "an expert is narrower than there are GPUs": plan.model.expert_intermediate >= o.gpus,
+        "an expert is narrower than there are GPUs": has_whole_experts(plan)
+        or plan.model.expert_intermediate >= o.gpus,
     }
     _check_model(path, plan, {}, rules)
+    if has_whole_experts(plan):
+        _check_dealt(path, plan)
+
+
+def _check_dealt(path: Path, plan: RuntimePlan) -> None:
+    """Raise PlanFileError where the GPUs would not all have as many whole experts at each place."""
+    o, experts = plan.offload, plan.model.experts
+    counts = {"": experts, "resident ": o.resident_experts, "CPU ": o.cpu_experts, "disk ": o.disk_experts}
+    for kind, count in counts.items():
+        if count % o.gpus:
+            raise PlanFileError(
+                f"{path}: {count} {kind}experts are not shared whole and evenly by {o.gpus} GPUs",
+                "compile the spec again",
+            )
 
 
 def _check_model(

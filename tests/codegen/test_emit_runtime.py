@@ -150,7 +150,7 @@ def test_the_runtime_counts_no_more_than_an_offload_plan_has(
     weights = cache = 0
     for rank in range(gpus):
         share = Share(rank, gpus)
-        shapes = {name: ref.shape for name, ref in parts_of(refs, plan.model, config, share).items()}
+        shapes = {name: ref.shape for name, ref in parts_of(refs, plan, config, share).items()}
         own = plan_of(plan, share)
         experts, buffers = Experts(own, constants.pages), Buffers(own, constants)
         check_device_and_host(tmp_path, own, experts, buffers, shapes)
