@@ -172,18 +172,24 @@ def _requests_s(problem: Costs, point: Point, decode_s: Array) -> Array:
 def bound(problem: Costs, layout: Layout) -> Array:
     """A lower bound of `batch_seconds` over every share of experts on the CPU.
 
-    An expert outside the GPU takes time of the CPU or of the link. Both end no earlier than they would
-    together if experts could be divided.
+    An expert outside the GPU takes time of the CPU or of the link, and any expert of the CPU or of the GPU.
+    Both end no earlier than they would together if experts could be divided.
     """
     none = problem.point(layout, np.zeros_like(layout.on_gpu))
     lanes = problem.decode_lanes(none)
-    link_s, cpu_s = problem.outside_link_s(none), problem.outside_cpu_s(none)
-    share = np.clip((lanes["h2d"] - lanes["cpu"]) / np.maximum(link_s + cpu_s, 1e-12), 0.0, 1.0)
-    balanced = np.maximum(lanes["cpu"] + share * cpu_s, lanes["h2d"] - share * link_s)
-    gpu_s = lanes["gpu"] - layout.units.gpu_experts_s
-    least = np.maximum.reduce([balanced, gpu_s, lanes["d2h"], lanes["disk"]])
+    on_cpu, u = lanes["cpu"], layout.units
+    linked = _balanced(lanes["h2d"], problem.outside_link_s(none), on_cpu, problem.outside_cpu_s(none))
+    computed = _balanced(lanes["gpu"], u.gpu_experts_s, on_cpu, u.cpu_experts_s)
+    least = np.maximum.reduce([linked, computed, lanes["d2h"], lanes["disk"]])
     decode_s = np.where(layout.streams, least, problem.pass_s(none, lanes))
     return _requests_s(problem, none, decode_s)
+
+
+def _balanced(one: Array, movable: Array, other: Array, moved: Array) -> Array:
+    """The least that the longer of two lanes takes where any part of `movable` seconds of the one may become
+    that part of `moved` seconds of the other."""
+    share = np.clip((one - other) / np.maximum(movable + moved, 1e-12), 0.0, 1.0)
+    return np.maximum(other + share * moved, one - share * movable)
 
 
 def best_cpu_experts(problem: Costs, layout: Layout, seconds: Seconds) -> Point:

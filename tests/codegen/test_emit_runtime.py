@@ -7,12 +7,15 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import batch_spec
 
 from moeplan.codegen.emit import runtime
 from moeplan.planner.ir.plan import Plan
+from moeplan.planner.strategies import offload
+from moeplan.planner.strategies.offload_search import Sharing, sharings
 from moeplan.runtime_min import plan_file
 from moeplan.runtime_min.checkpoint import TensorRef
 from moeplan.runtime_min.lanes import load_schedule
@@ -120,28 +123,44 @@ _SIZES = Latent(query=0, kv=512, plain=128, rotated=64, value=128, score_scale=1
 LATENT = replace(PLAIN, latent=_SIZES, dense=frozenset({0}))
 
 
-@pytest.mark.parametrize(
-    ("model", "machine", "gpus", "config"),
-    [
-        ("mixtral-8x7b", "g4dn.16xlarge", 1, PLAIN),
-        ("mixtral-8x7b", "gr6.8xlarge", 1, PLAIN),
-        # The hosts of MoE-Lightning's settings S6 and S7 (arXiv 2411.11217, section 5) with its models.
-        ("mixtral-8x22b", "n1-custom-64-425984+2xT4", 2, PLAIN),
-        ("mixtral-8x22b", "n1-custom-64-425984+4xT4", 4, PLAIN),
-        ("dbrx", "n1-custom-64-425984+2xT4", 2, PLAIN),
-        ("dbrx", "n1-custom-64-425984+4xT4", 4, PLAIN),
-        ("deepseek-v2-lite", "g4dn.16xlarge", 1, LATENT),
-        ("deepseek-v2-lite", "gr6.8xlarge", 1, LATENT),
-    ],
-)
+HOSTS = [
+    ("mixtral-8x7b", "g4dn.16xlarge", 1, PLAIN),
+    ("mixtral-8x7b", "gr6.8xlarge", 1, PLAIN),
+    # The hosts of MoE-Lightning's settings S6 and S7 (arXiv 2411.11217, section 5) with its models.
+    ("mixtral-8x22b", "n1-custom-64-425984+2xT4", 2, PLAIN),
+    ("mixtral-8x22b", "n1-custom-64-425984+4xT4", 4, PLAIN),
+    ("dbrx", "n1-custom-64-425984+2xT4", 2, PLAIN),
+    ("dbrx", "n1-custom-64-425984+4xT4", 4, PLAIN),
+    ("qwen3-30b-a3b", "g2-standard-24", 2, PLAIN),
+    ("deepseek-v2-lite", "g4dn.16xlarge", 1, LATENT),
+    ("deepseek-v2-lite", "gr6.8xlarge", 1, LATENT),
+]
+
+
+@pytest.mark.parametrize(("model", "machine", "gpus", "config"), HOSTS)
+@pytest.mark.parametrize("form", ["width", "whole"])
 def test_the_runtime_counts_no_more_than_an_offload_plan_has(
-    tmp_path: Path, compile_text: Compile, model: str, machine: str, gpus: int, config: ModelConfig
+    tmp_path: Path,
+    compile_text: Compile,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    model: str,
+    machine: str,
+    gpus: int,
+    config: ModelConfig,
 ) -> None:
     """Weights and cache to the byte; with all else that a rank allocates, within its part of the budget."""
+    if gpus == 1 and form == "whole":
+        pytest.skip("one GPU has all of every expert")
+
+    def allowed(*given: Any) -> list[Sharing]:
+        return [way for way in sharings(*given) if way == Sharing(gpus, form == "whole")]
+
+    monkeypatch.setattr(offload, "sharings", allowed)
     for path, content in runtime.emit(compile_text(batch_spec(model=model, machine=machine))).items():
         (tmp_path / Path(path).name).write_text(content)
     plan = plan_file.load(tmp_path)
-    assert plan.offload.gpus == gpus
+    assert (plan.offload.gpus, plan.offload.expert_shares) == (gpus, form)
     check_supported(tmp_path, plan)
     check_offload(tmp_path, plan)
     constants = load_schedule(tmp_path, plan).SCHEDULE

@@ -50,6 +50,17 @@ def test_a_machine_of_ones_own(machine: str, tmp_path: Path) -> None:
     assert all(d.value == pytest.approx(rate, rel=0.02) for d in found if d.unit == "tokens/s")
 
 
+def test_how_several_gpus_share_experts(tmp_path: Path) -> None:
+    """Where the launches of 128 small experts bound the GPUs, whole ones are among what mattered most."""
+    text = batch_spec(model="qwen3-30b-a3b", machine="g2-standard-24")
+    plan, found = decided(text, tmp_path)
+    (policy,) = (replica.policy for replica in plan.replicas)
+    assert (policy.gpus, policy.expert_shares) == (2, "whole")
+    (shared,) = (decision for decision in found if decision.chosen == "whole experts on each GPU")
+    assert shared.alternative == "a part of every expert on each GPU"
+    assert shared.other < shared.value == pytest.approx(policy.generated_tokens_per_s.value, rel=0.02)
+
+
 def test_the_screen_says_them(tmp_path: Path) -> None:
     plan, found = decided(MARKET, tmp_path)
     lines = summary(plan, "chat.plan", 3, "", found, "report.html").splitlines()
