@@ -46,7 +46,8 @@ STAGED_TOUCHES = 3
 _OVERLAP = 2.0
 _DISK_TOUCHES = 2  # direct reads land in the ring: write, DMA read
 _CALLS_PER_MICRO_BATCH = 30  # operator launches per layer and micro-batch, without experts
-_CALLS_PER_EXPERT = 9  # of each that is hit: runtime_min.operations.add_experts
+# Of each expert that is hit, on the GPU or by the CPU: runtime_min.operations.add_experts.
+_CALLS_PER_EXPERT = 9
 _HOST_PROCESS_BYTES = 4 << 30  # interpreter, CUDA context's host part, file cache the kernel insists on
 _PREFILL_TOKENS = 4096
 _LOADING_BYTES = 64 << 20  # blocks of the readers, and what the allocator holds
@@ -292,7 +293,7 @@ class Costs:
 
     @property
     def _expert_launches_s(self) -> float:
-        """Launching the operators of one expert of every layer."""
+        """Calling the operators of one expert of every layer: about as long on a CPU as on a GPU."""
         return self.workload.model.moe_layers * _CALLS_PER_EXPERT * self.roofline.machine.launch_s
 
     @cached_property
@@ -332,7 +333,7 @@ class Costs:
             gpu_experts_s=count * (experts_s(gpu) / gpus + launched_s),
             gpu_attention_s=seconds(cores, gpu) / gpus,
             cpu_attention_s=seconds(cores, dram) * self.cache_copies(gpus),
-            cpu_experts_s=count * experts_s(dram),
+            cpu_experts_s=count * (experts_s(dram) + launched_s),
             attended_bytes=values * attention.attended_values(),
             qkv_bytes=values * (attention.attended_values() + attention.kv_values_per_token()),
             routed_bytes=micro * size * model.moe_layers * model.hidden,

@@ -62,4 +62,4 @@ def largest_of_normals(count: int) -> float:
     at = np.linspace(-9.0, 9.0, 3601)
     none_above = np.array([below(x) for x in at]) ** count
     # E max = integral of (1 - F) above 0 minus integral of F below.
-    return float(np.trapezoid((at > 0) - none_above, at))
+    return float(np.trapezoid(np.heaviside(at, 0.5) - none_above, at))

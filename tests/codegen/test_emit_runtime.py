@@ -14,6 +14,7 @@ from conftest import batch_spec
 
 from moeplan.codegen.emit import runtime
 from moeplan.planner.ir.plan import Plan
+from moeplan.planner.pipeline import compile_plan
 from moeplan.planner.strategies import offload
 from moeplan.planner.strategies.offload_search import Sharing, sharings
 from moeplan.runtime_min import plan_file
@@ -141,7 +142,6 @@ HOSTS = [
 @pytest.mark.parametrize("form", ["width", "whole"])
 def test_the_runtime_counts_no_more_than_an_offload_plan_has(
     tmp_path: Path,
-    compile_text: Compile,
     monkeypatch: pytest.MonkeyPatch,
     form: str,
     model: str,
@@ -157,7 +157,8 @@ def test_the_runtime_counts_no_more_than_an_offload_plan_has(
         return [way for way in sharings(*given) if way == Sharing(gpus, form == "whole")]
 
     monkeypatch.setattr(offload, "sharings", allowed)
-    for path, content in runtime.emit(compile_text(batch_spec(model=model, machine=machine))).items():
+    found = compile_plan(batch_spec(model=model, machine=machine), "spec.yaml")
+    for path, content in runtime.emit(found).items():
         (tmp_path / Path(path).name).write_text(content)
     plan = plan_file.load(tmp_path)
     assert (plan.offload.gpus, plan.offload.expert_shares) == (gpus, form)

@@ -28,22 +28,23 @@ def workload_of(model: str, skew: float = 0.0) -> Workload:
 
 
 def drawn(workload: Workload, gpus: int, tokens: int, rounds: int = 400) -> tuple[float, float]:
-    """Means of what `busiest_part` returns, of `rounds` calls drawn: the best k of E random keys a token
-    (Gumbel's, so without replacement)."""
+    """What `busiest_part` returns, of `rounds` calls drawn: the best k of E random keys a token (Gumbel's, so
+    without replacement)."""
     random, model = np.random.default_rng(tokens), workload.model
     shares = np.ones(model.experts)
     if workload.popularity:
         shares = np.array(workload.popularity[0].token_share)
     owner = np.arange(model.experts) % (2 * gpus)
     owner = np.minimum(owner, 2 * gpus - 1 - owner)  # dealt forth and back
-    found = []
+    most, even = np.zeros(2), np.zeros(2)
     for _ in range(rounds):
         keys = np.log(shares) + random.gumbel(size=(tokens, model.experts))
         chosen = np.argpartition(-keys, model.experts_per_token - 1)[:, : model.experts_per_token]
         calls = np.bincount(chosen.ravel(), minlength=model.experts)
-        choices, hits = (np.bincount(owner, weights=what, minlength=gpus) for what in (calls, calls > 0))
-        found.append((choices.max() / choices.mean(), hits.max() / hits.mean()))
-    choices, hits = np.array(found).mean(axis=0)
+        both = [np.bincount(owner, weights=what, minlength=gpus) for what in (calls, calls > 0)]
+        most += [parts.max() for parts in both]
+        even += [parts.mean() for parts in both]
+    choices, hits = most / even
     return float(choices), float(hits)
 
 
@@ -54,19 +55,21 @@ def test_alike_experts_are_as_uneven_as_when_drawn(model: str, gpus: int) -> Non
     for tokens in (1, 4, 16, 64, 512):
         choices, hits = busiest_part(workload, gpus, np.array([float(tokens)]))
         expected = drawn(workload, gpus, tokens)
-        assert choices[0] == pytest.approx(expected[0], rel=0.05)
-        assert hits[0] == pytest.approx(expected[1], rel=0.05)
+        few = tokens < 64  # what falls to a GPU is not normal yet
+        assert choices[0] == pytest.approx(expected[0], rel=0.08 if few else 0.02)
+        assert hits[0] == pytest.approx(expected[1], rel=0.08 if few else 0.02)
 
 
+@pytest.mark.parametrize("gpus", [2, 4])
 @pytest.mark.parametrize("model", ["mixtral-8x22b", "qwen3-30b-a3b"])
-def test_popular_experts_make_one_gpu_busier(model: str) -> None:
-    """A moderate skew, about what routers have: a little above the truth, never far below."""
+def test_popular_experts_make_one_gpu_busier(model: str, gpus: int) -> None:
+    """The most popular of 8 experts sees twice the tokens of the least: above the truth, but not by much."""
     workload = workload_of(model, skew=0.4)
     for tokens in (1, 16, 512):
-        choices, hits = busiest_part(workload, 2, np.array([float(tokens)]))
-        expected = drawn(workload, 2, tokens)
-        assert expected[0] * 0.95 <= choices[0] <= expected[0] * 1.15
-        assert expected[1] * 0.95 <= hits[0] <= expected[1] * 1.15
+        choices, hits = busiest_part(workload, gpus, np.array([float(tokens)]))
+        expected = drawn(workload, gpus, tokens)
+        assert expected[0] * 0.98 <= choices[0] <= expected[0] * 1.12
+        assert expected[1] * 0.98 <= hits[0] <= expected[1] * 1.12
 
 
 def test_many_tokens_are_even_and_a_part_is_no_more_than_all() -> None:
