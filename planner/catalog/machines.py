@@ -286,6 +286,7 @@ def _one_kernels(fields: Fields, dtype: str, threads: int) -> Kernels:
         kv_bytes_per_s=fields.figure("kv_bytes_per_s", *_KERNEL_RATE),
         head_s=fields.figure("head_s", *_SECONDS),
         attention_values_per_s=_table(fields, "attention_values_per_s", _KERNEL_RATE),
+        decode_values_per_s=_table(fields, "decode_values_per_s", _KERNEL_RATE),
         route_values_per_s=_table(fields, "route_values_per_s", _KERNEL_RATE),
         expert_values_per_s=_table(fields, "expert_values_per_s", _KERNEL_RATE),
         score_values_per_s=fields.figure("score_values_per_s", *_KERNEL_RATE),

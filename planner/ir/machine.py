@@ -65,6 +65,7 @@ class Kernels:
     kv_bytes_per_s: float
     head_s: float
     attention_values_per_s: Table
+    decode_values_per_s: Table
     route_values_per_s: Table
     expert_values_per_s: Table
     score_values_per_s: float

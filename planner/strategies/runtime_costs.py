@@ -66,7 +66,8 @@ class RuntimeCosts:
         rows = step.tokens / step.calls
         values = self.model.hidden + (a.heads + 2 * a.kv_heads) * a.head_dim
         fixed_s = (step.calls + _SPAN_SHARE * (step.spans - step.calls)) * k.attention_s
-        values_s = step.tokens * values / _between(k.attention_values_per_s, rows)
+        rates = k.attention_values_per_s if step.prefill else k.decode_values_per_s
+        values_s = step.tokens * values / _between(rates, rows)
         return fixed_s + step.calls * self._products(rows, weights) + values_s + self._core(step)
 
     def _core(self, step: PassShape) -> float:
@@ -191,6 +192,7 @@ def _estimated(roofline: Roofline, threads: int, share: float) -> Kernels:
         kv_bytes_per_s=0.5 * nbytes,
         head_s=launch_s / 2 / share / max(1, roofline.machine.cpu_cores),
         attention_values_per_s=((1, nbytes / 36),),
+        decode_values_per_s=((1, nbytes / 36),),
         route_values_per_s=((1, nbytes / 36),),
         expert_values_per_s=((1, nbytes / 24),),
         score_values_per_s=nbytes / 20,

@@ -36,10 +36,11 @@ NEAR_BYTES, FAR_BYTES = 16 << 20, (64 << 20, 192 << 20, 512 << 20)
 # Choosing a token's experts and sorting by them costs about as much as the norm of so many values.
 ROUTE_VALUES = 256
 _LONG = 5
-_UNPACKED_ROWS = 16
+_FEW_ROWS, _UNPACKED_ROWS = 4, 16
 _LEAST_SHARE = 0.05  # of a time that is left when known parts are taken off: no noise makes it negative
 
 _SCORE_ROWS = 16
+_CONTEXT = 16  # of decode passes
 
 Table = dict[int, float]
 _Key = tuple[str | int, ...]
@@ -78,6 +79,7 @@ class Sizes:
     rows: tuple[int, ...] = (1, 4, 16, 64, 256, 1024)
     prompt: int = 128
     sequences: tuple[int, ...] = (1, 4, 16)  # of `prompt` tokens each, in prefill
+    decodes: tuple[int, ...] = (1, 8, 64)  # sequences in decode
     prompts: tuple[int, ...] = (16, 128, 1024)
     contexts: tuple[int, int] = (32, 512)
     near_bytes: int = NEAR_BYTES
@@ -94,12 +96,13 @@ class Kernels:
     route_s                  one routing likewise, with one product
     expert_s                 one call of an expert likewise, with three products
     row_s                    one row of the schedule
-    pass_s, sequence_s       one pass outside the layers, and one sequence in it
+    pass_s, sequence_s       one pass outside the layers, products and choice left out, and one sequence in it
     product_flops_per_s      by rows: products whose weights lie in a cache
     far_bytes_per_s          by the bytes of all weights: what each costs on top of that, if they are so many
     attention_flops_per_s    by prompt tokens: scores and values of prefill, causality not counted
     kv_bytes_per_s, head_s   decode attention: cached bytes, and one key head of one sequence
     attention_values_per_s   by tokens: norm, rotation, storing, residual sum of T · Shape.attention_values
+    decode_values_per_s      the same of decode, by sequences
     route_values_per_s       by tokens: norm, choice and sorting of T · (hidden + ROUTE_VALUES)
     expert_values_per_s      by rows: gathering, gate and sum of rows · (hidden + inner)
     score_values_per_s       keeping N · vocabulary scores and taking the best of each row
@@ -118,6 +121,7 @@ class Kernels:
     kv_bytes_per_s: float
     head_s: float
     attention_values_per_s: Table
+    decode_values_per_s: Table
     route_values_per_s: Table
     expert_values_per_s: Table
     score_values_per_s: float
@@ -181,11 +185,11 @@ class _Bench:
     def __init__(self, dtype: str, sizes: Sizes) -> None:
         self._dtype, self._sizes = DTYPES[dtype], sizes
         self._least = sizes.seconds
-        most = max(sizes.sequences)
-        tokens = max(sizes.rows) * max(sizes.small.experts, sizes.large.experts)
-        prompt = max(sizes.prompt, -(-tokens // most))
+        rows = max(sizes.rows) * max(sizes.small.experts, sizes.large.experts)
+        tokens = max(rows, max(sizes.sequences) * sizes.prompt)
+        most, context = max(*sizes.sequences, *sizes.decodes), max(sizes.prompt, _CONTEXT) + 1
         self._models = tuple(
-            Probe(shape, dtype, most, prompt, max(prompt, 16) + 1) for shape in (sizes.small, sizes.large)
+            Probe(shape, dtype, most, tokens, context) for shape in (sizes.small, sizes.large)
         )
         self._taken: dict[_Key, list[tuple[float, ...]]] = {}
 
@@ -197,14 +201,17 @@ class _Bench:
     def _works(self) -> Iterator[tuple[_Key, Callable[[], tuple[float, ...]]]]:
         s = self._sizes
         for nbytes in (s.near_bytes, *s.far_bytes):
-            yield ("weights", nbytes), self._weights(nbytes)
+            yield ("weights", nbytes), self._weights(nbytes, _FEW_ROWS, self._dtype.itemsize)
+        for rows in s.rows:
+            yield ("product", rows), self._weights(s.near_bytes, rows, 1)
         for model, probe in enumerate(self._models):
             for rows in s.rows:
                 yield ("expert", model, rows), partial(probe.experts, rows)
             for sequences, prompt in self._batches:
                 yield ("layer", model, sequences, prompt), partial(_layer, probe, sequences, prompt)
-            for sequences in (1, max(s.sequences))[: 2 - model]:
-                yield ("pass", model, sequences), partial(probe.generate, sequences, 4)
+        # Of the large model: its weights have driven all else out of the caches.
+        for sequences in (1, max(s.decodes)):
+            yield ("pass", sequences), partial(self._models[1].generate, sequences, 4)
         for prompt in s.prompts:
             yield ("prompt", prompt), self._prompt(prompt)
         for context in s.contexts:
@@ -218,8 +225,8 @@ class _Bench:
     @property
     def _batches(self) -> list[tuple[int, int]]:
         """Sequences and prompt of the passes whose layers are timed; a prompt of one token is decode."""
-        few = [(n, 1) for n in (1, 8) if n <= max(self._sizes.sequences)]
-        return [*few, *((n, self._sizes.prompt) for n in self._sizes.sequences)]
+        s = self._sizes
+        return [*((n, 1) for n in s.decodes), *((n, s.prompt) for n in s.sequences)]
 
     def kernels(self) -> Kernels:
         s = self._sizes
@@ -227,9 +234,9 @@ class _Bench:
         expert_s, self._products, expert_values = self._experts()
         flops = {prompt: self._prompt_flops_per_s(prompt) for prompt in s.prompts}
         self._score_values_per_s = _SCORE_ROWS * 2 * s.large.vocab / self._median("scores")[0]
-        attention_s, route_s, attending, routing = self._values(flops)
+        head_s, kv_bytes_per_s = self._head_s, self._kv_bytes_per_s = self._decode()
+        attention_s, route_s, attending, decoding, routing = self._values(flops)
         row_s, pass_s, sequence_s = self._passes()
-        head_s, kv_bytes_per_s = self._decode()
         return Kernels(
             attention_s=attention_s,
             route_s=route_s,
@@ -243,6 +250,7 @@ class _Bench:
             kv_bytes_per_s=kv_bytes_per_s,
             head_s=head_s,
             attention_values_per_s=attending,
+            decode_values_per_s=decoding,
             route_values_per_s=routing,
             expert_values_per_s=expert_values,
             score_values_per_s=self._score_values_per_s,
@@ -270,13 +278,13 @@ class _Bench:
         (near,) = self._median("weights", self._sizes.near_bytes)
         return {n: 1 / _left(self._median("weights", n)[0], near) for n in self._sizes.far_bytes}
 
-    def _weights(self, nbytes: int) -> Callable[[], tuple[float, ...]]:
-        """Seconds per byte of products of a few rows with `nbytes` of matrices in turn."""
+    def _weights(self, nbytes: int, rows: int, value_bytes: int) -> Callable[[], tuple[float, ...]]:
+        """Of products of `rows` with `nbytes` of matrices in turn: seconds per value of `value_bytes`."""
         n, k = self._sizes.large.inner, self._sizes.large.hidden
         size = n * k * self._dtype.itemsize
         weights = [torch.full((n, k), 0.01, dtype=self._dtype) for _ in range(max(2, nbytes // size))]
-        x = self._random(4, k)
-        return _timed(lambda: [linear(x, w) for w in weights], len(weights) * size)
+        x = self._random(rows, k)
+        return _timed(lambda: [linear(x, w) for w in weights], len(weights) * n * k * value_bytes)
 
     def _far_s(self, shape: Shape, weights: int) -> float:
         """The part of `weights` of a pass that is due to memory, in a model of `shape`."""
@@ -294,25 +302,20 @@ class _Bench:
     def _experts(self) -> tuple[float, Table, Table]:
         """Of an expert: seconds of a call, and by rows the rates of its products and of the rest.
 
-        Times of both models at the same rows: t = call + weights · p(rows) + rows · values · v(rows). With
-        one row the last term is nothing.
+        t = call + weights · p(rows) + rows · values · v(rows). Products are timed alone; with one row the
+        last term is nothing; with more, both models together give v.
         """
-        taken = {rows: self._both(rows) for rows in self._sizes.rows}
-        small, large = self._sizes.small, self._sizes.large
-        first = taken[min(taken)]
-        weights = (small.expert_weights, large.expert_weights)
-        values = (small.hidden + small.inner, large.hidden + large.inner)
-        call_s = _left(first[0], weights[0] * _left(first[1], first[0]) / (weights[1] - weights[0]))
-        products: Table = {}
+        shapes = self._sizes.small, self._sizes.large
+        values = sum(shape.hidden + shape.inner for shape in shapes)
+        per_weight_s = {rows: self._median("product", rows)[0] for rows in self._sizes.rows}
+        few = min(per_weight_s)
+        call_s = _left(self._both(few)[0], shapes[0].expert_weights * per_weight_s[few])
         rest: Table = {}
-        for rows, (small_s, large_s) in taken.items():
-            ratio = values[1] / values[0]
-            per_weight_s = _left(large_s, call_s + ratio * (small_s - call_s)) / (
-                weights[1] - ratio * weights[0]
-            )
-            products[rows] = 2 * rows / per_weight_s
-            rest[rows] = rows * values[0] / _left(small_s, call_s + weights[0] * per_weight_s)
-        return call_s, products, rest
+        for rows, product_s in per_weight_s.items():
+            pairs = zip(self._both(rows), shapes, strict=True)
+            spent_s = sum(_left(s, call_s + shape.expert_weights * product_s) for s, shape in pairs)
+            rest[rows] = rows * values / spent_s
+        return call_s, {rows: 2 * rows / s for rows, s in per_weight_s.items()}, rest
 
     def _both(self, rows: int) -> tuple[float, ...]:
         """Seconds of an expert of each model, memory's part taken off."""
@@ -321,13 +324,15 @@ class _Bench:
             for n, shape in enumerate((self._sizes.small, self._sizes.large))
         )
 
-    def _values(self, scores: Table) -> tuple[float, float, Table, Table]:
-        """Seconds of an attention call and of a routing; by tokens, the rates of what else they do.
+    def _values(self, scores: Table) -> tuple[float, float, Table, Table, Table]:
+        """Seconds of an attention call and of a routing; by tokens, the rates of what else they do in prefill
+        and decode, and in routing.
 
         With one token t = call + values · v, products taken off: two models, two unknowns. With more tokens
         the call is known, and both models together give v.
         """
         attending: Table = {}
+        decoding: Table = {}
         routing: Table = {}
         calls = [0.0, 0.0]
         for sequences, prompt in self._batches:
@@ -335,10 +340,10 @@ class _Bench:
             left = [self._layer_s(model, sequences, prompt, scores) for model in (0, 1)]
             if tokens == 1:
                 calls = [_line(self._widths(op), [s[op] for s in left])[0] for op in (0, 1)]
-            for op, table in enumerate((attending, routing)):
+            for op, table in enumerate((decoding if prompt == 1 else attending, routing)):
                 spent = sum(_left(seconds[op], calls[op]) for seconds in left)
                 table[tokens] = tokens * sum(self._widths(op)) / spent
-        return calls[0], calls[1], attending, routing
+        return calls[0], calls[1], attending, decoding, routing
 
     def _widths(self, op: int) -> tuple[int, int]:
         """Values that one token has in attention (0) or routing (1) of the small and of the large model."""
@@ -351,21 +356,23 @@ class _Bench:
         """Of one layer's attention and routing, products and scores taken off; decode where prompt is 1."""
         shape, tokens = (self._sizes.small, self._sizes.large)[model], sequences * prompt
         attending, routing = self._median("layer", model, sequences, prompt)
-        scores_s = 0.0
         if prompt > 1:
             scores_s = 4 * tokens * prompt * shape.heads * shape.head_dim / between(scores, prompt)
+        else:
+            nbytes = tokens * _CONTEXT * 2 * shape.kv_heads * shape.head_dim * self._dtype.itemsize
+            scores_s = tokens * shape.kv_heads * self._head_s + nbytes / self._kv_bytes_per_s
         products = self._product_s(shape, tokens, shape.attention_weights)
         router = self._product_s(shape, tokens, shape.experts * shape.hidden)
         return _left(attending, products + scores_s), _left(routing, router)
 
     def _passes(self) -> tuple[float, float, float]:
-        """Seconds of a schedule's row, of a pass outside its rows, and of a sequence in it."""
-        many = max(self._sizes.sequences)
-        few_s, many_s = (self._median("pass", 0, n)[0] for n in (1, many))
-        # Between the rows of the large model: its weights have driven all else out of the caches.
-        _, row_s = self._median("pass", 1, 1)
-        scores_s = (many - 1) * self._sizes.small.vocab / self._score_values_per_s
-        return row_s, few_s, _left(many_s, few_s + scores_s) / max(1, many - 1)
+        """Seconds of a schedule's row, of a pass outside its layers, and of a sequence in it."""
+        shape, many = self._sizes.large, max(self._sizes.decodes)
+        few_s, ends_s, row_s = self._median("pass", 1)
+        pass_s = few_s + _left(ends_s, self._product_s(shape, 1, shape.vocab * shape.hidden))
+        scores_s = (many - 1) * shape.vocab / self._score_values_per_s
+        many_s = self._median("pass", many)[0]
+        return row_s, pass_s, _left(many_s, few_s + scores_s) / max(1, many - 1)
 
     def _decode(self) -> tuple[float, float]:
         """Seconds per key head of a sequence, and cached bytes per second: a line through two contexts."""
@@ -431,7 +438,7 @@ def _timed(work: Callable[[], object], parts: int) -> Callable[[], tuple[float, 
 
 def _layer(probe: Probe, sequences: int, prompt: int) -> tuple[float, float]:
     """Seconds of one layer's attention and routing."""
-    ops = probe.decode(sequences, 16) if prompt == 1 else probe.prefill(sequences, prompt)
+    ops = probe.decode(sequences, _CONTEXT) if prompt == 1 else probe.prefill(sequences, prompt)
     return ops[ATTENTION] / probe.shape.layers, ops[ROUTE] / probe.shape.layers
 
 

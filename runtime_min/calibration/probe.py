@@ -93,11 +93,12 @@ class _InMemory:
 
 
 class Probe:
-    """The model of `shape`, computing in `dtype`, for up to `sequences` of `prompt` and `context` tokens."""
+    """The model of `shape`, computing in `dtype`, for up to `sequences` of `context` tokens and for passes of
+    up to `tokens`."""
 
-    def __init__(self, shape: Shape, dtype: str, sequences: int, prompt: int, context: int) -> None:
+    def __init__(self, shape: Shape, dtype: str, sequences: int, tokens: int, context: int) -> None:
         self.shape = shape
-        self._plan = _plan(shape, dtype, sequences, prompt, context)
+        self._plan = _plan(shape, dtype, sequences, tokens, context)
         config = ModelConfig(norm_eps=1e-5, rope_theta=1e4, tied=False, eos=frozenset())
         shapes = tensor_shapes(self._plan.model, config)
         weights = {name: _weight(sizes, DTYPES[dtype]) for name, sizes in shapes.items()}
@@ -149,8 +150,9 @@ class Probe:
         starts = list(range(0, rows * experts + 1, rows))
         return Routing(torch.arange(rows * experts) % tokens, torch.full((rows * experts,), 1 / top), starts)
 
-    def generate(self, sequences: int, passes: int) -> tuple[float, float]:
-        """Of decode passes: mean seconds outside the rows of their schedule, and between two rows."""
+    def generate(self, sequences: int, passes: int) -> tuple[float, ...]:
+        """Of decode passes: mean seconds outside the rows of their schedule, in its first and last one
+        (embeddings and scores), and between two rows."""
         lanes = _TimedLanes(self._schedule())
         batches = Stream(self._plan, self._model, lanes, lambda *_: ())
         for number in range(self._plan.batch.sequences):
@@ -159,7 +161,8 @@ class Probe:
         self._take_blocks()
         stats = batches.stats
         outside = stats.decode_s - lanes.inside_s - lanes.between_s
-        return outside / stats.decode_passes, lanes.between_s / stats.decode_passes / (len(self._order) - 1)
+        rows = len(self._order) - 1
+        return tuple(s / stats.decode_passes for s in (outside, lanes.ends_s, lanes.between_s / rows))
 
     def _timed(self, step: Pass, ops: tuple[int, ...]) -> dict[int, float]:
         """Execute the rows of `ops`; seconds of each."""
@@ -189,9 +192,10 @@ class Probe:
 
 
 class _TimedLanes(Lanes):
-    """Lanes without a disk that add up what the rows of decode passes take, and what lies between them."""
+    """Lanes without a disk that add up what the rows of decode passes take, the first and last of them, and
+    what lies between them."""
 
-    inside_s = between_s = 0.0
+    inside_s = ends_s = between_s = 0.0
     _decode = 0
     _last = 0.0
 
@@ -214,6 +218,8 @@ class _TimedLanes(Lanes):
             if row[0] != EMBED:
                 self.between_s += start - self._last
             self.inside_s += end - start
+            if row[0] in (EMBED, HEAD):
+                self.ends_s += end - start
             self._last = end
 
         return (timed,)
@@ -225,7 +231,7 @@ def _weight(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.randn(sizes).mul_(1 / math.sqrt(sizes[-1])).to(dtype)
 
 
-def _plan(shape: Shape, dtype: Any, sequences: int, prompt: int, context: int) -> RuntimePlan:
+def _plan(shape: Shape, dtype: Any, sequences: int, tokens: int, context: int) -> RuntimePlan:
     """As much of a plan as the model looks at."""
     nothing = Range(value=0.0, low=0.0, high=0.0)
     return RuntimePlan(
@@ -260,10 +266,10 @@ def _plan(shape: Shape, dtype: Any, sequences: int, prompt: int, context: int) -
         batch=BatchPlan(
             sequences=sequences,
             micro_batch=sequences,
-            prefill_tokens=sequences * prompt,
-            prompt_tokens=prompt,
+            prefill_tokens=tokens,
+            prompt_tokens=context,
             context_tokens=context,
-            pass_tokens=sequences * prompt,
+            pass_tokens=tokens,
             kv_tokens=sequences * kv_blocks(context) * KV_BLOCK_TOKENS,
             kv_cache="same",
         ),

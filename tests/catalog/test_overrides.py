@@ -119,6 +119,7 @@ KERNELS = """\
         kv_bytes_per_s: 2.4e+10
         head_s: 2.7e-08
         attention_values_per_s: {1: 1.8e+07, 128: 3.7e+08}
+        decode_values_per_s: {1: 1.8e+07, 64: 1.2e+08}
         route_values_per_s: {1: 1.0e+07, 128: 4.4e+08}
         expert_values_per_s: {1: 3.6e+08, 64: 5.8e+08}
         score_values_per_s: 7.0e+08
@@ -145,7 +146,7 @@ def test_machine_file_with_kernels(tmp_path: Path) -> None:
         ("{1: 7.9e+10, 16", "{some: 7.9e+10, 16", "'some' is no number of rows"),
         ("{1: 7.9e+10, 16: 1.6e+11}", "{}", "'product_flops_per_s' holds no figure"),
         ("{1: 7.9e+10, 16: 1.6e+11}", "7.9e+10", "expected a group of keys"),
-        ("{1: 7.9e+10", "{1: 0", "'1' is 0, expected 1e+06 to 1e+19"),
+        ("{1: 7.9e+10", "{1: 0", "'1' is 0, expected 1000 to 1e+19"),
         ("kv_bytes_per_s: 2.4e+10", "kv_bytes_per_s: -1", "'kv_bytes_per_s' is -1"),
         ("        head_s: 2.7e-08\n", "", "missing key 'head_s'"),
         ("head_s: 2.7e-08", "head_s: 0", "'head_s' is 0, expected 1e-12 to 1"),

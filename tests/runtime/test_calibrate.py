@@ -35,6 +35,7 @@ SIZES = kernels.Sizes(
     rows=(1, 4, 16),
     prompt=8,
     sequences=(1, 8),
+    decodes=(1, 4),
     prompts=(4, 8),
     contexts=(4, 512),
     near_bytes=1 << 16,
@@ -94,6 +95,7 @@ def test_experts_are_solved_exactly(monkeypatch):
     bench = object.__new__(kernels._Bench)
     bench._sizes = replace(SIZES, small=small, large=large)
     call_s, product_s, value_s = 1e-5, 1e-9, 2e-8
+    bench._taken = {("product", rows): [(product_s * rows,)] for rows in SIZES.rows}
 
     def both(rows):
         return tuple(
@@ -135,13 +137,11 @@ def test_the_planner_counts_what_the_probe_executes(tmp_path):
 
 def test_probe_computes_every_operation():
     with torch.inference_mode():
-        probe = Probe(TINY, "float32", 4, 8, 12)
+        probe = Probe(TINY, "float32", 4, 32, 12)
         for ops in (probe.prefill(2, 8), probe.decode(4, 10)):
             assert all(seconds > 0 for seconds in ops.values())
         assert probe.experts(4)[0] > 0
-        outside_s, row_s = probe.generate(3, 4)
-    assert outside_s > 0
-    assert row_s > 0
+        assert all(seconds > 0 for seconds in probe.generate(3, 4))
 
 
 def test_accelerator_logic_on_the_cpu():
