@@ -86,7 +86,10 @@ def _of_a_replica(workload: Workload, replica: Replica) -> Iterator[Decision]:
             value=whole.tokens_per_s,
             other=half.tokens_per_s,
         )
-    for chosen, alternative, other in (*_placements(policy), *_sharings(workload.model, policy)):
+    for chosen, alternative, other in (
+        *_placements(policy),
+        *_sharings(workload.as_one_expert().model, policy),
+    ):
         if fits_at(workload, replica.roofline, other, *_mean(workload, other), policy.sequences):
             value, rate = (_tokens_per_s(workload, replica, p) for p in (policy, other))
             yield Decision(chosen=chosen, alternative=alternative, unit="tokens/s", value=value, other=rate)

@@ -66,8 +66,8 @@ class Shapes:
     micro_batches: Array
 
     @property
-    def together(self) -> Array:
-        """Experts of a layer that are placed together: where whole, one of each GPU's."""
+    def dealt(self) -> Array:
+        """Experts of a layer that are placed at once: where whole, one of each GPU's."""
         return np.where(self.whole, self.gpus, 1.0)
 
 
@@ -307,7 +307,6 @@ class Costs:
         gpu, dram = self.gpu_roof, self.roofline.roof("dram")
         cores, experts, other = _split(workload.operators)
         micro, count, gpus = shapes.micro_batch, shapes.micro_batches, shapes.gpus
-        choices, hits = self._busiest_part(shapes, micro)
 
         def seconds(operators: list[Operator], roof: object) -> Array:
             return np.asarray(costs.call_seconds(workload, operators, roof, micro, self.context))  # type: ignore[arg-type]
@@ -315,12 +314,7 @@ class Costs:
         values = micro * size * model.layers
         attention, call_key = model.attention, self.experts.key(micro)
         call_hits = self.experts.hits(call_key, np.full_like(micro, model.experts))
-
-        def experts_s(roof: Roof) -> Array:
-            memory_s, compute_s = costs.operator_parts(workload, experts, roof, micro, self.context)
-            return np.asarray(costs.knee(hits * memory_s, choices * compute_s))
-
-        launched_s = call_hits * hits / shapes.together * self._expert_launches_s
+        gpu_experts_s, cpu_experts_s = self._experts_s(experts, shapes, call_hits)
         longest = self._held(micro, self.requests.context_tokens_max)
         return Units(
             gpus=gpus,
@@ -330,10 +324,10 @@ class Costs:
             gpu_other_s=count
             * (seconds(other, gpu) / gpus + self.launches_s + self.all_reduce_s(micro, gpus)),
             sum_s=count * self.all_reduce_s(micro, gpus) / 2,
-            gpu_experts_s=count * (experts_s(gpu) / gpus + launched_s),
+            gpu_experts_s=count * gpu_experts_s,
             gpu_attention_s=seconds(cores, gpu) / gpus,
             cpu_attention_s=seconds(cores, dram) * self.cache_copies(gpus),
-            cpu_experts_s=count * (experts_s(dram) + launched_s),
+            cpu_experts_s=count * cpu_experts_s,
             attended_bytes=values * attention.attended_values(),
             qkv_bytes=values * (attention.attended_values() + attention.kv_values_per_token()),
             routed_bytes=micro * size * model.moe_layers * model.hidden,
@@ -345,6 +339,20 @@ class Costs:
             scratch_bytes=self._scratch_bytes(shapes),
             prompts=self.prompts(micro * count, shapes),
         )
+
+    def _experts_s(self, experts: Operator, shapes: Shapes, call_hits: Array) -> tuple[Array, Array]:
+        """Seconds of a call of all layers' routed experts, which hits so many of one, if the GPUs compute all
+        and if the CPU does. Whole experts take as long as the busiest GPU's; a part of them counts as uneven
+        as all are."""
+        choices, hits = self._busiest_part(shapes, shapes.micro_batch)
+
+        def seconds(roof: Roof) -> Array:
+            parts = costs.operator_parts(self.workload, experts, roof, shapes.micro_batch, 0.0)
+            return np.asarray(costs.knee(hits * parts[0], choices * parts[1]))
+
+        called_s = call_hits * hits / shapes.dealt * self._expert_launches_s
+        on_gpu, on_cpu = seconds(self.gpu_roof) / shapes.gpus, seconds(self.roofline.roof("dram"))
+        return on_gpu + called_s, on_cpu + called_s
 
     def _busiest_part(self, shapes: Shapes, tokens: Array) -> tuple[Array, Array]:
         """`whole_experts.busiest_part` of calls of `tokens`; 1 where experts are cut, and all do the same."""
@@ -435,7 +443,7 @@ class Costs:
         gpus, micro_batch = shapes.gpus, shapes.micro_batch
         tokens, context = self.prefill_tokens, self.requests.context_tokens_max
         width = np.maximum(
-            model.expert_intermediate * shapes.together,
+            model.expert_intermediate * shapes.dealt,
             max(model.dense_intermediate, model.shared_intermediate),
         )
         latent = a.kv_lora_dim + a.rope_dim
@@ -504,17 +512,17 @@ class Costs:
         most = np.floor((free - model.experts * pages) / slope)
         all_fit = free >= model.experts * self.expert_bytes
         most = np.where(all_fit, model.experts, np.minimum(most, model.experts - 1.0))
-        most = _rounded_down(most, units.together)
+        most = _rounded_down(most, units.dealt)
         room = self.host_limit_bytes - total(self.host_items(empty))
         return Layout(units, on_gpu, cache_up, streams, most, room)
 
     def point(self, layout: Layout, cpu_experts: Array) -> Point:
-        """Candidates with `cpu_experts` of each layer on the CPU, rounded up to what is placed together (all
+        """Candidates with `cpu_experts` of each layer on the CPU, rounded up to what is dealt at once (all
         that are not resident where nothing streams). Everything is pinned where it fits and may be: that is
         never slower; otherwise it is staged through a ring, and what host memory cannot hold comes from disk.
         """
-        experts, together = float(self.workload.model.experts), layout.units.together
-        cpu_experts = np.ceil(cpu_experts / together) * together
+        experts, dealt = float(self.workload.model.experts), layout.units.dealt
+        cpu_experts = np.ceil(cpu_experts / dealt) * dealt
         cpu_experts = np.where(layout.streams, cpu_experts, experts - np.maximum(layout.most_resident, 0.0))
         resident = np.minimum(np.maximum(layout.most_resident, 0.0), experts - cpu_experts)
         outside = experts - resident
@@ -522,7 +530,7 @@ class Costs:
         pinned = weights <= np.minimum(layout.room_bytes, self.pinned_limit_bytes)
         staged = layout.streams & ~pinned
         left = layout.room_bytes - np.where(staged, self.ring_bytes(layout.units, resident), 0.0)
-        held = np.clip(_rounded_down(left / self.expert_bytes, together), 0.0, outside)
+        held = np.clip(_rounded_down(left / self.expert_bytes, dealt), 0.0, outside)
         disk = outside - held
         readable = layout.streams & self._disk_holds_the_model | (disk == 0.0)
         feasible = (
@@ -670,9 +678,9 @@ def together(lanes: Lanes) -> Array:
     return np.asarray(sum(seconds**_OVERLAP for seconds in lanes.values()) ** (1.0 / _OVERLAP))
 
 
-def _rounded_down(count: Array, together: Array) -> Array:
+def _rounded_down(count: Array, dealt: Array) -> Array:
     """A number of experts, made one that can be placed."""
-    return np.asarray(np.floor(count / together) * together)
+    return np.asarray(np.floor(count / dealt) * dealt)
 
 
 def total(items: Items) -> Array:

@@ -193,8 +193,7 @@ def _balanced(one: Array, movable: Array, other: Array, moved: Array) -> Array:
 
 
 def best_cpu_experts(problem: Costs, layout: Layout, seconds: Seconds) -> Point:
-    """Each candidate with the number of experts on the CPU that takes least time, counted as they are placed
-    together.
+    """Each candidate with the number of experts on the CPU that takes least time, counted as they are dealt.
 
     Time is convex in that number from 1 on (each lane is a line or bends upwards), so its slope is bisected;
     at 0 the routed hidden states' way to the CPU falls away.
@@ -202,20 +201,20 @@ def best_cpu_experts(problem: Costs, layout: Layout, seconds: Seconds) -> Point:
     count = len(layout.on_gpu)
     twice = take(layout, np.tile(np.arange(count), 2))
 
-    together = np.tile(layout.units.together, 2)
+    dealt = np.tile(layout.units.dealt, 2)
 
     def faster(one: Array, other: Array) -> Mask:
-        both = seconds(problem.point(twice, together * np.concatenate([one, other])))
+        both = seconds(problem.point(twice, dealt * np.concatenate([one, other])))
         return np.asarray(both[:count] < both[count:])
 
     low = np.ones(count)
-    high = problem.workload.model.experts / layout.units.together
+    high = problem.workload.model.experts / layout.units.dealt
     while (low < high).any():
         middle = np.floor((low + high) / 2)
         falls = faster(middle + 1, middle)
         low, high = np.where(falls, middle + 1, low), np.where(falls, high, middle)
     some = faster(low, np.zeros_like(low))
-    return problem.point(layout, np.where(some, layout.units.together * low, 0.0))
+    return problem.point(layout, np.where(some, layout.units.dealt * low, 0.0))
 
 
 def joined(first: _T, second: _T) -> _T:
