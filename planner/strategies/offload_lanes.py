@@ -305,7 +305,7 @@ class Costs:
         """The units of every shape."""
         workload, model, size = self.workload, self.workload.model, self.workload.value_bytes
         gpu, dram = self.gpu_roof, self.roofline.roof("dram")
-        cores, experts, other = _split(workload.operators)
+        cores, other = _split(workload.operators)
         micro, count, gpus = shapes.micro_batch, shapes.micro_batches, shapes.gpus
 
         def seconds(operators: list[Operator], roof: object) -> Array:
@@ -314,7 +314,7 @@ class Costs:
         values = micro * size * model.layers
         attention, call_key = model.attention, self.experts.key(micro)
         call_hits = self.experts.hits(call_key, np.full_like(micro, model.experts))
-        gpu_experts_s, cpu_experts_s = self._experts_s(experts, shapes, call_hits)
+        gpu_experts_s, cpu_experts_s = self._experts_s(shapes, call_hits)
         longest = self._held(micro, self.requests.context_tokens_max)
         return Units(
             gpus=gpus,
@@ -340,11 +340,12 @@ class Costs:
             prompts=self.prompts(micro * count, shapes),
         )
 
-    def _experts_s(self, experts: Operator, shapes: Shapes, call_hits: Array) -> tuple[Array, Array]:
+    def _experts_s(self, shapes: Shapes, call_hits: Array) -> tuple[Array, Array]:
         """Seconds of a call of all layers' routed experts, which hits so many of one, if the GPUs compute all
         and if the CPU does. Whole experts take as long as the busiest GPU's; a part of them counts as uneven
         as all are."""
         choices, hits = self._busiest_part(shapes, shapes.micro_batch)
+        experts = self.workload.operator("routed_experts")
 
         def seconds(roof: Roof) -> Array:
             parts = costs.operator_parts(self.workload, experts, roof, shapes.micro_batch, 0.0)
@@ -688,8 +689,7 @@ def total(items: Items) -> Array:
     return np.asarray(sum(size for _, size in items))
 
 
-def _split(operators: tuple[Operator, ...]) -> tuple[list[Operator], Operator, list[Operator]]:
-    """Attention cores, routed experts, all others."""
+def _split(operators: tuple[Operator, ...]) -> tuple[list[Operator], list[Operator]]:
+    """Attention cores, and all others but routed experts."""
     cores = [op for op in operators if op.name in _CORES]
-    (experts,) = (op for op in operators if op.name == "routed_experts")
-    return cores, experts, [op for op in operators if op not in cores and op is not experts]
+    return cores, [op for op in operators if op not in cores and op.name != "routed_experts"]
