@@ -25,17 +25,18 @@ demo: $(VENV)/.done
 	$(BIN)/moeplan run $(DEMO)/tinymoe.plan --checkpoint examples/tinymoe/checkpoint \
 	  --input examples/tinymoe/prompts.jsonl --output $(DEMO)/answers.jsonl --show 4
 
-# Tests of the runtime leave Numba out of their process: those of its kernels run in another.
-KERNELS := tests/kernels tests/kernels_amx
-OTHERS  := -n 2 --dist loadfile $(KERNELS:%=--ignore=%)
+# Tests of the runtime leave Numba out of their processes: those of its kernels run in others. Neighbours share
+# fixtures, so each process begins with a half in order; one that has none left takes half of the other's.
+KERNELS := -n 2 --dist worksteal tests/kernels tests/kernels_amx
+OTHERS  := -n 2 --dist worksteal --ignore=tests/kernels --ignore=tests/kernels_amx
 
 test: $(VENV)/.done
 	$(BIN)/pytest $(KERNELS)
 	$(BIN)/pytest $(OTHERS)
 
 test-all: $(VENV)/.done
-	$(BIN)/pytest -m 'not external' $(KERNELS)
-	$(BIN)/pytest -m 'not external' $(OTHERS)
+	$(BIN)/pytest -m 'not external' --hypothesis-profile=others $(KERNELS)
+	$(BIN)/pytest -m 'not external' --hypothesis-profile=others $(OTHERS)
 
 # The real consumers of generated files, in an environment of their own, from package registries only.
 VALIDATORS := build/validators

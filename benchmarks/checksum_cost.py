@@ -67,9 +67,9 @@ def _read(shape: Shape, refs: dict[str, TensorRef]) -> tuple[float, float]:
         places=0,
         guesses=0,
     )
-    names = [[name for name in refs if f".experts.{e}." in name] for e in range(shape.experts)]
+    moving = {(0, e): [name for name in refs if f".experts.{e}." in name] for e in range(shape.experts)}
     checks = verification(shape.folder, _paths(refs))
-    store = PageStore(refs, 1, plan, lambda layer, page: names[page], torch.bfloat16, checks)
+    store = PageStore(refs, plan, moving, torch.bfloat16, checks)
     busy, start, nbytes = time.process_time(), time.perf_counter(), 0
     with ThreadPoolExecutor(READERS) as readers:
         for page in range(shape.experts):

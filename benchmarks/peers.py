@@ -244,7 +244,7 @@ def _ours(machine: Path) -> Measure:
         figures = {}
         if ended.outcome == "ok":
             report = json.loads(ended.output.splitlines()[-1])
-            passes = report["decode_passes"] + batches
+            passes = report["stats"]["decode_passes"] + batches
             figures = {**report["rates"], "pass_bytes": report["bytes_read"] / passes}
         return _result(OURS, setting, sequences, figures, ended, ["runtime_min", "bench", *command[3:]])
 

@@ -152,7 +152,7 @@ def batch(engine: Engine, row: Row) -> None:
 
 def measured(engine: Engine) -> tuple[float, ...]:
     s = engine.stats
-    return s.prefilled_tokens, s.prefill_s, s.decoded_tokens, s.decode_s, engine.disk.bytes_read
+    return s.prefilled_tokens, s.prefill_s, s.decode_tokens, s.decode_s, engine.disk.bytes_read
 
 
 def others_s() -> float:

@@ -19,6 +19,8 @@ from moeplan.planner.units import format_duration, format_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
 
 # What matplotlib draws with, and the page's variable that takes its place.
 _INK, _GRID, _FADED = "#000001", "#000002", "#000003"
@@ -316,12 +318,11 @@ def _svg(
     The axes begin `left` of the width from the edge.
     """
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
+    figure_type, canvas_type = _loaded()
     with matplotlib.rc_context(_style(name)):
-        figure = Figure(figsize=size)
-        FigureCanvasSVG(figure)
+        figure = figure_type(figsize=size)
+        canvas_type(figure)
         axes = figure.add_axes((left, 0.13, 0.97 - left, 0.84))
         draw(axes)
         axes.minorticks_off()
@@ -330,6 +331,20 @@ def _svg(
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata=_NO_METADATA)
     return _inlined(text.getvalue(), name)
+
+
+def _loaded() -> tuple[type[Figure], type[FigureCanvasSVG]]:
+    """matplotlib's figure and canvas. Imported without the documentation of every artist's properties, which
+    matplotlib writes as it loads, in half of the time that this takes."""
+    from matplotlib import artist
+
+    documented, artist.kwdoc = artist.kwdoc, lambda _: ""
+    try:
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    finally:
+        artist.kwdoc = documented
+    return Figure, FigureCanvasSVG
 
 
 _NO_METADATA: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -31,12 +31,21 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        bytecode_cache=_compiled(),
     )
     environment.filters["python"] = repr
     environment.filters["upper_names"] = _upper_names
     environment.filters["yaml"] = yaml_scalar
     environment.filters["expanded"] = expanded_scalar
     return environment
+
+
+def _compiled() -> jinja2.BytecodeCache | None:
+    """Compiled templates, kept among temporary files; None where the user has no such folder of their own."""
+    try:
+        return jinja2.FileSystemBytecodeCache()
+    except (OSError, RuntimeError):
+        return None
 
 
 def _upper_names(names: Sequence[str]) -> str:

@@ -109,6 +109,7 @@ def compile_command(
     Only files whose bytes change are written, only files of its own lock removed. Exit codes: 0 done, 2 bad
     input or a file in the way, 3 no plan meets the spec, 70 internal error.
     """
+    gc.set_threshold(_ALLOCATIONS)
     from moeplan.codegen.write import ConflictError, write
     from moeplan.planner import terminal
     from moeplan.planner.pipeline import Trace
@@ -162,6 +163,7 @@ def check(
 
     Writes nothing; one line per file that is missing, stale, edited by hand or obsolete, and exit code 1.
     """
+    gc.set_threshold(_ALLOCATIONS)
     from moeplan.planner.diagnostics import CompileError
 
     found = specs or _specs_with_plans(Path())
@@ -245,6 +247,7 @@ def explain(
     host_memory, of one GPU or machine as in price.H100=+10%. Exit codes: 0 answered, 2 bad input, 3 no plan
     to explain.
     """
+    gc.set_threshold(_ALLOCATIONS)
     from moeplan.codegen import explanation
     from moeplan.codegen.data import to_json
     from moeplan.planner import terminal
@@ -508,8 +511,9 @@ def schema() -> None:
     print(json.dumps(spec_schema(), indent=2, sort_keys=True, ensure_ascii=False))
 
 
-# Records are made by the hundred thousand and hold no cycles: collecting takes a tenth of a compilation.
-_ALLOCATIONS = 200_000  # between collections
+# Modules and records are made by the hundred thousand and hold no cycles: collecting takes a tenth of a
+# compilation. Most end before the first collection.
+_ALLOCATIONS = 1_000_000  # between collections
 _IDLE_LOAD = 0.3  # of the processors
 CATALOG_LISTS = ("models", "gpus", "machines", "offers", "sources")
 
@@ -576,7 +580,6 @@ def _compile(
     from moeplan.planner.pipeline import compile_plan
     from moeplan.planner.previous_plan import read_fleet
 
-    gc.set_threshold(_ALLOCATIONS)
     text = spec.read_bytes()
     replicas, digest = read_fleet(previous) if previous else (None, {})
     plan = compile_plan(text, str(spec), machine, trace, _unrunnable, replicas)

@@ -16,12 +16,14 @@ from moeplan.runtime_min.interruption import Interruption, interruptible
 from moeplan.runtime_min.plan_file import load
 from moeplan.runtime_min.report import Report, summary, write_report
 from moeplan.runtime_min.results import GOES_ON, partial_path
-from moeplan.runtime_min.run import Watch, bench_plan, run_plan, show
+from moeplan.runtime_min.run import Progress, Watch, bench_plan, run_plan, show
 from moeplan.runtime_min.shards import merge, split
 
 INTERRUPTED = 130
 BAR = 30  # characters
 _MOST_PARTS = 100_000
+
+Execute = Callable[[argparse.Namespace, Interruption], Report | None]
 
 
 def main(argv: Sequence[str] | None = None, finished: Callable[[Report], None] | None = None) -> int:
@@ -33,26 +35,22 @@ def main(argv: Sequence[str] | None = None, finished: Callable[[Report], None] |
     options = _parser().parse_args(argv)
     with interruptible() as interruption:
         try:
-            report = _COMMANDS[options.command](options, interruption)
+            report = options.execute(options, interruption)
             if finished and report:
                 finished(report)
             return 0
         except (Exception, KeyboardInterrupt) as error:
             # A signal may surface as an error of whatever it came into.
             if interruption.number or isinstance(error, KeyboardInterrupt):
-                return _interrupted(options, interruption)
+                terminated = interruption.number == signal.SIGTERM
+                print("\nterminated" if terminated else "\ninterrupted", file=sys.stderr)
+                _hint(options, "")
+                return 0 if terminated else INTERRUPTED
             if not isinstance(error, RunError):
                 raise
             print(error, file=sys.stderr)
             _hint(options, error.hint)
             return 2
-
-
-def _interrupted(options: argparse.Namespace, interruption: Interruption) -> int:
-    terminated = interruption.number == signal.SIGTERM
-    print("\nterminated" if terminated else "\ninterrupted", file=sys.stderr)
-    _hint(options, "")
-    return 0 if terminated else INTERRUPTED
 
 
 def _hint(options: argparse.Namespace, hint: str) -> None:
@@ -66,65 +64,66 @@ def _hint(options: argparse.Namespace, hint: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="runtime_min", description="Execute a moeplan runtime folder.")
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="answer the requests of an OpenAI batch file")
-    bench = commands.add_parser("bench", help="time full batches of random prompts")
-    checksum = commands.add_parser("checksum", help="note the checksum of each tensor of a checkpoint")
-    _add_shards(commands)
+
+    def command(name: str, execute: Execute, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help)
+        added.set_defaults(execute=execute)
+        return added
+
+    run = command("run", _run, "answer the requests of an OpenAI batch file")
+    bench = command("bench", _bench, "time full batches of random prompts")
+    for some in (run, bench):
+        some.add_argument("runtime_dir", type=Path, metavar="RUNTIME_DIR")
+        some.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the one the plan names")
+        rehearsal = "let the CPU take the place of the accelerator that the plan is for"
+        some.add_argument("--rehearse", action="store_true", help=rehearsal)
+        some.add_argument("--trace", type=Path, metavar="FILE.json", help="write what each lane did when")
+        some.add_argument("--metrics", type=Path, metavar="FILE.prom", help="keep a file for Prometheus")
+        some.add_argument("--report", type=Path, metavar="FILE.json", help="write all that was measured")
+    run.add_argument("--input", type=Path, required=True, metavar="IN.jsonl")
+    run.add_argument("--output", type=Path, required=True, metavar="OUT.jsonl")
+    run.add_argument("--show", type=int, default=0, metavar="N", help="print the first N prompts and answers")
+    for option, default, help in (
+        ("--prompt-tokens", 0, "default: the plan's longest"),
+        ("--tokens", 16, "generated per sequence (16)"),
+        ("--batches", 1, "full batches, one after the other (1)"),
+    ):
+        bench.add_argument(option, type=int, default=default, metavar="N", help=help)
+    checksum = command("checksum", _checksum, "note the checksum of each tensor of a checkpoint")
     checksum.add_argument("checkpoint", type=Path, metavar="DIR")
     checksum.add_argument("--check", action="store_true", help="compare them with those noted earlier")
-    quantize = commands.add_parser("quantize", help="write a checkpoint with its experts in fewer bits")
+    quantize = command("quantize", _quantize, "write a checkpoint with its experts in fewer bits")
     quantize.add_argument("checkpoint", type=Path, metavar="DIR")
     quantize.add_argument("output", type=Path, metavar="OUT")
     kinds = "bf12: lossless, 12 bits a value; int8 and int4: 8.25 and 5 bits, rounded"
     quantize.add_argument("--to", choices=sorted(PACKINGS), required=True, help=kinds)
-    for command in (run, bench):
-        command.add_argument("runtime_dir", type=Path, metavar="RUNTIME_DIR")
-        command.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the one the plan names")
-        rehearsal = "let the CPU take the place of the accelerator that the plan is for"
-        command.add_argument("--rehearse", action="store_true", help=rehearsal)
-        command.add_argument("--trace", type=Path, metavar="FILE.json", help="write what each lane did when")
-        command.add_argument("--metrics", type=Path, metavar="FILE.prom", help="keep a file for Prometheus")
-        command.add_argument("--report", type=Path, metavar="FILE.json", help="write all that was measured")
-    run.add_argument("--input", type=Path, required=True, metavar="IN.jsonl")
-    run.add_argument("--output", type=Path, required=True, metavar="OUT.jsonl")
-    run.add_argument("--show", type=int, default=0, metavar="N", help="print the first N prompts and answers")
-    bench.add_argument(
-        "--prompt-tokens", type=int, default=0, metavar="N", help="default: the plan's longest"
-    )
-    bench.add_argument("--tokens", type=int, default=16, metavar="N", help="generated per sequence (16)")
-    bench.add_argument(
-        "--batches", type=int, default=1, metavar="N", help="full batches, one after the other (1)"
-    )
-    return parser
-
-
-def _add_shards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    divide = commands.add_parser("split", help="divide an OpenAI batch file for several machines")
+    divide = command("split", _split, "divide an OpenAI batch file for several machines")
     divide.add_argument("input", type=Path, metavar="IN.jsonl")
     divide.add_argument("folder", type=Path, metavar="DIR", help="where part-NNNNN.jsonl are written")
     divide.add_argument("--parts", type=_count, required=True, metavar="N")
-    join = commands.add_parser("merge", help="put the answers to all parts together, one per request")
+    join = command("merge", _merge, "put the answers to all parts together, one per request")
     join.add_argument("input", type=Path, metavar="IN.jsonl", help="the batch file that was split")
     join.add_argument("answers", type=Path, metavar="DIR", help="holds the answers, any *.jsonl")
     join.add_argument("--output", type=Path, required=True, metavar="OUT.jsonl")
+    return parser
 
 
 def _count(text: str) -> int:
-    """A number of parts."""
     if not text.isdecimal() or not 0 < int(text) <= _MOST_PARTS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {_MOST_PARTS}")
     return int(text)
 
 
 def _run(options: argparse.Namespace, interruption: Interruption) -> Report:
-    progress = ProgressBar() if sys.stderr.isatty() else _silent
+    progress: Progress = ProgressBar() if sys.stderr.isatty() else lambda done, total, tokens: None
 
     def after_pass(done: int, total: int, tokens: int) -> None:
         interruption.check()
         progress(done, total, tokens)
 
     folders = options.runtime_dir, options.checkpoint, options.input, options.output
-    report = run_plan(*folders, after_pass, options.rehearse, _watch(options))
+    watch = Watch(trace=options.trace, metrics=options.metrics)
+    report = run_plan(*folders, after_pass, options.rehearse, watch)
     if sys.stderr.isatty():
         print(file=sys.stderr)
     if options.show > 0:
@@ -134,7 +133,8 @@ def _run(options: argparse.Namespace, interruption: Interruption) -> Report:
 
 def _bench(options: argparse.Namespace, interruption: Interruption) -> Report:
     sizes = options.prompt_tokens, options.tokens, options.batches
-    report = bench_plan(options.runtime_dir, options.checkpoint, *sizes, options.rehearse, _watch(options))
+    watch = Watch(trace=options.trace, metrics=options.metrics)
+    report = bench_plan(options.runtime_dir, options.checkpoint, *sizes, options.rehearse, watch)
     return _reported(options, report)
 
 
@@ -164,20 +164,6 @@ def _quantize(options: argparse.Namespace, interruption: Interruption) -> None:
 
     size = quantize(options.checkpoint, options.output, options.to, progress)
     print(f"wrote {options.output}: {size / 1e9:.2f} GB")
-
-
-_COMMANDS: dict[str, Callable[[argparse.Namespace, Interruption], Report | None]] = {
-    "run": _run,
-    "bench": _bench,
-    "checksum": _checksum,
-    "split": _split,
-    "merge": _merge,
-    "quantize": _quantize,
-}
-
-
-def _watch(options: argparse.Namespace) -> Watch:
-    return Watch(trace=options.trace, metrics=options.metrics)
 
 
 def _reported(options: argparse.Namespace, report: Report) -> Report:
@@ -211,10 +197,6 @@ class ProgressBar:
 def _clock_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def _silent(done: int, total: int, tokens: int) -> None:
-    pass
 
 
 if __name__ == "__main__":

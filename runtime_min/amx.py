@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moeplan.runtime_min import cpu, packing, team
@@ -33,6 +32,7 @@ _CHUNK_BYTES = 1 << 20  # of the weight: what a thread works on stays in its L2
 _CHUNK_ROWS = 128  # at most
 _PROBE_S = 120.0  # most that compiling and trying may take
 _PROBE = "from moeplan.runtime_min import amx; import sys; sys.exit(not amx.right())"
+_SOURCES = ("amx_kernel", "amx", "kernel_parts", "packed_kernel")
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux: arch/x86/include/uapi/asm/prctl.h
 # Palette 1: eight tiles of 16 rows of 64 bytes. Source: Intel SDM, LDTILECFG.
 _CONFIG = ctypes.create_string_buffer(
@@ -44,17 +44,7 @@ def linear(x: Tensor, weight: Matrix) -> Tensor | None:
     """x [T, in] times weight [out, in] as bf16 [T, out], or None where torch is to do it."""
     if not _fits(x, weight) or x.shape[0] > _most_rows() or not usable():
         return None
-    return _compiled(x, weight, torch.bfloat16)
-
-
-def product(x: Tensor, weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """x bf16 [T, in] times weight bf16 [out, in], summed in float32: [T, out] of `dtype`, bf16 or float32.
-
-    The weight is read in place; its rows must be contiguous. A token's result does not depend on the others.
-    """
-    if _fits(x, weight) and usable():
-        return _compiled(x, weight, dtype)
-    return F.linear(x, weight).to(dtype)
+    return product(x, weight)
 
 
 @functools.cache
@@ -95,10 +85,10 @@ def right() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (35, 64))
-    plain = _compiled(x, weight, torch.float32)
+    plain = product(x, weight, torch.float32)
     difference = plain - x.float() @ weight.float().T
     lossless = packing.packed(weight, PACKINGS["bf12"])
-    return difference.abs().max().item() < 1e-3 and torch.equal(_compiled(x, lossless, torch.float32), plain)
+    return difference.abs().max().item() < 1e-3 and torch.equal(product(x, lossless, torch.float32), plain)
 
 
 @functools.cache
@@ -116,15 +106,8 @@ def _permitted() -> bool:
     return bool(call(_ARCH_PRCTL, ctypes.c_long(_REQUEST_PERMISSION), ctypes.c_long(_TILE_DATA)) == 0)
 
 
-def _sources() -> list[str]:
-    names = ("amx.py", "amx_kernel.py", "kernel_parts.py", "packed_kernel.py")
-    return [str(Path(__file__).with_name(name)) for name in names]
-
-
 def _kept(flags: frozenset[str]) -> Path:
-    digest = hashlib.sha256(" ".join(sorted(flags)).encode())
-    for source in _sources():
-        digest.update(Path(source).read_bytes())
+    digest = hashlib.sha256(" ".join([*sorted(flags), team.digest(*_SOURCES)]).encode())
     return user_cache() / f"amx-{digest.hexdigest()[:16]}.json"
 
 
@@ -138,16 +121,18 @@ def _probe() -> bool:
 
 @functools.cache
 def _kernel() -> Any:
-    with team.kept(*_sources()):
-        from moeplan.runtime_min import amx_kernel
-    return amx_kernel
+    return team.module(*_SOURCES)
 
 
 def _fits(x: Tensor, weight: Matrix) -> bool:
     return packing.lies_ready(x, weight) and x.shape[1] % 32 == 0 and weight.shape[0] % 32 == 0
 
 
-def _compiled(x: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
+def product(x: Tensor, weight: Matrix, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """x bf16 [T, in] times weight [out, in], summed in float32: [T, out] of `dtype`, bf16 or float32.
+
+    The weight is read in place; its rows must be contiguous. A token's result does not depend on the others.
+    """
     kernel = _kernel()
     x = x.contiguous()
     (count, inner), outer = x.shape, weight.shape[0]

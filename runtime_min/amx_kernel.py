@@ -18,7 +18,7 @@ from moeplan.runtime_min.kernel_parts import (
     I64,
     INTS,
     draw,
-    intrinsic,
+    emits,
     line_pointers,
     rounded,
     row_pointers,
@@ -70,50 +70,34 @@ def _assemble(builder: Any, text: str, constraints: str, results: Any, arguments
     return builder.call(ir.InlineAsm(function, text, (constraints + _CLOBBERS).lstrip(","), True), arguments)
 
 
-@intrinsic
-def configure(typingctx, config):
+@emits()
+def configure(builder, config):
     """Shape this thread's tiles by the 64 bytes at `config`."""
-
-    def codegen(context, builder, signature, args):
-        _assemble(builder, "ldtilecfg ($0)", "r", ir.VoidType(), [args[0]])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    _assemble(builder, "ldtilecfg ($0)", "r", ir.VoidType(), [config])
 
 
-@intrinsic
-def release(typingctx):
+@emits()
+def release(builder):
     """Give the thread's tiles back: their state is no longer saved."""
-
-    def codegen(context, builder, signature, args):
-        _assemble(builder, "tilerelease", "", ir.VoidType(), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+    _assemble(builder, "tilerelease", "", ir.VoidType(), [])
 
 
-@intrinsic
-def multiply(typingctx, weight, stride, tokens, block, two, steps, out):
+@emits()
+def multiply(builder, weight, stride, tokens, block, two, steps, out):
     """32 rows of the weight, `stride` bytes apart, times one block of 16 tokens, or two `block` bytes apart.
 
     The four tiles at `out`: rows 0 to 15 of the first block and of the second, rows 16 to 31 likewise.
     """
-
-    def codegen(context, builder, signature, args):
-        weight, stride, tokens, block, two, steps, out = args
-        below = builder.add(weight, builder.mul(stride, I64(16)))
-        both = builder.icmp_signed("!=", two, I64(0))
-        with builder.if_else(both) as (then, otherwise):
-            with then:
-                bases = [weight, below, tokens, builder.add(tokens, block)]
-                _advance(builder, _TWO, [*bases, steps], [stride, I64(64)])
-                _keep(builder, out, range(4))
-            with otherwise:
-                _advance(builder, _ONE, [weight, below, tokens, steps], [stride, I64(64)])
-                _keep(builder, out, (0, 2))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 7), codegen
+    below = builder.add(weight, builder.mul(stride, I64(16)))
+    both = builder.icmp_signed("!=", two, I64(0))
+    with builder.if_else(both) as (then, otherwise):
+        with then:
+            bases = [weight, below, tokens, builder.add(tokens, block)]
+            _advance(builder, _TWO, [*bases, steps], [stride, I64(64)])
+            _keep(builder, out, range(4))
+        with otherwise:
+            _advance(builder, _ONE, [weight, below, tokens, steps], [stride, I64(64)])
+            _keep(builder, out, (0, 2))
 
 
 def _advance(builder: Any, text: str, changed: list[Any], fixed: list[Any]) -> None:
@@ -130,37 +114,25 @@ def _keep(builder: Any, out: Any, tiles: Any) -> None:
         _assemble(builder, f"tilestored %tmm{i}, ($0,$1)", "r,r", ir.VoidType(), [place, I64(64)])
 
 
-@intrinsic
-def pack_tile(typingctx, x, stride, valid, packed):
+@emits()
+def pack_tile(builder, x, stride, valid, packed):
     """64 bytes of each of 16 tokens' rows at `x` become a tile at `packed`."""
-
-    def codegen(context, builder, signature, args):
-        x, stride, valid, packed = args
-        rows = [builder.load(p, typ=INTS, align=2) for p in row_pointers(builder, x, stride, valid)]
-        for pointer, line in zip(line_pointers(builder, packed), transposed(builder, rows), strict=True):
-            builder.store(line, pointer, align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
+    rows = [builder.load(p, typ=INTS, align=2) for p in row_pointers(builder, x, stride, valid)]
+    for pointer, line in zip(line_pointers(builder, packed), transposed(builder, rows), strict=True):
+        builder.store(line, pointer, align=4)
 
 
 def _unpack(exact: bool) -> Any:
-    @intrinsic
-    def unpack(typingctx, tile, out, stride, valid):
+    @emits()
+    def unpack(builder, tile, out, stride, valid):
         """Write a tile, `out` by token, to the rows of up to 16 tokens at `out`."""
-
-        def codegen(context, builder, signature, args):
-            tile, out, stride, valid = args
-            rows = [builder.load(p, typ=INTS, align=4) for p in line_pointers(builder, tile)]
-            values = transposed(builder, rows)
-            # From the last: what the tokens that are none have is overwritten.
-            for pointer, value in reversed(
-                list(zip(row_pointers(builder, out, stride, valid), values, strict=True))
-            ):
-                builder.store(value if exact else rounded(builder, value), pointer, align=2)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 4), codegen
+        rows = [builder.load(p, typ=INTS, align=4) for p in line_pointers(builder, tile)]
+        values = transposed(builder, rows)
+        # From the last: what the tokens that are none have is overwritten.
+        for pointer, value in reversed(
+            list(zip(row_pointers(builder, out, stride, valid), values, strict=True))
+        ):
+            builder.store(value if exact else rounded(builder, value), pointer, align=2)
 
     return unpack
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -21,38 +22,35 @@ SIMILAR = 0.75  # a decode call spans sequences whose lengths differ by less: th
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Neighbouring sequences that attend in one call.
+    """Neighbouring sequences that attend in one call; `tokens` are their rows within the micro-batch.
 
-    `tokens` are their rows within the micro-batch and `places` their rows of the KV cache. In prefill each
-    has `new` tokens; in decode one, and keys up to `length`, of which `mask` (None: all) says which are its.
+    In prefill each has `new` tokens. In decode each has one, `places` are their rows of the KV cache, and
+    keys reach up to `length`, of which `mask` (None: all) says which are its.
     """
 
     tokens: slice
-    places: slice
     new: int
+    places: slice
     length: int
     mask: Tensor | None  # [B, 1, 1, length]
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The tokens of one attention call: rows of the pass, and for each its place in the KV cache."""
+    """The tokens of one attention call, and for each its place in the KV cache."""
 
-    rows: slice
     places: Tensor  # [T]
     positions: Tensor  # [T]
     spans: tuple[Span, ...]
-    prefill: bool
 
     def on(self, device: torch.device) -> MicroBatch:
         """The same with its tensors on `device`."""
         spans = tuple(replace(s, mask=None if s.mask is None else s.mask.to(device)) for s in self.spans)
-        return replace(self, places=self.places.to(device), positions=self.positions.to(device), spans=spans)
+        return MicroBatch(self.places.to(device), self.positions.to(device), spans)
 
     def part(self, tokens: slice, first_place: int) -> MicroBatch:
         """Where some of its tokens go in a cache that begins at `first_place`."""
-        places = self.places[tokens] - first_place
-        return replace(self, places=places, positions=self.positions[tokens], spans=())
+        return MicroBatch(self.places[tokens] - first_place, self.positions[tokens], ())
 
 
 class KvCache:
@@ -93,7 +91,7 @@ def attend(
     parts = [
         _decode(q[s.tokens], *cache.load(layer, s), _seen_of(batch, s, sight), sinks) for s in batch.spans
     ]
-    return _joined(parts)
+    return joined(parts)
 
 
 def attend_prompts(
@@ -107,10 +105,10 @@ def attend_prompts(
 ) -> Tensor:
     """The attention of q [T, Q, D] of whole prompts over k and v [T, V, D]: [T, Q * D]."""
     spans = ((q[s.tokens], k[s.tokens], v[s.tokens], s.new) for s in batch.spans)
-    return _joined([prompt_attention(*span, sight, sinks, scale) for span in spans])
+    return joined([prompt_attention(*span, sight, sinks, scale) for span in spans])
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -205,26 +203,19 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor 
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1)
 
 
-def prefill_batch(first_row: int, places: Sequence[int], lengths: Sequence[int]) -> MicroBatch:
+def prefill_batch(places: Sequence[int], lengths: Sequence[int]) -> MicroBatch:
     """Whole prompts in order of their rows; neighbours of equal length share a call."""
-    spans, row, start = [], 0, 0
-    for end in range(1, len(places) + 1):
-        if (
-            end < len(places)
-            and lengths[end] == lengths[start]
-            and places[end] == places[start] + end - start
-        ):
-            continue
-        tokens = (end - start) * lengths[start]
-        where = slice(places[start], places[start] + end - start)
-        spans.append(Span(slice(row, row + tokens), where, lengths[start], lengths[start], None))
-        row, start = row + tokens, end
+    spans, row = [], 0
+    for new, some in groupby(lengths):
+        end = row + new * len(list(some))
+        spans.append(Span(slice(row, end), new, slice(0), 0, None))
+        row = end
     positions = torch.cat([torch.arange(length) for length in lengths])
     repeated = torch.tensor(places).repeat_interleave(torch.tensor(lengths))
-    return MicroBatch(slice(first_row, first_row + row), repeated, positions, tuple(spans), prefill=True)
+    return MicroBatch(repeated, positions, tuple(spans))
 
 
-def decode_batch(first_row: int, places: Sequence[int], lengths: Sequence[int]) -> MicroBatch:
+def decode_batch(places: Sequence[int], lengths: Sequence[int]) -> MicroBatch:
     """One token per sequence, whose length counts that token; neighbours of similar length share a call."""
     spans, start = [], 0
     least = most = lengths[0]
@@ -236,9 +227,7 @@ def decode_batch(first_row: int, places: Sequence[int], lengths: Sequence[int]) 
             least = most = lengths[end]
         spans.append(_decode_span(places[start], start, lengths[start:end]))
         start = end
-    positions = torch.tensor(lengths) - 1
-    rows = slice(first_row, first_row + len(places))
-    return MicroBatch(rows, torch.tensor(places), positions, tuple(spans), prefill=False)
+    return MicroBatch(torch.tensor(places), torch.tensor(lengths) - 1, tuple(spans))
 
 
 def _decode_span(place: int, start: int, lengths: Sequence[int]) -> Span:
@@ -246,4 +235,5 @@ def _decode_span(place: int, start: int, lengths: Sequence[int]) -> Span:
     mask = None
     if min(lengths) < longest:
         mask = (torch.arange(longest) < torch.tensor(lengths)[:, None])[:, None, None]
-    return Span(slice(start, start + count), slice(place, place + count), 1, longest, mask)
+    tokens, places = slice(start, start + count), slice(place, place + count)
+    return Span(tokens, 1, places, longest, mask)

@@ -1,14 +1,15 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 """The compiled side of decode_attention: what Numba and LLVM make of it. Imported only where Numba is.
 
-Vectors are of 16 float32, in any machine's terms: LLVM splits them where registers are shorter. A row of a
-bf16 cache is read 32 values at a time, the even ones and the odd ones as a vector each, which takes one
-operation each; queries and sums are kept in that order. Those of an int8 cache are read 64 at a time, and a
-row's scale multiplies its score, or its weight. G query heads of D values share keys.
+Vectors are of LANES float32, as many as a register holds. A row of a bf16 cache is read two vectors at a
+time, the even values and the odd ones, which takes one operation each; queries and sums are kept in that
+order. Those of an int8 cache are read four at a time, and a row's scale multiplies its score, or its weight.
+G query heads of D values share keys.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -18,10 +19,8 @@ from numba.core import cgutils
 
 from moeplan.runtime_min.kernel_parts import (
     F32,
-    FLOATS,
     I32,
     I64,
-    INTS,
     POINTER,
     draw,
     fma,
@@ -29,11 +28,14 @@ from moeplan.runtime_min.kernel_parts import (
     splat,
 )
 
-LINE = 64  # bytes that a step takes of a row
-KEYS = 16  # keys whose scores are one vector
-# What the registers hold: 32 of 16 floats where there is AVX-512, else 16 of eight.
+# AVX-512 has 32 registers of 16 floats, other CPUs 16 of eight. LANES of them hold scores of SCORING heads
+# under way, or sums of WEIGHING heads: enough for one addition not to wait for another.
 _WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
-KEYS_AT_ONCE, HEADS_AT_ONCE = (16, 4) if _WIDE else (4, 2)
+LANES, SCORING, WEIGHING = (16, 1, 4) if _WIDE else (8, 2, 4)
+LINE, ROW = 4 * LANES, 64  # bytes that a step takes of a row, and that rows are multiples of
+WHOLE = ROW // LINE
+KEYS = LANES  # whose scores are one vector
+FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
 # The table of a call. SCRATCH: of each part G * (2 D + block_tokens + 2) + 2 * G * (D + 2) floats.
 NEXT, DONE, PARTS, Q, K, V, TABLES, TABLE_STRIDE, LENGTHS, B = range(10)
@@ -56,32 +58,32 @@ def _fetch(builder: Any, address: Any) -> None:
 
 
 def _line(builder: Any, pointer: Any, width: int) -> list[Any]:
-    """64 bytes of a row as `width` vectors of float32."""
+    """LINE bytes of a row as `width` vectors of float32."""
     if width == FLOAT:
         return [builder.load(pointer, typ=FLOATS, align=4)]
     if width == INT8:
         start = builder.ptrtoint(pointer, I64)
         parts = [
-            builder.load(_at(builder, start, I64(at)), typ=ir.VectorType(ir.IntType(8), 16), align=1)
-            for at in range(0, LINE, 16)
+            builder.load(_at(builder, start, I64(at)), typ=ir.VectorType(ir.IntType(8), LANES), align=1)
+            for at in range(0, LINE, LANES)
         ]
         return [builder.sitofp(builder.sext(part, INTS), FLOATS) for part in parts]
     pairs = builder.load(pointer, typ=INTS, align=2)
-    even = builder.shl(pairs, ir.Constant(INTS, [16] * 16))
-    odd = builder.and_(pairs, ir.Constant(INTS, [-65536] * 16))
+    even = builder.shl(pairs, ir.Constant(INTS, [16] * LANES))
+    odd = builder.and_(pairs, ir.Constant(INTS, [-65536] * LANES))
     return [builder.bitcast(even, FLOATS), builder.bitcast(odd, FLOATS)]
 
 
 def _transposed_sum(builder: Any, vectors: list[Any]) -> Any:
     """One vector whose element i is the sum of the elements of vectors[i]."""
-    half = 8
+    half = LANES // 2
     while len(vectors) > 1:
         count, merged = len(vectors) // 2, []
         for i in range(count):
             a, b = vectors[i], vectors[i + count]
             # Lanes with the bit `half` unset keep a's sums, those with it b's.
-            low = [lane if not lane & half else 16 + lane - half for lane in range(16)]
-            high = [lane + half if not lane & half else 16 + lane for lane in range(16)]
+            low = [lane if not lane & half else LANES + lane - half for lane in range(LANES)]
+            high = [lane + half if not lane & half else LANES + lane for lane in range(LANES)]
             merged.append(
                 builder.fadd(
                     builder.shuffle_vector(a, b, ir.Constant(INTS, low)),
@@ -92,78 +94,98 @@ def _transposed_sum(builder: Any, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-def _scores(width: int) -> Any:
-    def compute(builder, q, k, lines, scale, out, ahead):
-        """out[i] = scale * (q · k[i]) for the KEYS rows at k; fetches those `ahead` bytes further on."""
-        row_bytes = builder.mul(lines, I64(LINE))
-        sums = []
-        for first in range(0, KEYS, KEYS_AT_ONCE):
-            rows = builder.add(k, builder.mul(row_bytes, I64(first)))
-            sums += products(builder, q, rows, lines, row_bytes, ahead)
-        scores = _transposed_sum(builder, [builder.load(total) for total in sums])
-        builder.store(builder.fmul(scores, splat(builder, scale)), _at(builder, out), align=4)
+def _scores(width: int, heads: int) -> Any:
+    at_once = LANES // heads  # keys
 
-    def products(builder, q, k, lines, row_bytes, ahead):
-        """Of KEYS_AT_ONCE rows at k: vectors whose elements' sum is the product with q."""
-        zero = ir.Constant(FLOATS, [0.0] * 16)
-        sums = [cgutils.alloca_once(builder, FLOATS) for _ in range(KEYS_AT_ONCE)]
-        for total in sums:
-            builder.store(zero, total)
-        with cgutils.for_range(builder, lines) as loop:
-            start = builder.add(q, builder.mul(loop.index, I64(64 * width)))
-            query = [
-                builder.load(_at(builder, start, I64(64 * part)), typ=FLOATS, align=4)
-                for part in range(width)
-            ]
-            place = builder.add(k, builder.mul(loop.index, I64(LINE)))
-            for total in sums:
-                _fetch(builder, builder.add(place, ahead))
-                value = builder.load(total)
-                for a, b in zip(_line(builder, _at(builder, place), width), query, strict=True):
-                    value = fma(builder, a, b, value)
-                builder.store(value, total)
-                place = builder.add(place, row_bytes)
+    def compute(builder, q, q_stride, k, lines, scale, out, stride, ahead):
+        """out[g, i] = scale * (q[g] · k[i]) for the KEYS rows at k; q[g] lie `q_stride` bytes apart, out[g]
+        `stride`. Fetches the rows `ahead` bytes further on."""
+        row_bytes = builder.mul(lines, I64(LINE))
+        sums: list[list[Any]] = [[] for _ in range(heads)]
+        for first in range(0, KEYS, at_once):
+            rows = builder.add(k, builder.mul(row_bytes, I64(first)))
+            for all_sums, some in zip(sums, products(builder, q, q_stride, rows, lines, ahead), strict=True):
+                all_sums += some
+        for g, totals in enumerate(sums):
+            scores = _transposed_sum(builder, [builder.load(total) for total in totals])
+            place = _at(builder, out, builder.mul(stride, I64(g)))
+            builder.store(builder.fmul(scores, splat(builder, scale, LANES)), place, align=4)
+
+    def products(builder, q, q_stride, k, lines, ahead):
+        """Of each head and `at_once` rows at k: vectors whose elements' sum is the product."""
+        sums = [[cgutils.alloca_once(builder, FLOATS) for _ in range(at_once)] for _ in range(heads)]
+        for total in itertools.chain(*sums):
+            builder.store(ir.Constant(FLOATS, [0.0] * LANES), total)
+        row_bytes = builder.mul(lines, I64(LINE))
+        with cgutils.for_range(builder, builder.udiv(lines, I64(WHOLE))) as loop:
+            place = builder.add(k, builder.mul(loop.index, I64(ROW)))
+            for i in range(at_once):
+                row = builder.add(place, builder.mul(row_bytes, I64(i)))
+                _fetch(builder, builder.add(row, ahead))
+            start = builder.add(q, builder.mul(loop.index, I64(ROW * width)))
+            for line in range(0, ROW, LINE):
+                queries = [
+                    loaded(builder, builder.add(start, builder.mul(q_stride, I64(g))), line)
+                    for g in range(heads)
+                ]
+                for i in range(at_once):
+                    row = builder.add(place, builder.mul(row_bytes, I64(i)))
+                    parts = _line(builder, _at(builder, row, I64(line)), width)
+                    for query, totals in zip(queries, sums, strict=True):
+                        value = builder.load(totals[i])
+                        for a, b in zip(parts, query, strict=True):
+                            value = fma(builder, a, b, value)
+                        builder.store(value, totals[i])
         return sums
 
+    def loaded(builder, query, line):
+        """The vectors of a query that meet those of a row's line."""
+        places = [_at(builder, query, I64(line * width + LINE * part)) for part in range(width)]
+        return [builder.load(place, typ=FLOATS, align=4) for place in places]
+
     @intrinsic
-    def scores(typingctx, q, k, lines, scale, out, ahead):
+    def scores(typingctx, q, q_stride, k, lines, scale, out, stride, ahead):
         def codegen(context, builder, signature, args):
             compute(builder, *args)
             return context.get_dummy_value()
 
         i64 = types.int64
-        return types.void(i64, i64, i64, types.float32, i64, i64), codegen
+        return types.void(i64, i64, i64, i64, types.float32, i64, i64, i64), codegen
 
     return scores
 
 
 def _weigh(width: int, heads: int) -> Any:
+    vectors = width * (WHOLE if width * heads * WHOLE <= LANES else 1)  # of each head at once
+
     def compute(builder, p, stride, v, count, lines, sums, ahead):
         """sums[g] += p[g, i] * v[i] over `count` rows at v; p[g] lie `stride` floats apart.
 
         Fetches the rows `ahead` bytes further on.
         """
         row_bytes = builder.mul(lines, I64(LINE))
-        head_bytes = builder.mul(lines, I64(64 * width))
-        with cgutils.for_range(builder, lines) as line:
+        head_bytes = builder.mul(lines, I64(LINE * width))
+        with cgutils.for_range(builder, builder.udiv(lines, I64(vectors // width))) as step:
             places = []
             for g in range(heads):
                 start = builder.add(sums, builder.mul(head_bytes, I64(g)))
-                start = builder.add(start, builder.mul(line.index, I64(64 * width)))
-                places += [_at(builder, start, I64(64 * part)) for part in range(width)]
+                start = builder.add(start, builder.mul(step.index, I64(LINE * vectors)))
+                places += [_at(builder, start, I64(LINE * part)) for part in range(vectors)]
             totals = [cgutils.alloca_once(builder, FLOATS) for _ in places]
             for place, total in zip(places, totals, strict=True):
                 builder.store(builder.load(place, typ=FLOATS, align=4), total)
-            first = builder.add(v, builder.mul(line.index, I64(LINE)))
+            first = builder.add(v, builder.mul(step.index, I64(LINE * vectors // width)))
             with cgutils.for_range(builder, count) as key:
                 place = builder.add(first, builder.mul(key.index, row_bytes))
                 _fetch(builder, builder.add(place, ahead))
-                parts = _line(builder, _at(builder, place), width)
+                parts = []
+                for at in range(0, vectors // width * LINE, LINE):
+                    parts += _line(builder, _at(builder, place, I64(at)), width)
                 for g in range(heads):
                     index = builder.add(builder.mul(stride, I64(g)), key.index)
                     weight = builder.load(_at(builder, p, builder.mul(index, I64(4))), typ=F32, align=4)
-                    weights = splat(builder, weight)
-                    for total, part in zip(totals[g * width : (g + 1) * width], parts, strict=True):
+                    weights = splat(builder, weight, LANES)
+                    for total, part in zip(totals[g * vectors : (g + 1) * vectors], parts, strict=True):
                         builder.store(fma(builder, weights, part, builder.load(total)), total)
             for place, total in zip(places, totals, strict=True):
                 builder.store(builder.load(total), place, align=4)
@@ -183,12 +205,12 @@ def _weigh(width: int, heads: int) -> Any:
 def _exp(builder: Any, x: Any) -> Any:
     """e^x for x <= 0, to about 2e-7: 2^n e^r with |r| <= ln 2 / 2, e^r by its Taylor series."""
     unary = ir.FunctionType(FLOATS, [FLOATS])
-    rint = cgutils.get_or_insert_function(builder.module, unary, "llvm.rint.v16f32")
+    rint = cgutils.get_or_insert_function(builder.module, unary, f"llvm.rint.v{LANES}f32")
     binary = ir.FunctionType(FLOATS, [FLOATS, FLOATS])
-    maximum = cgutils.get_or_insert_function(builder.module, binary, "llvm.maxnum.v16f32")
+    maximum = cgutils.get_or_insert_function(builder.module, binary, f"llvm.maxnum.v{LANES}f32")
 
     def constant(value: float) -> Any:
-        return ir.Constant(FLOATS, [value] * 16)
+        return ir.Constant(FLOATS, [value] * LANES)
 
     x = builder.call(maximum, [x, constant(-87.0)])
     n = builder.call(rint, [builder.fmul(x, constant(1.4426950408889634))])
@@ -197,21 +219,21 @@ def _exp(builder: Any, x: Any) -> Any:
     y = constant(1 / 720)
     for factor in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
         y = fma(builder, y, r, constant(factor))
-    exponent = builder.shl(builder.fptosi(n, INTS), ir.Constant(INTS, [23] * 16))
+    exponent = builder.shl(builder.fptosi(n, INTS), ir.Constant(INTS, [23] * LANES))
     return builder.bitcast(builder.add(builder.bitcast(y, INTS), exponent), FLOATS)
 
 
 @intrinsic
 def exponentials(typingctx, scores, top):
-    """The 16 floats at scores become e^(score - top); returns their sum."""
+    """The KEYS floats at scores become e^(score - top); returns their sum."""
 
     def codegen(context, builder, signature, args):
         place = _at(builder, args[0])
-        x = builder.fsub(builder.load(place, typ=FLOATS, align=4), splat(builder, args[1]))
+        x = builder.fsub(builder.load(place, typ=FLOATS, align=4), splat(builder, args[1], LANES))
         y = _exp(builder, x)
         builder.store(y, place, align=4)
         kind = ir.FunctionType(F32, [F32, FLOATS])
-        add = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+        add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
         return builder.call(add, [ir.Constant(F32, 0.0), y], fastmath=("reassoc",))
 
     return types.float32(types.int64, types.float32), codegen
@@ -219,11 +241,11 @@ def exponentials(typingctx, scores, top):
 
 @intrinsic
 def maximum(typingctx, scores):
-    """The greatest of the 16 floats at scores."""
+    """The greatest of the KEYS floats at scores."""
 
     def codegen(context, builder, signature, args):
         kind = ir.FunctionType(F32, [FLOATS])
-        top = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fmax.v16f32")
+        top = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fmax.v{LANES}f32")
         return builder.call(top, [builder.load(_at(builder, args[0]), typ=FLOATS, align=4)])
 
     return types.float32(types.int64), codegen
@@ -241,35 +263,50 @@ def _pointer(kind: Any) -> Any:
 
 
 floats_at, ints_at, longs_at = _pointer(types.float32), _pointer(types.int32), _pointer(types.int64)
-scores_f32, scores_bf16, scores_int8 = _scores(FLOAT), _scores(BF16), _scores(INT8)
-weigh1_f32, weigh1_bf16, weigh1_int8 = _weigh(FLOAT, 1), _weigh(BF16, 1), _weigh(INT8, 1)
-weigh_f32, weigh_bf16, weigh_int8 = (_weigh(width, HEADS_AT_ONCE) for width in (FLOAT, BF16, INT8))
+_WIDTHS = FLOAT, BF16, INT8
+scores1_f32, scores1_bf16, scores1_int8 = (_scores(width, 1) for width in _WIDTHS)
+scores_f32, scores_bf16, scores_int8 = (_scores(width, SCORING) for width in _WIDTHS)
+weigh1_f32, weigh1_bf16, weigh1_int8 = (_weigh(width, 1) for width in _WIDTHS)
+weigh_f32, weigh_bf16, weigh_int8 = (_weigh(width, WEIGHING) for width in _WIDTHS)
 
 
 @njit(error_model="numpy")
 def _place(d, width):
     """Where value d of a head stands in a query or a sum."""
-    return (d // 32) * 32 + (d % 2) * 16 + (d % 32) // 2 if width == BF16 else d
+    pair = 2 * LANES
+    return d // pair * pair + d % 2 * LANES + d % pair // 2 if width == BF16 else d
 
 
 @njit(error_model="numpy")
 def _score_block(a, q, keys, count, scores, ahead):
     """The scores of a block's `count` keys for all heads, the rest of a vector -inf."""
     g_count, size, tokens = a[G], a[D], a[BLOCK_TOKENS]
-    lines = size // (16 * a[WIDTH])
+    lines = size // (LANES * a[WIDTH])
     scale = types.float32(1.0) / types.float32(size) ** types.float32(0.5)
     vectors = (count + KEYS - 1) // KEYS
     values = carray(floats_at(scores), (g_count * tokens,))
     for i in range(vectors):
-        for g in range(g_count):
-            out = scores + 4 * (g * tokens + i * KEYS)
-            some, further = keys + i * KEYS * lines * LINE, 0 if g else ahead
-            if a[WIDTH] == BF16:
-                scores_bf16(q + 4 * g * size, some, lines, scale, out, further)
-            elif a[WIDTH] == INT8:
-                scores_int8(q + 4 * g * size, some, lines, scale, out, further)
+        rows = keys + i * KEYS * lines * LINE
+        g = 0
+        while g < g_count:
+            out, query = scores + 4 * (g * tokens + i * KEYS), q + 4 * g * size
+            further = 0 if g else ahead
+            if g + SCORING <= g_count:
+                if a[WIDTH] == BF16:
+                    scores_bf16(query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
+                elif a[WIDTH] == INT8:
+                    scores_int8(query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
+                else:
+                    scores_f32(query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
+                g += SCORING
             else:
-                scores_f32(q + 4 * g * size, some, lines, scale, out, further)
+                if a[WIDTH] == BF16:
+                    scores1_bf16(query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
+                elif a[WIDTH] == INT8:
+                    scores1_int8(query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
+                else:
+                    scores1_f32(query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
+                g += 1
     for g in range(g_count):
         for t in range(count, vectors * KEYS):
             values[g * tokens + t] = -3.0e38
@@ -303,7 +340,7 @@ def _soften(a, count, scores, tops, totals, sums):
         row = scores + 4 * g * tokens
         top = tops[g]
         for i in range(vectors):
-            top = max(top, maximum(row + 64 * i))
+            top = max(top, maximum(row + 4 * KEYS * i))
         if top > tops[g]:
             shrink = _shrink(tops[g] - top)
             totals[g] *= shrink
@@ -311,7 +348,7 @@ def _soften(a, count, scores, tops, totals, sums):
                 sums[d] *= shrink
             tops[g] = top
         for i in range(vectors):
-            totals[g] += exponentials(row + 64 * i, top)
+            totals[g] += exponentials(row + 4 * KEYS * i, top)
 
 
 @njit(error_model="numpy")
@@ -324,19 +361,19 @@ def _shrink(x):
 def _weigh_block(a, values, count, scores, sums, ahead):
     """Add the block's `count` values, weighted, to the sums of all heads."""
     size, tokens = a[D], a[BLOCK_TOKENS]
-    lines = size // (16 * a[WIDTH])
+    lines = size // (LANES * a[WIDTH])
     g = 0
     while g < a[G]:
         p, to = scores + 4 * g * tokens, sums + 4 * g * size
         further = 0 if g else ahead
-        if g + HEADS_AT_ONCE <= a[G]:
+        if g + WEIGHING <= a[G]:
             if a[WIDTH] == BF16:
                 weigh_bf16(p, tokens, values, count, lines, to, further)
             elif a[WIDTH] == INT8:
                 weigh_int8(p, tokens, values, count, lines, to, further)
             else:
                 weigh_f32(p, tokens, values, count, lines, to, further)
-            g += HEADS_AT_ONCE
+            g += WEIGHING
         else:
             if a[WIDTH] == BF16:
                 weigh1_bf16(p, tokens, values, count, lines, to, further)

@@ -7,11 +7,10 @@ clock and no random identifier: the same input gives the same bytes.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in the API it follows
@@ -92,6 +91,11 @@ class Answer:
     places: tuple[Place, ...] | None = None
 
 
+def failure(item: Request | Failure, code: str, message: str) -> Failure:
+    """The line of `item` is answered with an error."""
+    return Failure(item.line, item.custom_id, code, f"line {item.line}: {message}")
+
+
 class _InvalidError(Exception):
     """The line cannot be run: code, message."""
 
@@ -111,8 +115,8 @@ def _unique(item: Request | Failure, seen: dict[str, int]) -> Request | Failure:
     first = seen.setdefault(item.custom_id, item.line)
     if first == item.line:
         return item
-    message = f"line {item.line}: custom_id {item.custom_id!r} is already used in line {first}"
-    return Failure(item.line, item.custom_id, "duplicate_custom_id", message)
+    message = f"custom_id {item.custom_id!r} is already used in line {first}"
+    return failure(item, "duplicate_custom_id", message)
 
 
 def parse_line(number: int, line: bytes) -> Request | Failure:
@@ -123,7 +127,7 @@ def parse_line(number: int, line: bytes) -> Request | Failure:
         custom_id = data.get("custom_id")
         if not isinstance(custom_id, str) or not custom_id:
             custom_id = None
-            _refuse("missing_custom_id", "custom_id must be a text that is not empty")
+            raise _InvalidError("missing_custom_id", "custom_id must be a text that is not empty")
         return _request(number, custom_id, data)
     except _InvalidError as error:
         code, message = error.args
@@ -134,20 +138,20 @@ def _load(line: bytes) -> dict[str, Any]:
     try:
         data = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        _refuse("invalid_json", f"is not JSON: {error}")
+        raise _InvalidError("invalid_json", f"is not JSON: {error}") from None
     if not isinstance(data, dict):
-        _refuse("invalid_json", "is not a JSON object")
+        raise _InvalidError("invalid_json", "is not a JSON object")
     return data
 
 
 def _request(number: int, custom_id: str, data: dict[str, Any]) -> Request:
     if data.get("method", "POST") != "POST":
-        _refuse("invalid_method", f"method is {data['method']!r}, expected 'POST'")
+        raise _InvalidError("invalid_method", f"method is {data['method']!r}, expected 'POST'")
     url = data.get("url")
     if url not in (COMPLETIONS, CHAT):
-        _refuse("invalid_url", f"url is {url!r}, expected {COMPLETIONS} or {CHAT}")
+        raise _InvalidError("invalid_url", f"url is {url!r}, expected {COMPLETIONS} or {CHAT}")
     if not isinstance(data.get("body"), dict):
-        _refuse("invalid_body", "body must be an object")
+        raise _InvalidError("invalid_body", "body must be an object")
     body = {key: value for key, value in data["body"].items() if value is not None}
     prompt_key = "messages" if url == CHAT else "prompt"
     _check_parameters(body, prompt_key)
@@ -171,29 +175,30 @@ def _check_parameters(body: dict[str, Any], prompt_key: str) -> None:
     for key, value in body.items():
         neutral = NEUTRAL.get(key, ())
         if key not in known and not any(value == n and type(value) is type(n) for n in neutral):
-            _refuse("unsupported_parameter", f"{key} = {json.dumps(value)[:100]} is not supported")
+            asked = f"{key} = {json.dumps(value)[:100]}"
+            raise _InvalidError("unsupported_parameter", f"{asked} is not supported")
 
 
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
-        _refuse("invalid_parameter", f"{name} must be one text")
+        raise _InvalidError("invalid_parameter", f"{name} must be one text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        _refuse("invalid_parameter", f"{name} holds half of a surrogate pair")
+        raise _InvalidError("invalid_parameter", f"{name} holds half of a surrogate pair") from None
     return value
 
 
 def _messages(value: object) -> tuple[dict[str, str], ...]:
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
-        _refuse("invalid_parameter", "messages must be a list of objects that is not empty")
+        raise _InvalidError("invalid_parameter", "messages must be a list of objects that is not empty")
     return tuple(_message(item) for item in value)
 
 
 def _message(item: dict[str, Any]) -> dict[str, str]:
     unknown = sorted(set(item) - {"role", "content", "name"})
     if unknown:
-        _refuse("unsupported_parameter", f"messages: {unknown[0]} is not supported")
+        raise _InvalidError("unsupported_parameter", f"messages: {unknown[0]} is not supported")
     content = item.get("content")
     if isinstance(content, list):
         content = "".join(_part(part) for part in content)
@@ -205,7 +210,7 @@ def _part(part: object) -> str:
     match part:
         case {"type": "text", "text": str(text)}:
             return text
-    _refuse("unsupported_parameter", "content parts other than text are not supported")
+    raise _InvalidError("unsupported_parameter", "content parts other than text are not supported")
 
 
 def _max_tokens(body: dict[str, Any], default: int | None) -> int | None:
@@ -219,41 +224,36 @@ def _logprobs(body: dict[str, Any], chat: bool) -> int | None:
     if not chat:
         return None if asked is None or asked is False else _integer(asked, "logprobs", 0, MOST_LOGPROBS)
     if asked is not None and not isinstance(asked, bool):
-        _refuse("invalid_parameter", "logprobs must be true or false")
+        raise _InvalidError("invalid_parameter", "logprobs must be true or false")
     top = body.get("top_logprobs")
     if top is not None and not asked:
-        _refuse("invalid_parameter", "top_logprobs needs logprobs: true")
+        raise _InvalidError("invalid_parameter", "top_logprobs needs logprobs: true")
     return _integer(top or 0, "top_logprobs", 0, MOST_TOP_LOGPROBS) if asked else None
 
 
 def _integer(value: object, name: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        _refuse("invalid_parameter", f"{name} must be a whole number from {low} to {high}")
+        raise _InvalidError("invalid_parameter", f"{name} must be a whole number from {low} to {high}")
     return value
 
 
 def _number(body: dict[str, Any], name: str, default: float, low: float, high: float) -> float:
     value = body.get(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        _refuse("invalid_parameter", f"{name} must be a number from {low} to {high}")
+        raise _InvalidError("invalid_parameter", f"{name} must be a number from {low} to {high}")
     if name == "top_p" and value == 0:
-        _refuse("invalid_parameter", "top_p must be above 0")
-    assert math.isfinite(value)
+        raise _InvalidError("invalid_parameter", "top_p must be above 0")
     return float(value)
 
 
 def _stop(value: object) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or len(items) > 4:
-        _refuse("invalid_parameter", "stop must be a text or a list of up to 4")
+        raise _InvalidError("invalid_parameter", "stop must be a text or a list of up to 4")
     stops = tuple(_text(item, "stop") for item in items)
     if "" in stops:
-        _refuse("invalid_parameter", "stop must not be empty")
+        raise _InvalidError("invalid_parameter", "stop must not be empty")
     return stops
-
-
-def _refuse(code: str, message: str) -> NoReturn:
-    raise _InvalidError(code, message)
 
 
 def answer_record(request: Request, answer: Answer, model: str) -> dict[str, Any]:
@@ -279,8 +279,6 @@ def answer_record(request: Request, answer: Answer, model: str) -> dict[str, Any
 
 
 def _chat_scores(places: tuple[Place, ...]) -> dict[str, Any]:
-    """The logprobs of a chat's choice."""
-
     def entry(token: TokenScore) -> dict[str, Any]:
         return {"token": token.text, "logprob": token.logprob, "bytes": list(token.utf8)}
 

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
-from types import TracebackType
 from typing import Literal, Self
 
 import torch
@@ -19,7 +18,7 @@ from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.plan_file import RuntimePlan
 from moeplan.runtime_min.ranks import ALONE, Ranks
 from moeplan.runtime_min.report import RankReport, peak_bytes
-from moeplan.runtime_min.sampling import Sampling, Scored, best_scored, draw, generator, greedy
+from moeplan.runtime_min.sampling import Sampling, Scored, best_scored, draw, greedy
 
 
 @dataclass(slots=True, eq=False)
@@ -27,8 +26,8 @@ class Generation:
     """A request under way. `ends` are tokens that finish it, `stopped` a test of the tokens so far.
 
     `top_scored` asks for the log-probability of each token and of so many of the best (None: for none);
-    they come in `scored`. `cached` counts the tokens whose keys and values are kept. A generation whose
-    scores are no numbers ends as "invalid".
+    they come in `scored`. `cached` counts the tokens whose keys and values are kept; `since_s` is when it was
+    taken in, by time.perf_counter. A generation whose scores are no numbers ends as "invalid".
     """
 
     prompt: Sequence[int]
@@ -41,6 +40,11 @@ class Generation:
     scored: list[Scored] = field(default_factory=list)
     finish: Literal["", "stop", "length", "invalid"] = ""
     cached: int = 0
+    since_s: float = 0.0
+    source: torch.Generator = field(init=False)  # of its draws
+
+    def __post_init__(self) -> None:
+        self.source = torch.Generator().manual_seed(self.sampling.seed)
 
     @property
     def length(self) -> int:
@@ -65,19 +69,16 @@ Active = Sequence[tuple[int, Generation]]  # (place, generation), places ascendi
 
 @dataclass(slots=True)
 class Stats:
-    """Sums over the passes so far.
-
-    `decode_tokens` leaves out each request's first token. Seconds go to prefill for passes that only read
-    prompts, to decode for those that read none, else to mixed; `first_tokens_s` sums over requests what
-    passed from being taken in to the first token.
+    """Sums over the passes so far. Seconds go to prefill for passes that only read prompts, to decode for
+    those that read none, else to mixed; `first_tokens_s` sums over requests what passed from being taken in
+    to the first token.
     """
 
     requests: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    decode_tokens: int = 0
     prefilled_tokens: int = 0  # prompt tokens of prefill passes
-    decoded_tokens: int = 0  # tokens of decode passes
+    decode_tokens: int = 0  # tokens of decode passes
     decode_passes: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -87,7 +88,6 @@ class Stats:
 
     @property
     def seconds(self) -> float:
-        """Of all passes."""
         return self.prefill_s + self.decode_s + self.mixed_s
 
     def since(self, before: Stats) -> Stats:
@@ -95,7 +95,6 @@ class Stats:
         return Stats(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
 
     def plus(self, more: Stats) -> Stats:
-        """Both together."""
         return Stats(*(getattr(self, f.name) + getattr(more, f.name) for f in fields(self)))
 
 
@@ -111,7 +110,6 @@ class Waiting:
         return list(islice(self._ready, count))
 
     def drop(self, count: int) -> None:
-        """Forget the first `count`."""
         for _ in range(count):
             self._ready.popleft()
 
@@ -133,15 +131,11 @@ class Batches:
         self.ranks = ranks
         self.stats = Stats()
         self.batches: list[tuple[int, Stats]] = []  # from empty to empty: most sequences at once, sums
-        self._sources: dict[int, torch.Generator] = {}
-        self._since: dict[int, float] = {}
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -171,7 +165,7 @@ class Batches:
             self._timed_pass(active, bool(waiting))
             for place, generation in active:
                 if generation.finish:
-                    self._leave(place, generation)
+                    self._leave(place)
                     finished(generation)
             active = [(place, g) for place, g in active if not g.finish]
             after_pass()
@@ -199,11 +193,10 @@ class Batches:
         return len(candidates)
 
     def _enter(self, place: int, generation: Generation) -> None:
-        self._sources[id(generation)] = generator(generation.sampling)
-        self._since[id(generation)] = time.perf_counter()
+        generation.since_s = time.perf_counter()
 
-    def _leave(self, place: int, generation: Generation) -> None:
-        del self._sources[id(generation)], self._since[id(generation)]
+    def _leave(self, place: int) -> None:
+        """The sequence at `place` is done."""
 
     def _pass(self, active: Active, more: bool) -> None:
         """One pass over tokens of `active` that are not cached; those that have all accept their next token.
@@ -225,7 +218,7 @@ class Batches:
                 g.finish = "invalid"
                 continue
             drawn = g.sampling.temperature > 0
-            token = draw(scores[row], g.sampling, self._sources[id(g)]) if drawn else best[row]
+            token = draw(scores[row], g.sampling, g.source) if drawn else best[row]
             if g.top_scored is not None:
                 g.scored.append(best_scored(scores[row], token, g.top_scored))
             g.accept(token)
@@ -240,15 +233,14 @@ class Batches:
         prompt = sum(g.cached for g in new) - cached
         tokens = sum(len(g.tokens) for _, g in active) - said
         stats.requests += len(first)
-        stats.first_tokens_s += sum(end - self._since[id(g)] for g in first)
+        stats.first_tokens_s += sum(end - g.since_s for g in first)
         stats.prompt_tokens += prompt
         stats.generated_tokens += tokens
-        stats.decode_tokens += tokens - len(first)
         if len(new) == len(active):
             stats.prefilled_tokens += prompt
             stats.prefill_s += end - start
         elif not new:
-            stats.decoded_tokens += tokens
+            stats.decode_tokens += tokens
             stats.decode_passes += 1
             stats.decode_s += end - start
         else:

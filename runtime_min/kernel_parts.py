@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -16,15 +17,28 @@ INTS, FLOATS = ir.VectorType(I32, 16), ir.VectorType(F32, 16)
 intrinsic: Any = extending.intrinsic  # its calls lack the first parameter of its definitions
 
 
-@intrinsic
-def draw(typingctx, address):
+def emits(result: Any = types.void) -> Any:
+    """Make an intrinsic of a function that builds its instructions; it takes int64 and returns a `result`."""
+
+    def intrinsic_of(build: Any) -> Any:
+        @intrinsic
+        @functools.wraps(build)
+        def definition(typingctx, *given):
+            def codegen(context, builder, signature, args):
+                built = build(builder, *args)
+                return context.get_dummy_value() if result is types.void else built
+
+            return result(*[types.int64] * len(given)), codegen
+
+        return definition
+
+    return intrinsic_of
+
+
+@emits(types.int64)
+def draw(builder, address):
     """The count at `address`, then raised by one; atomic."""
-
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], POINTER)
-        return builder.atomic_rmw("add", pointer, I64(1), "seq_cst")
-
-    return types.int64(types.int64), codegen
+    return builder.atomic_rmw("add", builder.inttoptr(address, POINTER), I64(1), "seq_cst")
 
 
 def splat(builder: Any, value: Any, count: int = 16) -> Any:
@@ -35,9 +49,9 @@ def splat(builder: Any, value: Any, count: int = 16) -> Any:
 
 
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """a · b + c of 16 float32, rounded once."""
-    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
+    """a · b + c of vectors of float32, rounded once."""
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{a.type.count}f32")
     return builder.call(function, [a, b, c])
 
 

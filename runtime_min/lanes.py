@@ -12,8 +12,6 @@ themselves.
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import sys
 import threading
 import time
@@ -23,12 +21,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from moeplan.runtime_min.compiled import compiled_apart
 from moeplan.runtime_min.plan_file import SCHEDULE_FORMAT, PlanFileError, RuntimePlan
+from moeplan.runtime_min.trace import Trace
 
 LANES = ("compute", "disk")  # of a stream plan
 OPS = ("embed", "read", "attention", "route", "experts", "head", "expect", "guess", "place", "fetch", "hit")
@@ -43,28 +42,19 @@ Blocks = Callable[[], Sequence[Block]]  # the parts of a row's work, which may r
 
 
 def load_schedule(folder: Path, plan: RuntimePlan) -> types.ModuleType:
-    """Import `folder`/schedule.py, whose digest plan_file.load has checked; raises PlanFileError."""
+    """Execute `folder`/schedule.py, whose digest plan_file.load has checked, and never a .pyc left beside it;
+    raises PlanFileError."""
     path = folder / "schedule.py"
-    name = f"moeplan_schedule_{plan.schedule.sha256[:16]}"
-    loader = _SourceLoader(name, str(path))
-    module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, loader, origin=str(path)))
+    module = types.ModuleType(f"moeplan_schedule_{plan.schedule.sha256[:16]}")
     module.__file__ = str(path)
-    sys.modules[name] = module  # Numba looks the functions' module up by name
+    sys.modules[module.__name__] = module  # Numba looks the functions' module up by name
     try:
         with compiled_apart(plan.schedule.sha256):
-            loader.exec_module(module)
+            exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), vars(module))
             module.issue(module.new_clock(), 1, 1, 1)  # compiled now, not in the first pass
     except Exception as error:
         raise PlanFileError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
     return module
-
-
-class _SourceLoader(importlib.machinery.SourceFileLoader):
-    """Compiles the source whose digest was checked, never a .pyc left beside it."""
-
-    def get_code(self, fullname: str) -> types.CodeType:
-        path = self.get_filename(fullname)
-        return self.source_to_code(self.get_data(path), path)
 
 
 def check_schedule(module: Any, kind: str, expected: dict[str, Any]) -> None:
@@ -82,7 +72,6 @@ def check_schedule(module: Any, kind: str, expected: dict[str, Any]) -> None:
 
 
 def single(work: Callable[..., None], *arguments: Any) -> Blocks:
-    """Work in one part."""
     return lambda: (lambda: work(*arguments),)
 
 
@@ -131,15 +120,6 @@ class Lane:
             self.stall_s += elapsed
 
 
-class Watcher(Protocol):
-    """Told of every block that a lane has executed; `start_s` and `end_s` are of time.perf_counter.
-
-    Calls come one at a time, from the thread that did the work.
-    """
-
-    def block(self, lane: str, op: str, row: Row, nbytes: int, start_s: float, end_s: float) -> None: ...
-
-
 class Lanes:
     """Runs passes of a schedule module; `readers` threads work on the disk's rows."""
 
@@ -158,7 +138,7 @@ class Lanes:
         # Entered as a C lock: an exception out of a signal handler cannot come between lock and block.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self.watcher: Watcher | None = None
+        self.watcher: Trace | None = None  # told of every block, in turn
         self._error: BaseException | None = None
         self._stop = False
 
@@ -231,13 +211,8 @@ class Lanes:
             begun.blocks_left -= 1
             self._retire(lane)
             if self.watcher:
-                self._tell(self.watcher, lane, begun.row, nbytes, start, end)
-
-    def _tell(
-        self, watcher: Watcher, lane: Lane, row: Row, nbytes: int, start_s: float, end_s: float
-    ) -> None:
-        name, op = self._schedule.LANES[lane.number], self._schedule.OPS[row[0]]
-        watcher.block(name, op, row, nbytes, start_s, end_s)
+                name, op = self._schedule.LANES[lane.number], self._schedule.OPS[begun.row[0]]
+                self.watcher.block(name, op, begun.row, nbytes, start, end)
 
     def _next(self, lane: Lane) -> tuple[_Begun, Block] | None:
         """The next block, when it may start; None at the end, which for the caller is the end of its rows."""

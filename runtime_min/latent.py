@@ -13,12 +13,11 @@ import math
 import torch
 from torch import Tensor
 
-from moeplan.runtime_min.attention import prompt_attention, scored, seen
 from moeplan.runtime_min.decode_attention import decode_attention
 from moeplan.runtime_min.layers import linear
-from moeplan.runtime_min.model_config import Latent, Sight
+from moeplan.runtime_min.model_config import Latent
 from moeplan.runtime_min.packing import Matrix, Packed, unpack
-from moeplan.runtime_min.paged import PagedBatch, PagedCache, Span
+from moeplan.runtime_min.paged import PagedBatch, PagedCache, attend_spans
 
 
 def attend_latent(
@@ -28,20 +27,18 @@ def attend_latent(
 
     `up` [Q * (plain + value), L] makes keys and values of latents.
     """
-    up = unpack(up, q.dtype) if isinstance(up, Packed) else up
-    cache.store(layer, batch, latents[:, None])
-    if not batch.spans:
-        return _absorbed(layer, batch, cache, q, up, sizes)
-    parts = [_prompt(layer, s, cache, q[s.tokens], latents[s.tokens], up, sizes) for s in batch.spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    matrix = unpack(up, q.dtype) if isinstance(up, Packed) else up
+    kept = latents[:, None]
+    cache.store(layer, batch, kept)
+    if batch.spans:
 
+        def expanded(kept: Tensor) -> tuple[Tensor, Tensor]:
+            return expand(kept[:, 0], matrix, q.shape[1], sizes)
 
-def _absorbed(
-    layer: int, batch: PagedBatch, cache: PagedCache, q: Tensor, up: Tensor, sizes: Latent
-) -> Tensor:
-    wide = absorbed_queries(q, up, sizes)
+        return attend_spans(layer, batch, cache, q, (kept,), expand=expanded, scale=sizes.score_scale)
+    wide = absorbed_queries(q, matrix, sizes)
     out = decode_attention(wide, *cache.layer(layer), batch.tables, batch.lengths)
-    return values_of(out.view(wide.shape).to(q.dtype), up, sizes)
+    return values_of(out.view(wide.shape).to(q.dtype), matrix, sizes)
 
 
 def absorbed_queries(q: Tensor, up: Tensor, sizes: Latent) -> Tensor:
@@ -58,20 +55,6 @@ def values_of(attended: Tensor, up: Tensor, sizes: Latent) -> Tensor:
     values = up.view(attended.shape[1], -1, sizes.kv)[:, sizes.plain :]
     latents = attended[..., : sizes.kv].transpose(0, 1)
     return torch.bmm(latents, values.transpose(1, 2)).transpose(0, 1).flatten(1)
-
-
-def _prompt(
-    layer: int, span: Span, cache: PagedCache, q: Tensor, latents: Tensor, up: Tensor, sizes: Latent
-) -> Tensor:
-    """Causal attention of whole prompts, given flat, or of a later part of one."""
-    if span.start == 0:
-        k, v = expand(latents, up, q.shape[1], sizes)
-        return prompt_attention(q, k, v, span.new, scale=sizes.score_scale)
-    (cached,) = cache.load(layer, span.table, 0, span.start + span.new)
-    k, v = expand(cached[0], up, q.shape[1], sizes)
-    mask = seen(Sight(), 0, span.start, span.new, q.device)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return scored(q, k, v, mask, scale=sizes.score_scale)[0].transpose(0, 1).flatten(1)
 
 
 def expand(latents: Tensor, up: Tensor, heads: int, sizes: Latent) -> tuple[Tensor, Tensor]:

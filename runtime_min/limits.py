@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from moeplan.runtime_min.formats import PACKINGS, SCALED
 from moeplan.runtime_min.models.tensors import CORRECTION, SCALES, packed
@@ -50,12 +51,8 @@ def check_supported(path: Path, plan: RuntimePlan) -> None:
 def check_numbers(path: Path, plan: RuntimePlan) -> None:
     """Raise PlanFileError where a figure of the stream plan cannot be executed."""
     m, p = plan.model, plan.pages
-    positive = {
-        "experts_per_page": p.experts_per_page,
-        "readers": p.readers,
-        "block_bytes": p.block_bytes,
-    }
     rules = {
+        **_least(p, "experts_per_page", "readers", "block_bytes"),
         "pages_per_layer does not hold the experts": p.pages_per_layer
         == 1 + -(-m.experts // max(1, p.experts_per_page)),
         "resident_pages is not within pages_per_layer": 0 <= p.resident_pages <= p.pages_per_layer,
@@ -65,7 +62,7 @@ def check_numbers(path: Path, plan: RuntimePlan) -> None:
         and (p.guesses == 0 or p.guesses + (p.resident_pages == 0) <= p.slots),
         "block_bytes is not a multiple of 4096": p.block_bytes % ALIGNMENT_BYTES == 0,
     }
-    _check_model(path, plan, positive, rules)
+    _check_rules(path, plan, rules)
 
 
 def check_offload(path: Path, plan: RuntimePlan) -> None:
@@ -82,48 +79,46 @@ def check_offload(path: Path, plan: RuntimePlan) -> None:
         "ranking does not rank the experts of each layer": ranked or not o.ranking,
         "an expert is narrower than there are GPUs": has_whole_experts(plan)
         or plan.model.expert_intermediate >= o.gpus,
+        **_dealt(plan),
     }
-    _check_model(path, plan, {}, rules)
-    if has_whole_experts(plan):
-        _check_dealt(path, plan)
+    _check_rules(path, plan, rules)
 
 
-def _check_dealt(path: Path, plan: RuntimePlan) -> None:
-    """Raise PlanFileError where the GPUs would not all have as many whole experts at each place."""
-    o, experts = plan.offload, plan.model.experts
-    counts = {"": experts, "resident ": o.resident_experts, "CPU ": o.cpu_experts, "disk ": o.disk_experts}
-    for kind, count in counts.items():
-        if count % o.gpus:
-            raise PlanFileError(
-                f"{path}: {count} {kind}experts are not shared whole and evenly by {o.gpus} GPUs",
-                "compile the spec again",
-            )
+def _dealt(plan: RuntimePlan) -> dict[str, bool]:
+    """That all GPUs have as many whole experts at each place."""
+    if not has_whole_experts(plan):
+        return {}
+    o = plan.offload
+    counts = {
+        "": plan.model.experts,
+        "resident ": o.resident_experts,
+        "CPU ": o.cpu_experts,
+        "disk ": o.disk_experts,
+    }
+    return {
+        f"{count} {kind}experts are not shared whole and evenly by {o.gpus} GPUs": count % o.gpus == 0
+        for kind, count in counts.items()
+    }
 
 
-def _check_model(
-    path: Path, plan: RuntimePlan, more_positive: Mapping[str, int], more_rules: Mapping[str, bool]
-) -> None:
+def _least(record: Any, *names: str) -> dict[str, bool]:
+    """That these figures of a record are positive."""
+    values = {name: getattr(record, name) for name in names}
+    return {f"{name} is {value}, expected at least 1": value >= 1 for name, value in values.items()}
+
+
+def _check_rules(path: Path, plan: RuntimePlan, more: Mapping[str, bool]) -> None:
+    """Raise PlanFileError with the first rule, of all plans or of `more`, that does not hold."""
     m, b = plan.model, plan.batch
-    positive = {
-        "threads": plan.threads,
-        "layers": m.layers,
-        "head_dim": m.head_dim,
-        "kv_heads": m.kv_heads,
-        "sequences": b.sequences,
-        "micro_batch": b.micro_batch,
-        "prefill_tokens": b.prefill_tokens,
-        "prompt_tokens": b.prompt_tokens,
-        **more_positive,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise PlanFileError(f"{path}: {name} is {value}, expected at least 1")
     rules = {
+        **_least(plan, "threads"),
+        **_least(m, "layers", "head_dim", "kv_heads"),
+        **_least(b, "sequences", "micro_batch", "prefill_tokens", "prompt_tokens"),
         "context_tokens is not above prompt_tokens": b.context_tokens > b.prompt_tokens,
-        "heads are not a multiple of kv_heads": m.heads % m.kv_heads == 0,
+        "heads are not a multiple of kv_heads": m.heads % max(1, m.kv_heads) == 0,
         "head_dim is odd": m.head_dim % 2 == 0,
         "experts_per_token is not within experts": 1 <= m.experts_per_token <= m.experts,
-        **more_rules,
+        **more,
     }
     for problem, holds in rules.items():
         if not holds:

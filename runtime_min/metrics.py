@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from moeplan.runtime_min.errors import written
@@ -35,9 +34,7 @@ class MetricsFile:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
         with suppress(OSError):
@@ -64,8 +61,8 @@ def metrics_text(plan: RuntimePlan, report: Report) -> str:
         ("requests_answered_total", "Requests answered.", report.answered),
         ("requests_failed_total", "Requests with an error record.", report.failed),
         ("requests_resumed", "Requests that an earlier run had done.", report.resumed),
-        ("prompt_tokens_total", "Prompt tokens read.", report.prompt_tokens),
-        ("generated_tokens_total", "Tokens generated.", report.generated_tokens),
+        ("prompt_tokens_total", "Prompt tokens read.", report.stats.prompt_tokens),
+        ("generated_tokens_total", "Tokens generated.", report.stats.generated_tokens),
         ("read_bytes_total", "Bytes of pages read.", report.bytes_read),
         ("lane_busy_seconds_total", "Seconds in which a lane worked.", busy),
         ("lane_stall_seconds_total", "Seconds in which a lane waited for others.", stalls),

@@ -10,16 +10,10 @@ from typing import Any, Literal
 from moeplan.runtime_min.checkpoint import CheckpointError, read_json
 from moeplan.runtime_min.config_keys import Keys
 from moeplan.runtime_min.formats import PACKINGS
-from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.architecture import Architecture
 from moeplan.runtime_min.plan_file import ModelPlan
 from moeplan.runtime_min.rope_scaling import LongScaling, Scaling, read_scaling
 
-# Keys that change what is computed, and the values at which they do not.
-_TRIVIAL: dict[str, tuple[object, ...]] = {
-    "mlp_bias": (False,),
-    "hidden_act": ("silu",),
-}
 _KEPT_KEYS = ("modules_to_not_convert", "ignored_layers", "ignore")
 _KEPT = ("lm_head", "embed_tokens", "norm", ".gate", ".router", ".shared_expert_gate")  # never in fp8
 _SCORING = {"grouped softmax": "softmax", "sigmoid": "sigmoid"}
@@ -99,24 +93,23 @@ class ModelConfig:
 
 def read_config(folder: Path, model: ModelPlan, context_tokens: int) -> ModelConfig:
     """Read config.json; raises CheckpointError naming every field this runtime or the plan disagrees with."""
-    outer, kind = read_json(folder / "config.json"), BY_MODEL_TYPE[model.architecture]
+    outer, kind = read_json(folder / "config.json"), model.kind
     keys = Keys(outer, kind)
-    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        keys.problems.append(f"rope_parameters is {rope!r}, expected an object")
-        rope = {}
+    rope = keys.group("rope_parameters", "rope_scaling")
     scaling, rope_factor, score_factor = read_scaling(keys, rope, context_tokens)
-    dense = _dense_layers(keys, kind, model.layers)
     biased = bool(keys.get(kind.bias_key, kind.has_biases))
+    # Where config.json is silent queries are normalised, as in Llama 4, but not in GLM-4.5.
+    normalised = keys.get(kind.query_norm_key, kind.query_norm == "rotated" or not kind.query_norm_key)
     rotated = _rotated_layers(keys, kind, model.layers)
     packing, block = _packing(keys.get("quantization_config"), kind)
+    said = keys.said(kind.renormalise_key)  # null says no
     config = ModelConfig(
         norm_eps=keys.number("rms_norm_eps", kind.norm_eps),
-        rope_theta=_theta(keys, kind, rope),
+        rope_theta=rope.number("rope_theta", keys.number("rope_theta", kind.rope_theta)),
         tied=bool(keys.get("tie_word_embeddings", False)),
         eos=_eos(folder, keys.get("eos_token_id")),
-        renormalise=_renormalise(keys, kind),
-        clip_qkv=None if keys.get("clip_qkv") is None else keys.number("clip_qkv", 1.0),
+        renormalise=bool(keys.get(kind.renormalise_key)) if said else kind.renormalise,
+        clip_qkv=None if keys.get("clip_qkv") is None else keys.number("clip_qkv"),
         rope_scaling=scaling,
         rope_factor=rope_factor,
         rotary_dim=_rotary_dim(keys, kind, rope, model),
@@ -125,8 +118,8 @@ def read_config(folder: Path, model: ModelPlan, context_tokens: int) -> ModelCon
         input_bias=kind.biases != "none" and biased,
         output_bias=kind.biases == "all" and biased,
         head_bias=bool(keys.get("lm_head_bias", False)),
-        query_norm=kind.query_norm if keys.get(kind.query_norm_key, _norms(kind)) else "none",
-        dense=dense,
+        query_norm=kind.query_norm if normalised else "none",
+        dense=_dense_layers(keys, kind, model.layers),
         latent=_latent(keys, score_factor) if kind.attention == "latent" else None,
         sights=_sights(keys, kind, model.layers, context_tokens, rotated),
         choice=_choice(keys, kind),
@@ -137,8 +130,7 @@ def read_config(folder: Path, model: ModelPlan, context_tokens: int) -> ModelCon
         *keys.problems,
         *_shape_problems(keys, model, kind, config),
         *_feature_problems(outer, keys, kind, biased),
-        *_context_problems(keys, context_tokens),
-        *_packing_problems(keys.get("quantization_config"), packing, model.packing),
+        *_plan_problems(keys, packing, model.packing, context_tokens),
     ]
     if problems:
         raise CheckpointError([f"{folder / 'config.json'}: {problem}" for problem in problems])
@@ -178,38 +170,12 @@ def _fp8_block(quantization: dict[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def _packing_problems(quantization: object, packing: str, planned: str) -> list[str]:
-    """A checkpoint in other bits than the plan's."""
-    packable = quantization is None and planned in PACKINGS
-    how = f": write it with `runtime_min quantize --to {planned}`" if packable else ""
-    return [f"quantization_config is {quantization!r}, the plan has {planned}{how}"] * (packing != planned)
-
-
-def _renormalise(keys: Keys, kind: Architecture) -> bool:
-    """A key that is null says no."""
-    said = keys.get(kind.renormalise_key)
-    return bool(said) if keys.said(kind.renormalise_key) else kind.renormalise
-
-
-def _norms(kind: Architecture) -> bool:
-    """Whether queries are normalised where config.json is silent: in Llama 4, but not in GLM-4.5."""
-    return kind.query_norm == "rotated" or not kind.query_norm_key
-
-
-def _theta(keys: Keys, kind: Architecture, rope: dict[str, Any]) -> float:
-    value = rope.get("rope_theta", keys.get("rope_theta", kind.rope_theta))
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        keys.problems.append(f"rope_theta is {value!r}, expected a positive number")
-        return kind.rope_theta
-    return float(value)
-
-
-def _rotary_dim(keys: Keys, kind: Architecture, rope: dict[str, Any], model: ModelPlan) -> int:
+def _rotary_dim(keys: Keys, kind: Architecture, rope: Keys, model: ModelPlan) -> int:
     """Of a head; in latent attention of what is rotated apart."""
     if kind.attention == "latent":
         return 0
-    given = rope.get("partial_rotary_factor", keys.get("partial_rotary_factor", kind.partial))
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= 1:
+    given = rope.number("partial_rotary_factor", keys.number("partial_rotary_factor", kind.partial))
+    if given > 1:
         keys.problems.append(f"partial_rotary_factor is {given!r}, expected a number up to 1")
         return 0
     if given != 1 and kind.partial == 1:
@@ -372,9 +338,9 @@ def _feature_problems(outer: dict[str, Any], keys: Keys, kind: Architecture, bia
     problems, found = [], outer.get("architectures")
     if not isinstance(found, list) or [str(f).lower() for f in found] != [kind.class_name.lower()]:
         problems.append(f"architectures is {found!r}, the plan is for {kind.class_name}")
-    for key, trivial in _TRIVIAL.items():
-        if keys.get(key, trivial[0]) not in trivial:
-            problems.append(f"{key} is {keys.get(key)!r}, this runtime computes {trivial[0]!r} only")
+    for key, computed in (("mlp_bias", False), ("hidden_act", "silu")):
+        if keys.get(key, computed) != computed:
+            problems.append(f"{key} is {keys.get(key)!r}, this runtime computes {computed!r} only")
     if biased and kind.biases == "none":
         problems.append(f"{kind.bias_key} is {biased}, this runtime knows no biases of {kind.class_name}")
     if keys.get("use_sliding_window") and kind.windows == "none":
@@ -388,12 +354,17 @@ def _feature_problems(outer: dict[str, Any], keys: Keys, kind: Architecture, bia
     return problems
 
 
-def _context_problems(keys: Keys, context_tokens: int) -> list[str]:
-    """Contexts of the plan that are longer than what the model was made for."""
-    limit = keys.get("max_position_embeddings")
+def _plan_problems(keys: Keys, packing: str, planned: str, context_tokens: int) -> list[str]:
+    """A context longer than the model was made for, and a checkpoint in other bits than the plan's."""
+    problems, limit = [], keys.get("max_position_embeddings")
     if isinstance(limit, int) and limit < context_tokens:
-        return [f"max_position_embeddings is {limit}, the plan has {context_tokens} tokens of context"]
-    return []
+        problems.append(f"max_position_embeddings is {limit}, the plan's context {context_tokens} tokens")
+    if packing != planned:
+        quantization = keys.get("quantization_config")
+        packable = quantization is None and planned in PACKINGS
+        how = f": write it with `runtime_min quantize --to {planned}`" if packable else ""
+        problems.append(f"quantization_config is {quantization!r}, the plan has {planned}{how}")
+    return problems
 
 
 def _eos(folder: Path, value: object) -> frozenset[int]:

@@ -48,21 +48,6 @@ from moeplan.runtime_min.report import RankReport
 from moeplan.runtime_min.shares import parts_of, plan_of
 
 LANES = ("gpu", "h2d", "d2h", "cpu", "copier", "disk")
-DECODE_OPS = (
-    "embed",
-    "pre_attention",
-    "offload_qkv",
-    "cpu_attention",
-    "load_hidden",
-    "load_kv",
-    "gpu_attention",
-    "store_kv",
-    "post_attention",
-    "offload_routed",
-    "cpu_experts",
-    "load_partial",
-    "head",
-)
 PREFILL_OPS = (
     "load_piece",
     "prefill_layer",
@@ -202,7 +187,7 @@ class Offload(Batches):
             if name in PAGE_OPS:
                 yield self._page_work(name, step, layer, item, slot)
                 continue
-            ahead = name in DECODE_OPS and item in headed
+            ahead = name not in PREFILL_OPS and item in headed
             if name == "head":
                 headed.add(item)
             do = getattr(self, f"_{name}")
@@ -234,7 +219,7 @@ class Offload(Batches):
         for group in groups(lengths, self.plan.batch.prefill_tokens):
             some, ends = active[group], list(accumulate(lengths[group]))
             places = [place for place, _ in some]
-            batch = prefill_batch(0, places, lengths[group])
+            batch = prefill_batch(places, lengths[group])
             split = sum(len(g.prompt) for place, g in some if place < self._buffers.host_places)
             to_host, to_device = slice(0, split), slice(split, ends[-1])
             on_device = batch.part(to_device, self._buffers.host_places).on(self._device)
@@ -259,7 +244,7 @@ class Offload(Batches):
 
         def batch(first_place: int) -> MicroBatch | None:
             places = [place - first_place for place, _ in active]
-            return decode_batch(0, places, lengths) if active else None
+            return decode_batch(places, lengths) if active else None
 
         device = batch(first)
         tokens = torch.tensor([g.tokens[-1] for _, g in active], dtype=torch.int64, device=self._device)
@@ -535,7 +520,7 @@ def offload_constants(plan: RuntimePlan, schedule: Any) -> dict[str, object]:
     offload, ops = plan.offload, getattr(schedule, "OPS", ())
     return {
         "LANES": LANES,
-        "OPS": tuple(op for op in ops if op in (*DECODE_OPS, *PREFILL_OPS, *PAGE_OPS)),
+        "OPS": tuple(op for op in ops if op in PAGE_OPS or f"_{op}" in vars(Offload)),
         "layers": plan.model.layers,
         "micro_batches": -(-plan.batch.sequences // plan.batch.micro_batch),
         "pages": plan.pages.pages_per_layer,

@@ -24,8 +24,7 @@ from moeplan.runtime_min.layers import (
     rms_norm,
     rope_frequencies,
 )
-from moeplan.runtime_min.model_config import Latent, ModelConfig
-from moeplan.runtime_min.models import BY_MODEL_TYPE
+from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.models.tensors import CORRECTION
 from moeplan.runtime_min.plan_file import RuntimePlan, call_tokens
 from moeplan.runtime_min.ranks import ALONE, Ranks
@@ -53,7 +52,7 @@ class Operations:
         self._tokens = slice(part.start, part.stop)  # those whose embeddings and scores are here
         self._call = call_tokens(batch)
         self._head_rows = batch.micro_batch
-        self._kind = BY_MODEL_TYPE[m.architecture]
+        self._kind = m.kind
         rotated = config.latent.rotated if config.latent else config.rotary_dim or m.head_dim
         frequencies = rope_frequencies(rotated, config.rope_theta, config.rope_scaling)
         neighbours = self._kind.neighbours
@@ -97,7 +96,8 @@ class Operations:
         self, layer: int, hidden: Tensor, positions: Tensor, weights: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Queries [T, Q, plain + rotated] and latents [T, kv + rotated] of `hidden` [T, H], rotated."""
-        sizes, biased = self._latent, self._config.input_bias
+        sizes, biased = self._config.latent, self._config.input_bias
+        assert sizes is not None  # only then latents are asked for
         x = self._norm(hidden, f"model.layers.{layer}.input_layernorm")
         if sizes.query:
             q = self._project(layer, "q_a_proj", x, weights, biased)
@@ -110,11 +110,6 @@ class Operations:
         kv, shared = both.tensor_split((sizes.kv,), 1)
         shared = self._rope(shared[:, None], positions)[:, 0]
         return q, torch.cat((self._latent_norm(layer, "kv_a", kv), shared), dim=1)
-
-    @property
-    def _latent(self) -> Latent:
-        assert self._config.latent is not None  # only then latents are asked for
-        return self._config.latent
 
     def _latent_norm(self, layer: int, name: str, x: Tensor) -> Tensor:
         """Its epsilon is the class's, not config.json's."""

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""The compiled side of packing rows: as packing.py has it in torch, to the bit. Imported only where Numba is.
+"""The compiled side of packing rows, to formats.py. Imported only where Numba is.
 
 Sums and extremes of a block are taken by halving it. int4 has 16 half blocks side by side, each in a lane of
 vectors; what lies in the memory it works in, in vectors of 16 float32: 32 of values, then LOW to NUMBERS.
@@ -20,6 +20,7 @@ from moeplan.runtime_min.kernel_parts import (
     I64,
     INTS,
     POINTER,
+    emits,
     intrinsic,
     rounded,
     row_pointers,
@@ -84,31 +85,25 @@ def _halved(builder: Any, vectors: list[Any], join: Any) -> Any:
     return vectors[0]
 
 
-@intrinsic
-def take_columns(typingctx, source, count, memory):
+@emits()
+def take_columns(builder, source, count, memory):
     """`count` half blocks at `source` become columns; their extremes, and no grid yet."""
-
-    def codegen(context, builder, signature, args):
-        source, count, memory = args
-        values = []
-        for part in (0, 64):
-            rows = row_pointers(builder, builder.add(source, I64(part)), I64(128), count)
-            lines = transposed(builder, [builder.load(row, typ=INTS, align=4) for row in rows])
-            values += [builder.bitcast(line, FLOATS) for line in lines]
-        for i, value in enumerate(values):
-            _store(builder, value, memory, i)
-        low = _halved(builder, values, lambda a, b: _less(builder, a, b))
-        for place, value in (
-            (LOW, low),
-            (HIGH, _halved(builder, values, lambda a, b: _more(builder, a, b))),
-            (ERROR, _constant(float("inf"))),
-            (BEST_STEP, _constant(0.0)),
-            (BEST_LEAST, low),
-        ):
-            _store(builder, value, memory, place)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen
+    values = []
+    for part in (0, 64):
+        rows = row_pointers(builder, builder.add(source, I64(part)), I64(128), count)
+        lines = transposed(builder, [builder.load(row, typ=INTS, align=4) for row in rows])
+        values += [builder.bitcast(line, FLOATS) for line in lines]
+    for i, value in enumerate(values):
+        _store(builder, value, memory, i)
+    low = _halved(builder, values, lambda a, b: _less(builder, a, b))
+    for place, value in (
+        (LOW, low),
+        (HIGH, _halved(builder, values, lambda a, b: _more(builder, a, b))),
+        (ERROR, _constant(float("inf"))),
+        (BEST_STEP, _constant(0.0)),
+        (BEST_LEAST, low),
+    ):
+        _store(builder, value, memory, place)
 
 
 @intrinsic
@@ -141,22 +136,16 @@ def try_cut(typingctx, memory, cut):
     return types.void(types.int64, types.float32), codegen
 
 
-@intrinsic
-def number_columns(typingctx, memory):
+@emits()
+def number_columns(builder, memory):
     """A byte for each value at NUMBERS [32, LANES]: its number in the best grid of its column."""
-
-    def codegen(context, builder, signature, args):
-        (memory,) = args
-        least = _load(builder, memory, BEST_LEAST)
-        inverse = _inverse(builder, _load(builder, memory, BEST_STEP))
-        for i in range(32):
-            number = _number(builder, _load(builder, memory, i), least, inverse)
-            whole = builder.trunc(builder.fptosi(number, INTS), ir.VectorType(ir.IntType(8), LANES))
-            place = builder.add(memory, I64(64 * NUMBERS + LANES * i))
-            builder.store(whole, builder.inttoptr(place, POINTER), align=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    least = _load(builder, memory, BEST_LEAST)
+    inverse = _inverse(builder, _load(builder, memory, BEST_STEP))
+    for i in range(32):
+        number = _number(builder, _load(builder, memory, i), least, inverse)
+        whole = builder.trunc(builder.fptosi(number, INTS), ir.VectorType(ir.IntType(8), LANES))
+        place = builder.add(memory, I64(64 * NUMBERS + LANES * i))
+        builder.store(whole, builder.inttoptr(place, POINTER), align=1)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -20,7 +20,7 @@ from moeplan.runtime_min.kernel_parts import (
     INTS,
     POINTER,
     draw,
-    intrinsic,
+    emits,
     rounded,
     splat,
 )
@@ -68,59 +68,41 @@ def _scaled(builder: Any, whole: Any, scale: Any, least: Any = None) -> Any:
     return rounded(builder, builder.bitcast(value, INTS))
 
 
-@intrinsic
-def bf12_block(typingctx, data, base, out):
+@emits()
+def bf12_block(builder, data, base, out):
     """64 values: signs and mantissas at `data`, then the exponents' distances to the byte at `base`."""
-
-    def codegen(context, builder, signature, args):
-        data, base, out = args
-        signs = builder.zext(_load(builder, data, BYTES), SHORTS)
-        low, high = _halves(builder, builder.add(data, I64(64)))
-        order = ir.Constant(ir.VectorType(I32, 64), list(range(64)))
-        distance = builder.zext(builder.shuffle_vector(low, high, order), SHORTS)
-        above = splat(builder, builder.zext(_load(builder, base, I8), I16), 64)
-        exponent = builder.shl(builder.add(distance, above), _constant(SHORTS, 7))
-        sign = builder.shl(builder.and_(signs, _constant(SHORTS, 0x80)), _constant(SHORTS, 8))
-        mantissa = builder.and_(signs, _constant(SHORTS, 0x7F))
-        _store(builder, builder.or_(builder.or_(sign, exponent), mantissa), out)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen
+    signs = builder.zext(_load(builder, data, BYTES), SHORTS)
+    low, high = _halves(builder, builder.add(data, I64(64)))
+    order = ir.Constant(ir.VectorType(I32, 64), list(range(64)))
+    distance = builder.zext(builder.shuffle_vector(low, high, order), SHORTS)
+    above = splat(builder, builder.zext(_load(builder, base, I8), I16), 64)
+    exponent = builder.shl(builder.add(distance, above), _constant(SHORTS, 7))
+    sign = builder.shl(builder.and_(signs, _constant(SHORTS, 0x80)), _constant(SHORTS, 8))
+    mantissa = builder.and_(signs, _constant(SHORTS, 0x7F))
+    _store(builder, builder.or_(builder.or_(sign, exponent), mantissa), out)
 
 
-@intrinsic
-def int8_block(typingctx, data, scale, out):
+@emits()
+def int8_block(builder, data, scale, out):
     """64 signed bytes at `data` times the bf16 at `scale`."""
-
-    def codegen(context, builder, signature, args):
-        data, scale, out = args
-        factor = _scale(builder, scale)
-        for i in range(0, 64, 16):
-            some = _load(builder, builder.add(data, I64(i)), ir.VectorType(I8, 16))
-            whole = builder.sext(some, INTS)
-            _store(builder, _scaled(builder, whole, factor), builder.add(out, I64(2 * i)))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen
+    factor = _scale(builder, scale)
+    for i in range(0, 64, 16):
+        some = _load(builder, builder.add(data, I64(i)), ir.VectorType(I8, 16))
+        whole = builder.sext(some, INTS)
+        _store(builder, _scaled(builder, whole, factor), builder.add(out, I64(2 * i)))
 
 
-@intrinsic
-def int4_block(typingctx, data, scales, out):
+@emits()
+def int4_block(builder, data, scales, out):
     """64 values of four bits at `data`; `scales`: the bf16 step and least value of each 32."""
-
-    def codegen(context, builder, signature, args):
-        data, scales, out = args
-        for half, bits in enumerate(_halves(builder, data)):
-            step = _scale(builder, builder.add(scales, I64(4 * half)))
-            least = _scale(builder, builder.add(scales, I64(4 * half + 2)))
-            for i in range(0, 32, 16):
-                order = ir.Constant(INTS, list(range(i, i + 16)))
-                whole = builder.zext(builder.shuffle_vector(bits, bits, order), INTS)
-                place = builder.add(out, I64(2 * (32 * half + i)))
-                _store(builder, _scaled(builder, whole, step, least), place)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen
+    for half, bits in enumerate(_halves(builder, data)):
+        step = _scale(builder, builder.add(scales, I64(4 * half)))
+        least = _scale(builder, builder.add(scales, I64(4 * half + 2)))
+        for i in range(0, 32, 16):
+            order = ir.Constant(INTS, list(range(i, i + 16)))
+            whole = builder.zext(builder.shuffle_vector(bits, bits, order), INTS)
+            place = builder.add(out, I64(2 * (32 * half + i)))
+            _store(builder, _scaled(builder, whole, step, least), place)
 
 
 def _small_float(builder: Any, bits: Any, sign: int, mantissa_bits: int, bias: int) -> Any:
@@ -135,62 +117,42 @@ def _small_float(builder: Any, bits: Any, sign: int, mantissa_bits: int, bias: i
     return builder.bitcast(builder.or_(builder.select(below, tiny, normal), signs), FLOATS)
 
 
-@intrinsic
-def fp8_block(typingctx, data, scale, out):
+@emits()
+def fp8_block(builder, data, scale, out):
     """64 values e4m3 at `data` times the float32 at `scale`; no NaN among them."""
-
-    def codegen(context, builder, signature, args):
-        data, scale, out = args
-        factor = splat(builder, _load(builder, scale, F32), 16)
-        for i in range(0, 64, 16):
-            some = _load(builder, builder.add(data, I64(i)), ir.VectorType(I8, 16))
-            value = _small_float(builder, builder.zext(some, INTS), 0x80, 3, 7)
-            bits = builder.bitcast(builder.fmul(value, factor), INTS)
-            _store(builder, rounded(builder, bits), builder.add(out, I64(2 * i)))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen
+    factor = splat(builder, _load(builder, scale, F32), 16)
+    for i in range(0, 64, 16):
+        some = _load(builder, builder.add(data, I64(i)), ir.VectorType(I8, 16))
+        value = _small_float(builder, builder.zext(some, INTS), 0x80, 3, 7)
+        bits = builder.bitcast(builder.fmul(value, factor), INTS)
+        _store(builder, rounded(builder, bits), builder.add(out, I64(2 * i)))
 
 
-@intrinsic
-def mxfp4_block(typingctx, data, scales, out):
+@emits()
+def mxfp4_block(builder, data, scales, out):
     """64 values e2m1 at `data` times the powers of two that the two bytes at `scales` stand for."""
-
-    def codegen(context, builder, signature, args):
-        data, scales, out = args
-        low, high = _halves(builder, data)
-        for i in range(0, 64, 16):
-            order = [i // 2 + j // 2 + 32 * (j % 2) for j in range(16)]  # lower and upper bits by turns
-            some = builder.shuffle_vector(low, high, ir.Constant(INTS, order))
-            value = _small_float(builder, builder.zext(some, INTS), 8, 1, 1)
-            power = builder.zext(_load(builder, builder.add(scales, I64(i // 32)), I8), I32)
-            factor = builder.bitcast(builder.shl(power, I32(23)), F32)
-            bits = builder.bitcast(builder.fmul(value, splat(builder, factor, 16)), INTS)
-            _store(builder, rounded(builder, bits), builder.add(out, I64(2 * i)))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen
+    low, high = _halves(builder, data)
+    for i in range(0, 64, 16):
+        order = [i // 2 + j // 2 + 32 * (j % 2) for j in range(16)]  # lower and upper bits by turns
+        some = builder.shuffle_vector(low, high, ir.Constant(INTS, order))
+        value = _small_float(builder, builder.zext(some, INTS), 8, 1, 1)
+        power = builder.zext(_load(builder, builder.add(scales, I64(i // 32)), I8), I32)
+        factor = builder.bitcast(builder.shl(power, I32(23)), F32)
+        bits = builder.bitcast(builder.fmul(value, splat(builder, factor, 16)), INTS)
+        _store(builder, rounded(builder, bits), builder.add(out, I64(2 * i)))
 
 
-@intrinsic
-def copy_bits(typingctx, source, out):
+@emits()
+def copy_bits(builder, source, out):
     """Two bytes at `source` go to `out`."""
-
-    def codegen(context, builder, signature, args):
-        builder.store(_load(builder, args[0], I16), builder.inttoptr(args[1], POINTER), align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
+    builder.store(_load(builder, source, I16), builder.inttoptr(out, POINTER), align=2)
 
 
 def _number_at(kind: Any) -> Any:
-    @intrinsic
-    def number_at(typingctx, address):
-        def codegen(context, builder, signature, args):
-            found = _load(builder, args[0], kind)
-            return found if kind == I64 else builder.zext(found, I64)
-
-        return types.int64(types.int64), codegen
+    @emits(types.int64)
+    def number_at(builder, address):
+        found = _load(builder, address, kind)
+        return found if kind == I64 else builder.zext(found, I64)
 
     return number_at
 

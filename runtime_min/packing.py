@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min import team
+from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.formats import (
     BLOCK_VALUES,
-    CUTS,
     EXCEPTION_BYTES,
-    FAR,
     HALF,
     MX_VALUES,
     SCALED,
-    SMALLEST_STEP,
     Packing,
     Scaled,
 )
@@ -81,13 +79,14 @@ def lies_ready(x: Tensor, weight: Matrix) -> bool:
 def pack(weight: Tensor, packing: Packing, first_row: int = 0) -> tuple[Tensor, Tensor]:
     """The rows of bf16 `weight` [outer, inner] as bytes [outer, row bytes], and the exceptions [n, 8].
 
-    Exceptions count rows from `first_row`. Values that are not finite survive in bf12 only.
+    Exceptions count rows from `first_row`. Values that are not finite survive in bf12 only. Raises RunError
+    where Numba is not installed.
     """
-    kernel = _packer() if weight.device.type == "cpu" and len(weight) else None
-    if kernel is not None:
-        rows, far = _compiled(kernel, weight, packing)
-        return rows, _exceptions(weight, far, first_row)
-    return plain_pack(weight, packing, first_row)
+    kernel = _packer()
+    if kernel is None:
+        raise RunError("weights are packed by compiled code only, and numba is not installed")
+    rows, far = _compiled(kernel, weight, packing)
+    return rows, _exceptions(weight, far, first_row)
 
 
 def _compiled(kernel: Any, weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
@@ -100,14 +99,6 @@ def _compiled(kernel: Any, weight: Tensor, packing: Packing) -> tuple[Tensor, Te
     pack_rows = {"int8": kernel.pack_int8, "int4": kernel.pack_int4}[packing.name]
     pack_rows(weight.float().contiguous().numpy(), rows.numpy())
     return rows, None
-
-
-def plain_pack(weight: Tensor, packing: Packing, first_row: int = 0) -> tuple[Tensor, Tensor]:
-    """The same in torch alone."""
-    blocks = weight.reshape(weight.shape[0], -1, BLOCK_VALUES)  # [outer, blocks, 64]
-    data, scales, far = {"bf12": _pack_bf12, "int8": _pack_int8, "int4": _pack_int4}[packing.name](blocks)
-    rows = torch.cat((data.flatten(1), scales.flatten(1)), dim=1)
-    return rows, _exceptions(weight, far.flatten(1) if far is not None else None, first_row)
 
 
 def packed(weight: Tensor, packing: Packing) -> Packed:
@@ -134,13 +125,11 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 @functools.cache
 def _kernel() -> Any | None:
-    """The module of the compiled kernel, or None without Numba."""
     return team.module("packed_kernel", "kernel_parts")
 
 
 @functools.cache
 def _packer() -> Any | None:
-    """The module of the compiled kernels that pack, or None without Numba."""
     return team.module("pack_kernel", "formats", "kernel_parts")
 
 
@@ -162,7 +151,6 @@ def plain(packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def _plain_scaled(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """Some rows after the other."""
     assert packed.grid is not None
     assert packed.scales is not None
     (outer, inner), out = packed.shape, torch.empty(packed.shape, dtype=dtype)
@@ -173,14 +161,11 @@ def _plain_scaled(packed: Packed, dtype: torch.dtype) -> Tensor:
         some = slice(first, min(outer, first + rows))
         blocks = torch.arange(some.start, some.stop) // height
         factors = scales[blocks].repeat_interleave(width, dim=1)[:, :inner]
-        out[some] = (
-            _fp4(data[some], factors) if packed.packing is SCALED["mxfp4"] else _fp8(data[some], factors)
-        )
+        if packed.packing is SCALED["mxfp4"]:
+            out[some] = _fp4(data[some], factors)
+        else:
+            out[some] = data[some].view(torch.float8_e4m3fn).float() * factors
     return out
-
-
-def _fp8(data: Tensor, factors: Tensor) -> Tensor:
-    return data.view(torch.float8_e4m3fn).float() * factors
 
 
 def _fp4(data: Tensor, exponents: Tensor) -> Tensor:
@@ -210,63 +195,15 @@ def _exceptions(weight: Tensor, far: Tensor | None, first_row: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _pack_bf12(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    bits = blocks.view(torch.int16)
-    signs = ((bits >> 8) & 0x80 | bits & 0x7F).to(torch.uint8)
-    exponents = (bits >> 7) & 0xFF
-    base = (exponents.amax(-1, keepdim=True) - (FAR - 1)).clamp_(min=0)
-    distance = exponents - base
-    far = distance < 0
-    nibbles = distance.masked_fill_(far, FAR).to(torch.uint8)
-    return torch.cat((signs, _pairs(nibbles)), dim=-1), base.to(torch.uint8), far
-
-
 def _unpack_bf12(data: Tensor, base: Tensor) -> Tensor:
     signs = data[..., :BLOCK_VALUES].to(torch.int16)
     exponents = _nibbles(data[..., BLOCK_VALUES:]).to(torch.int16) + base.to(torch.int16)[..., None]
     return ((signs & 0x80) << 8 | (exponents & 0xFF) << 7 | signs & 0x7F).view(torch.bfloat16)
 
 
-def _pack_int8(blocks: Tensor) -> tuple[Tensor, Tensor, None]:
-    values = blocks.float()
-    scale = (values.abs().amax(-1, keepdim=True) / 127).bfloat16()
-    whole = (values / _divisor(scale)).round_().clamp_(-127, 127).to(torch.int8)
-    return whole.view(torch.uint8), scale.view(torch.uint8), None
-
-
 def _unpack_int8(data: Tensor, scales: Tensor) -> Tensor:
     scale = _bf16(scales).view(len(data), -1, 1)
     return (data.view(torch.int8).float() * scale).bfloat16()
-
-
-def _pack_int4(blocks: Tensor) -> tuple[Tensor, Tensor, None]:
-    halves = blocks.float().view(*blocks.shape[:2], 2, HALF)
-    step, least = _least_error(halves)
-    whole = ((halves - least) * _inverse(step)).round_().clamp_(0, 15).to(torch.uint8)
-    scales = torch.cat((step, least), dim=-1).bfloat16()  # [outer, blocks, 2, 2]
-    return _pairs(whole.flatten(-2)), scales.flatten(2).view(torch.uint8), None
-
-
-def _least_error(halves: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a few grids of 16 values in the range of each half block, the one with the least squared error."""
-    low, high = halves.amin(-1, keepdim=True), halves.amax(-1, keepdim=True)
-    best = step, least = torch.zeros_like(low), low
-    error = torch.full_like(low, torch.inf)
-    for cut in CUTS:
-        shift = (high - low) * cut
-        step, least = ((high - low - 2 * shift) / 15).bfloat16().float(), (low + shift).bfloat16().float()
-        whole = ((halves - least) * _inverse(step)).round_().clamp_(0, 15)
-        found = _sum(whole.mul_(step).add_(least).sub_(halves).square_())
-        best = torch.where(found < error, step, best[0]), torch.where(found < error, least, best[1])
-        error = torch.minimum(found, error)
-    return best
-
-
-def _sum(values: Tensor) -> Tensor:
-    """Of the last dimension, by halving it: in an order that the compiled kernel has too."""
-    while (half := values.shape[-1] // 2) > 0:
-        values = values[..., :half] + values[..., half:]
-    return values
 
 
 def _unpack_int4(data: Tensor, scales: Tensor) -> Tensor:
@@ -275,20 +212,8 @@ def _unpack_int4(data: Tensor, scales: Tensor) -> Tensor:
     return whole.mul_(grids[:, :, :, 0]).add_(grids[:, :, :, 1]).bfloat16().flatten(-2)
 
 
-def _inverse(step: Tensor) -> Tensor:
-    return torch.where(step > SMALLEST_STEP, 1.0 / step, 0.0)
-
-
-def _divisor(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 1.0, scale.float())
-
-
 def _bf16(scales: Tensor) -> Tensor:
     return scales.contiguous().view(torch.bfloat16).float()
-
-
-def _pairs(nibbles: Tensor) -> Tensor:
-    return nibbles[..., :HALF] | nibbles[..., HALF:] << 4
 
 
 def _nibbles(pairs: Tensor) -> Tensor:

@@ -6,17 +6,18 @@ Q query heads, V key and value heads
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moeplan.runtime_min.attention import EVERYTHING, first_seen, prompt_attention, scored, seen
+from moeplan.runtime_min.attention import EVERYTHING, first_seen, joined, prompt_attention, scored, seen
 from moeplan.runtime_min.decode_attention import Scales, decode_attention
 from moeplan.runtime_min.model_config import Sight
 from moeplan.runtime_min.plan_file import KV_BLOCK_TOKENS, kv_blocks
 
+Expand = Callable[..., tuple[Tensor, Tensor]]
 Piece = tuple[Tensor, int, int]  # a sequence's blocks [M], and its tokens from .. to that a pass reads
 
 
@@ -144,8 +145,9 @@ def decode_batch(first_row: int, tables: Sequence[Tensor], lengths: Sequence[int
     """The newest token of each sequence, whose length counts that token."""
     positions = torch.tensor(lengths) - 1
     padded = torch.nn.utils.rnn.pad_sequence(list(tables), batch_first=True)
-    blocks, offsets = _places(padded, positions)
+    blocks = padded.gather(1, (positions // KV_BLOCK_TOKENS)[:, None]).squeeze(1).long()
     rows = slice(first_row, first_row + len(lengths))
+    offsets = positions % KV_BLOCK_TOKENS
     return PagedBatch(rows, positions, blocks, offsets, padded, torch.tensor(lengths).int(), ())
 
 
@@ -167,12 +169,6 @@ def prompt_batch(first_row: int, pieces: Sequence[Piece]) -> PagedBatch:
     return PagedBatch(rows, positions, blocks, positions % KV_BLOCK_TOKENS, none, none, tuple(spans))
 
 
-def _places(tables: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Block and place in it of one position of each sequence."""
-    at = (positions // KV_BLOCK_TOKENS)[:, None]
-    return tables.gather(1, at).squeeze(1).long(), positions % KV_BLOCK_TOKENS
-
-
 def attend_paged(
     layer: int,
     batch: PagedBatch,
@@ -185,13 +181,42 @@ def attend_paged(
 ) -> Tensor:
     """Store k and v [T, V, D]; return the attention of q [T, Q, D] over each sequence: [T, Q * D]."""
     cache.store(layer, batch, k, v)
-    if not batch.spans:
-        tables, lengths, starts = _visible(batch, sight)
-        return decode_attention(q, *cache.layer(layer), tables, lengths, starts, sinks, cache.scales(layer))
-    parts = [
-        _prompt(layer, s, cache, q[s.tokens], k[s.tokens], v[s.tokens], sight, sinks) for s in batch.spans
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if batch.spans:
+        return attend_spans(layer, batch, cache, q, (k, v), sight, sinks)
+    tables, lengths, starts = _visible(batch, sight)
+    return decode_attention(q, *cache.layer(layer), tables, lengths, starts, sinks, cache.scales(layer))
+
+
+def attend_spans(
+    layer: int,
+    batch: PagedBatch,
+    cache: PagedCache,
+    q: Tensor,
+    kept: Sequence[Tensor],
+    sight: Sight = EVERYTHING,
+    sinks: Tensor | None = None,
+    expand: Expand = lambda k, v: (k, v),
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of prompts: of whole ones, given flat, or of a later part of one.
+
+    `expand` makes keys and values of what the cache keeps, and `kept` [T, V, D] is of these tokens.
+    """
+    parts = []
+    for span in batch.spans:
+        some = span.tokens
+        if span.start == 0:
+            k, v = expand(*(x[some] for x in kept))
+            parts.append(prompt_attention(q[some], k, v, span.new, sight, sinks, scale))
+            continue
+        first = int(first_seen(sight, torch.tensor(span.start)))
+        cached = cache.load(layer, span.table, first, span.start + span.new)
+        given = (q[some], *expand(*(x.transpose(0, 1) for x in cached)))
+        queries, k, v = (x.transpose(0, 1)[None] for x in given)
+        mask = seen(sight, first, span.start, span.new, q.device)
+        out = scored(queries, k, v, mask, sinks, scale=scale)
+        parts.append(out[0].transpose(0, 1).flatten(1))
+    return joined(parts)
 
 
 def _visible(batch: PagedBatch, sight: Sight) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -205,23 +230,3 @@ def _visible(batch: PagedBatch, sight: Sight) -> tuple[Tensor, Tensor, Tensor | 
     columns = skipped[:, None] + torch.arange(most)
     tables = batch.tables.gather(1, columns.clamp(max=batch.tables.shape[1] - 1))
     return tables, lengths, first - skipped * KV_BLOCK_TOKENS
-
-
-def _prompt(
-    layer: int,
-    span: Span,
-    cache: PagedCache,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sight: Sight,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Causal attention of prompt tokens: of whole prompts, given flat, or of a later part of one."""
-    if span.start == 0:
-        return prompt_attention(q, k, v, span.new, sight, sinks)
-    first = int(first_seen(sight, torch.tensor(span.start)))
-    keys, values = cache.load(layer, span.table, first, span.start + span.new)
-    mask = seen(sight, first, span.start, span.new, q.device)
-    out = scored(q.transpose(0, 1)[None], keys[None], values[None], mask, sinks)
-    return out[0].transpose(0, 1).flatten(1)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -33,7 +34,7 @@ from moeplan.runtime_min.plan_file import ALIGNMENT_BYTES, PagePlan
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 DTYPES |= dict.fromkeys((*PACKINGS, *SCALED, EXPONENTS), torch.uint8)
 
-Names = Callable[[int, int], Sequence[str]]  # layer, page -> the names of its tensors
+Moving = Mapping[tuple[int, int], Sequence[str]]  # layer, page -> the names of its tensors
 Block = Callable[[], int]  # reads one block; returns its bytes
 
 
@@ -140,13 +141,9 @@ class PageView(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Matrix:
         ref, at = self._layout.places[name]
         data = self._slot[at : at + ref.nbytes]
-        if ref.dtype in SCALED:
-            scales = self[name + SCALES]
-            assert isinstance(scales, Tensor)
-            return _scaled(data, scales, ref)
-        if ref.dtype in PACKINGS:
-            return _packed(data, ref)
-        return _typed(data, ref).view(ref.shape).to(kept_as(ref, self._dtype))
+        if ref.dtype not in SCALED and ref.dtype not in PACKINGS:
+            return _typed(data, ref).view(ref.shape).to(kept_as(ref, self._dtype))
+        return _matrix(ref, data, self)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layout.places)
@@ -167,39 +164,31 @@ class Weights(Protocol):
 class PageStore:
     """All weights of a model: `resident` by name, and pages by layer, page and slot.
 
-    A tensor that is corrupt raises RunError in the read that completes it.
+    `moving` has the names of the tensors of each page that moves. A tensor that is corrupt raises RunError in
+    the read that completes it.
     """
 
     def __init__(
         self,
         refs: Mapping[str, TensorRef],
-        layers: int,
         plan: PagePlan,
-        names: Names,
+        moving: Moving,
         dtype: torch.dtype,
         verification: Verification,
     ) -> None:
         self._plan, self._dtype, self._verification = plan, dtype, verification
         self._shards = {path: Shard(path) for path in {ref.path for ref in refs.values()}}
-        streamed = range(plan.resident_pages, plan.pages_per_layer)
         self._layouts = {
-            (layer, page): layout_page((refs[name] for name in names(layer, page)), self._shards)
-            for layer in range(layers)
-            for page in streamed
+            page: layout_page((refs[name] for name in names), self._shards) for page, names in moving.items()
         }
         self._check_slots()
         self._memory = [_allocate(plan.slot_bytes) for _ in range(plan.slots if self._layouts else 0)]
         self._slots = [torch.frombuffer(memory, dtype=torch.uint8) for memory in self._memory]
-        moving = {name for layout in self._layouts.values() for name in layout.places}
-        stay = [ref for name, ref in refs.items() if name not in moving]
+        moves = set(chain(*moving.values()))
+        stay = [ref for name, ref in refs.items() if name not in moves]
         kept = {ref.name: _room(ref, dtype) for ref in stay}
         Reader(self._shards, plan.readers, plan.block_bytes, verification).load(stay, kept)
-        self.resident: dict[str, Any] = {**kept}
-        for ref in stay:
-            if ref.dtype in SCALED:
-                self.resident[ref.name] = _scaled(kept[ref.name], kept[ref.name + SCALES], ref)
-            elif ref.dtype in PACKINGS:
-                self.resident[ref.name] = _packed(kept[ref.name], ref)
+        self.resident: dict[str, Any] = {ref.name: _matrix(ref, kept[ref.name], kept) for ref in stay}
 
     def view(self, layer: int, page: int, slot: int) -> Mapping[str, Any]:
         """The tensors of a page: in `slot`, or resident where `slot` is -1."""
@@ -265,16 +254,17 @@ def _room(ref: TensorRef, dtype: torch.dtype) -> Tensor:
     return torch.empty(ref.shape, dtype=kept_as(ref, dtype))
 
 
-def _packed(data: Tensor, ref: TensorRef) -> Packed:
-    return Packed(data, (ref.shape[0], ref.shape[1]), PACKINGS[ref.dtype])
-
-
-def _scaled(data: Tensor, scales: Tensor, ref: TensorRef) -> Packed:
-    return scaled(data, scales, (ref.shape[0], ref.shape[1]), SCALED[ref.dtype], ref.block)
+def _matrix(ref: TensorRef, data: Tensor, others: Mapping[str, Any]) -> Matrix:
+    """`data` packed as the tensor `ref` is, if it is; scales that lie apart are among `others`."""
+    if ref.dtype in SCALED:
+        scales = others[ref.name + SCALES]
+        return scaled(data, scales, (ref.shape[0], ref.shape[1]), SCALED[ref.dtype], ref.block)
+    if ref.dtype in PACKINGS:
+        return Packed(data, (ref.shape[0], ref.shape[1]), PACKINGS[ref.dtype])
+    return data
 
 
 def kept_as(ref: TensorRef, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor is kept in."""
     if ref.dtype == EXPONENTS:
         return torch.uint8
     return torch.float32 if ref.name.endswith((CORRECTION, SCALES)) else dtype

@@ -17,28 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from moeplan.runtime_min.errors import RunError
+from moeplan.runtime_min.models import BY_MODEL_TYPE
+from moeplan.runtime_min.models.architecture import Architecture
 
 FORMAT = 6
 SCHEDULE_FORMAT = 2
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
-ARCHITECTURES = (  # model types that this version of the runtime executes, on CPU
-    "dbrx",
-    "deepseek_v2",
-    "deepseek_v3",
-    "glm4_moe",
-    "gpt_oss",
-    "kimi_k2",
-    "llama",
-    "llama4",
-    "llama4_text",
-    "mistral",
-    "mixtral",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-)
+ARCHITECTURES = tuple(BY_MODEL_TYPE)  # model types that this version of the runtime executes, on CPU
 PASS_TOKENS = 32768  # that a pass of a stream plan takes at most, where its prompts are shorter
 KV_BLOCK_TOKENS = 32  # tokens of one block of the KV cache of a stream plan
 ALIGNMENT_BYTES = 4096  # of direct reads: their file offset, length and place in memory
@@ -108,6 +93,11 @@ class ModelPlan:
     parameters: int
     packing: Literal["none", "bf12", "int8", "int4", "fp8", "mxfp4"]
     scaled: ScaledPlan
+
+    @property
+    def kind(self) -> Architecture:
+        """What tells its architecture, one of ARCHITECTURES, from others."""
+        return BY_MODEL_TYPE[self.architecture]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,7 +289,8 @@ def slot_bytes(model: ModelPlan, pages: PagePlan, stored_item_bytes: int) -> int
         return padding + page_bytes(model, pages, page, stored_item_bytes)
 
     streamed = range(pages.resident_pages, pages.pages_per_layer)
-    return _align(max(map(needed, streamed), default=0))
+    largest = max(map(needed, streamed), default=0)
+    return -(-largest // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def weights_bytes(model: ModelPlan, pages: PagePlan) -> int:
@@ -382,10 +373,6 @@ def scratch_bytes(model: ModelPlan, batch: BatchPlan, tokens: int, value_bytes: 
     logits = 4 * batch.micro_batch * model.vocab
     rope = 4 * 4 * batch.context_tokens * model.head_dim
     return tokens * per_token + call + value_bytes * latents + mask + logits + rope
-
-
-def _align(size: int) -> int:
-    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def to_json(plan: RuntimePlan) -> str:

@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_min.checkpoint import INDEX, CheckpointError, TensorRef, every_tensor, read_json
-from moeplan.runtime_min.errors import RunError, written
+from moeplan.runtime_min.errors import RunError, replaced, written
 from moeplan.runtime_min.formats import PACKINGS, Packing, fits
 from moeplan.runtime_min.models import BY_MODEL_TYPE
-from moeplan.runtime_min.models.architecture import Architecture
 from moeplan.runtime_min.models.tensors import stored_name
 from moeplan.runtime_min.packing import pack
 from moeplan.runtime_min.pages import DTYPES, Shard
@@ -84,24 +83,19 @@ def quantize(folder: Path, out: Path, name: str, progress: Progress = lambda don
 
 def _expert_pattern(folder: Path, config: dict[str, Any]) -> str:
     """A regular expression for the names of experts' matrices in the checkpoint."""
-    kind = BY_MODEL_TYPE.get(str(config.get("model_type")))
+    model_type = config.get("model_type")
+    kind, problem = BY_MODEL_TYPE.get(str(model_type)), ""
     if kind is None:
-        raise CheckpointError(
-            [f"{folder}: model_type {config.get('model_type')!r} is none that this runtime executes"]
-        )
-    if config.get("quantization_config") is not None:
-        raise CheckpointError([f"{folder}: is quantised already"])
-    if kind.experts != "apart":
-        raise CheckpointError(
-            [f"{folder}: {config['model_type']} stores its experts in one tensor, which is not supported"]
-        )
-    return "|".join(_matrix_pattern(kind, matrix) for matrix in kind.matrices)
-
-
-def _matrix_pattern(kind: Architecture, matrix: str) -> str:
-    expert = "experts.0." if kind.routed else ""
-    name = stored_name(kind, f"model.layers.0.{kind.mlp}.{expert}{matrix}.weight")
-    return re.escape(name).replace(r"\.0\.", r"\.[0-9]+\.")
+        problem = f"model_type {model_type!r} is none that this runtime executes"
+    elif config.get("quantization_config") is not None:
+        problem = "is quantised already"
+    elif kind.experts != "apart":
+        problem = f"{model_type} stores its experts in one tensor, which is not supported"
+    if kind is None or problem:
+        raise CheckpointError([f"{folder}: {problem}"])
+    expert = f"model.layers.0.{kind.mlp}.{'experts.0.' if kind.routed else ''}"
+    names = (stored_name(kind, f"{expert}{matrix}.weight") for matrix in kind.matrices)
+    return "|".join(re.escape(name).replace(r"\.0\.", r"\.[0-9]+\.") for name in names)
 
 
 def _check(folder: Path, packing: Packing, refs: Sequence[TensorRef], experts: set[str]) -> None:
@@ -139,9 +133,8 @@ def _take(out: Path, state: dict[str, Any]) -> None:
     file = out / _STATE
     if not out.exists() or not any(out.iterdir()):
         out.mkdir(parents=True, exist_ok=True)
-        with written(file):
-            file.with_suffix(".tmp").write_text(json.dumps(state))
-            file.with_suffix(".tmp").replace(file)
+        with replaced(file) as begun:
+            begun.write(json.dumps(state).encode())
     elif not file.exists() or read_json(file) != json.loads(json.dumps(state)):
         raise RunError(f"{out}: holds something else", "name a new folder, or remove this one")
 
@@ -289,7 +282,6 @@ def _rows(ref: TensorRef) -> int:
 
 
 def _piece_rows(ref: TensorRef, most_bytes: int) -> int:
-    """As many rows as take `most_bytes`, or one."""
     return max(1, most_bytes * _rows(ref) // max(1, ref.nbytes))
 
 
@@ -301,7 +293,6 @@ def _finish(folder: Path, out: Path, config: dict[str, Any], where: dict[str, st
         with written(out / path.name):
             shutil.copyfile(path, out / path.name)
     for name, content in ((INDEX, index), ("config.json", config)):
-        with written(out / name):
-            (out / name).with_suffix(".tmp").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-            (out / name).with_suffix(".tmp").replace(out / name)
+        with replaced(out / name) as file:
+            file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
     (out / _STATE).unlink()

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ class FullBatches:
             "ttft_s": sums.first_tokens_s / sums.requests,
         }
         if sums.decode_passes:
-            figures["decode_tokens_per_s"] = sums.decoded_tokens / sums.decode_s
+            figures["decode_tokens_per_s"] = sums.decode_tokens / sums.decode_s
             figures["itl_s"] = sums.decode_s / sums.decode_passes
         return figures
 
@@ -67,9 +67,7 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a run did so far. Passes that read prompts beside decoding are mixed: `mixed_s` is no other time.
-    `prefilled_tokens` and `decode_tokens` are those of the other passes, `prompt_tokens` and
-    `generated_tokens` those of all. `shared_tokens` of prompts were not read, as another prompt begins alike.
+    """What a run did so far, loading not counted in `stats`.
 
     `requests` are those of the input; `resumed` of them were done by an earlier run. `lanes` are those that
     had work; the first computes. `rehearsed`: the CPU took the accelerator's place. Of several ranks times
@@ -80,26 +78,13 @@ class Report:
     answered: int
     failed: int
     resumed: int
-    prompt_tokens: int
-    shared_tokens: int
-    prefilled_tokens: int
-    generated_tokens: int
-    decode_tokens: int
-    decode_passes: int
-    prefill_s: float
-    decode_s: float
-    mixed_s: float
+    stats: Stats
     lanes: tuple[LaneReport, ...]
     bytes_read: int
     peak_bytes: int
     full: FullBatches | None
     rehearsed: bool
     ranks: tuple[RankReport, ...] = ()
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds in passes; loading is not counted."""
-        return self.prefill_s + self.decode_s + self.mixed_s
 
 
 @dataclass(slots=True)
@@ -118,7 +103,7 @@ class Counts:
 
 def make_report(engine: Batches, counts: Counts, rehearse: bool) -> Report:
     """What `engine` has done; while it works a figure may lack the block under way."""
-    stats, ranks = engine.stats, engine.ranks.reports if engine.ranks.count > 1 else []
+    ranks = engine.ranks.reports if engine.ranks.count > 1 else []
     lanes = tuple(
         LaneReport(name=name, busy_s=lane.busy_s, stall_s=lane.stall_s, bytes_read=lane.bytes_read)
         for name, lane in engine.lanes.lanes.items()
@@ -126,15 +111,7 @@ def make_report(engine: Batches, counts: Counts, rehearse: bool) -> Report:
     )
     return Report(
         **asdict(counts),
-        prompt_tokens=stats.prompt_tokens,
-        shared_tokens=stats.shared_tokens,
-        prefilled_tokens=stats.prefilled_tokens,
-        generated_tokens=stats.generated_tokens,
-        decode_tokens=stats.decoded_tokens,
-        decode_passes=stats.decode_passes,
-        prefill_s=stats.prefill_s,
-        decode_s=stats.decode_s,
-        mixed_s=stats.mixed_s,
+        stats=replace(engine.stats),
         lanes=lanes,
         bytes_read=sum(r.bytes_read for r in ranks) or engine.disk.bytes_read,
         peak_bytes=sum(r.peak_bytes for r in ranks) or peak_bytes(),
@@ -165,15 +142,19 @@ def peak_bytes() -> int:
 
 def summary(plan: RuntimePlan, report: Report) -> str:
     """The run in lines of text, its speeds beside those that the plan expects."""
+    stats, whole = report.stats, report.stats.prompt_tokens + report.stats.shared_tokens
+    shared = f"  shared     {stats.shared_tokens:,} of {whole:,} prompt tokens: others begin alike"
+    # In a rehearsal the host's memory holds the device's too.
+    planned = plan.memory.budget_bytes + plan.offload.budget_bytes * report.rehearsed
     resumed = f" ({report.resumed} from the interrupted run)" if report.resumed else ""
     failed = f", {report.failed} with an error record" if report.failed else ""
     lines = [
         f"{report.answered + report.failed + report.resumed} requests{resumed}{failed}; "
-        f"{report.generated_tokens:,} tokens generated in {report.elapsed_s:.1f} s",
+        f"{stats.generated_tokens:,} tokens generated in {stats.seconds:.1f} s",
         *(_speed(*speed) for speed in _speeds(plan, report)),
-        *(_shared(report) if report.shared_tokens else ()),
-        f"  memory     {_gib(report.peak_bytes)} GiB at peak, planned {_gib(_planned_bytes(plan, report))}",
-        *(_lane(lane, report.elapsed_s) for lane in report.lanes if report.elapsed_s > 0),
+        *([shared] if stats.shared_tokens else ()),
+        f"  memory     {_gib(report.peak_bytes)} GiB at peak, planned {_gib(planned)}",
+        *(_lane(lane, stats.seconds) for lane in report.lanes if stats.seconds > 0),
     ]
     if report.ranks:
         loaded = ", ".join(_gib(rank.loaded_bytes) for rank in report.ranks)
@@ -183,7 +164,7 @@ def summary(plan: RuntimePlan, report: Report) -> str:
     expected = plan.predicted.generated_tokens_per_s
     if report.rehearsed:
         lines.append("  rehearsal: the CPU took the accelerator's place, so no speed above is the plan's")
-    elif report.elapsed_s > 0 and report.generated_tokens / report.elapsed_s < expected.low:
+    elif stats.seconds > 0 and stats.generated_tokens / stats.seconds < expected.low:
         lines.append(f"  slower than planned: {_SLOWER}")
     return "\n".join(lines)
 
@@ -191,18 +172,13 @@ def summary(plan: RuntimePlan, report: Report) -> str:
 _SLOWER = "a busy machine, a batch that was not full, or a model so small that calls outweigh arithmetic"
 
 
-def _planned_bytes(plan: RuntimePlan, report: Report) -> int:
-    """Host memory; in a rehearsal it holds the device's too."""
-    return plan.memory.budget_bytes + plan.offload.budget_bytes * report.rehearsed
-
-
 def _speeds(plan: RuntimePlan, report: Report) -> Iterator[tuple[str, float, Range]]:
     """(phase, tokens/s as measured, tokens/s as planned) of each phase that ran."""
-    expected = plan.predicted
+    expected, stats = plan.predicted, report.stats
     phases = (
-        ("prefill", report.prefilled_tokens, report.prefill_s, expected.prefill_tokens_per_s),
-        ("decode", report.decode_tokens, report.decode_s, expected.decode_tokens_per_s),
-        ("generated", report.generated_tokens, report.elapsed_s, expected.generated_tokens_per_s),
+        ("prefill", stats.prefilled_tokens, stats.prefill_s, expected.prefill_tokens_per_s),
+        ("decode", stats.decode_tokens, stats.decode_s, expected.decode_tokens_per_s),
+        ("generated", stats.generated_tokens, stats.seconds, expected.generated_tokens_per_s),
     )
     return ((name, tokens / seconds, planned) for name, tokens, seconds, planned in phases if seconds > 0)
 
@@ -210,11 +186,6 @@ def _speeds(plan: RuntimePlan, report: Report) -> Iterator[tuple[str, float, Ran
 def _speed(name: str, measured: float, plan: Range) -> str:
     interval = f"{plan.low:,.0f} to {plan.high:,.0f}"
     return f"  {name:9}  {measured:,.0f} tokens/s, the plan expected {plan.value:,.0f} ({interval})"
-
-
-def _shared(report: Report) -> Iterator[str]:
-    whole = report.prompt_tokens + report.shared_tokens
-    yield f"  shared     {report.shared_tokens:,} of {whole:,} prompt tokens: others begin alike"
 
 
 def _lane(lane: LaneReport, elapsed_s: float) -> str:
@@ -234,13 +205,14 @@ def write_report(path: Path, runtime_dir: Path, plan: RuntimePlan, report: Repor
 
     `moeplan calibrate --from` reads it, and finds the plan by `runtime_dir` and its runtime.json's digest.
     """
+    record = asdict(report)
     data = {
         "format": REPORT_FORMAT,
         "plan": plan.name,
         "runtime_dir": str(runtime_dir.resolve()),
         "runtime_sha256": hashlib.sha256((runtime_dir / "runtime.json").read_bytes()).hexdigest(),
         "sequences": plan.batch.sequences,
-        "measured": asdict(report) | {"elapsed_s": report.elapsed_s},
+        "measured": record.pop("stats") | record | {"elapsed_s": report.stats.seconds},
         "predicted_and_measured": [_compared(*speed) for speed in _speeds(plan, report)],
     }
     with written(path):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moeplan.runtime_min.batch_file import record_line
-from moeplan.runtime_min.errors import RunError, written
+from moeplan.runtime_min.errors import RunError, replaced, written
 
 SYNC_S = 2.0  # at most this much finished work is lost with the machine; none with the process
 GOES_ON = "the same command goes on from what is done"
@@ -60,15 +60,13 @@ class Results:
 
     def finish(self) -> None:
         """Write the records in input order under the final name; the partial file goes."""
-        temporary = self._output.with_name(self._output.name + ".tmp")
-        try:
-            with written(self._output):
-                self._write_in_order(temporary)
-                os.replace(temporary, self._output)
-                _sync_folder(self._output.parent)  # the new name is on disk before the old one goes
-                self._partial.unlink()
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written(self._output):
+            with replaced(self._output) as out, self._partial.open("rb") as records:
+                for line in sorted(self._places):
+                    records.seek(self._places[line])
+                    out.write(records.readline())
+            _sync_folder(self._output.parent)  # the new name is on disk before the old one goes
+            self._partial.unlink()
         self.close()
 
     def close(self) -> None:
@@ -77,14 +75,6 @@ class Results:
             if not self._file.closed:
                 os.fsync(self._file.fileno())
         self._file.close()
-
-    def _write_in_order(self, path: Path) -> None:
-        with path.open("wb") as out, self._partial.open("rb") as records:
-            for line in sorted(self._places):
-                records.seek(self._places[line])
-                out.write(records.readline())
-            out.flush()
-            os.fsync(out.fileno())
 
     def _append(self, data: bytes) -> int:
         """Write `data` at the end, whole; return the byte where it begins."""

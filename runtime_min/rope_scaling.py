@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from moeplan.runtime_min.config_keys import Keys
 
@@ -44,10 +43,8 @@ class LongScaling:
 Scaling = Llama3Scaling | YarnScaling | LongScaling
 
 
-def read_scaling(
-    keys: Keys, rope: dict[str, Any], context_tokens: int
-) -> tuple[Scaling | None, float, float]:
-    """The scaling that the rope parameters ask for, the factor of all rotated values, and the one of scores.
+def read_scaling(keys: Keys, rope: Keys, context_tokens: int) -> tuple[Scaling | None, float, float]:
+    """The scaling that the group `rope` of `keys` asks for, the factor of what is rotated and that of scores.
 
     Notes in `keys` what is not supported.
     """
@@ -56,59 +53,38 @@ def read_scaling(
         case "default":
             return None, 1.0, 1.0
         case "llama3":
-            return _llama3(_Numbers(rope, keys.problems)), 1.0, 1.0
+            return _llama3(rope), 1.0, 1.0
         case "yarn":
-            return _yarn(_Numbers(rope, keys.problems))
+            return _yarn(rope)
         case "longrope":
             return _long(keys, rope, context_tokens)
     keys.problems.append(f"rope type {kind!r} is not supported, only default, llama3, yarn and longrope")
     return None, 1.0, 1.0
 
 
-class _Numbers:
-    """The positive numbers among the rope parameters."""
-
-    def __init__(self, rope: dict[str, Any], problems: list[str]) -> None:
-        self._rope, self.problems = rope, problems
-
-    def __call__(self, key: str, default: float = 0.0) -> float:
-        value = self._rope.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            self.problems.append(f"{key} is {value!r}, expected a positive number")
-            return 1.0
-        return float(value)
-
-    def optional(self, key: str) -> float:
-        """0 where it is absent, null or zero."""
-        return self(key) if self._rope.get(key) else 0.0
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._rope.get(key)
-        return default if value is None else bool(value)
-
-
-def _llama3(number: _Numbers) -> Llama3Scaling:
+def _llama3(rope: Keys) -> Llama3Scaling:
     scaling = Llama3Scaling(
-        factor=number("factor"),
-        low_freq_factor=number("low_freq_factor"),
-        high_freq_factor=number("high_freq_factor"),
-        original_context_tokens=number("original_max_position_embeddings"),
+        factor=rope.number("factor"),
+        low_freq_factor=rope.number("low_freq_factor"),
+        high_freq_factor=rope.number("high_freq_factor"),
+        original_context_tokens=rope.number("original_max_position_embeddings"),
     )
-    if not number.problems and scaling.high_freq_factor <= scaling.low_freq_factor:
-        number.problems.append(f"high_freq_factor is {scaling.high_freq_factor}, not above low_freq_factor")
+    if not rope.problems and scaling.high_freq_factor <= scaling.low_freq_factor:
+        rope.problems.append(f"high_freq_factor is {scaling.high_freq_factor}, not above low_freq_factor")
     return scaling
 
 
-def _yarn(number: _Numbers) -> tuple[YarnScaling, float, float]:
+def _yarn(rope: Keys) -> tuple[YarnScaling, float, float]:
     scaling = YarnScaling(
-        factor=number("factor"),
-        fast=number("beta_fast", 32.0),
-        slow=number("beta_slow", 1.0),
-        rounded=number.flag("truncate", True),
-        original_context_tokens=number("original_max_position_embeddings"),
+        factor=rope.number("factor"),
+        fast=rope.number("beta_fast", 32.0),
+        slow=rope.number("beta_slow", 1.0),
+        rounded=bool(rope.get("truncate", True)),
+        original_context_tokens=rope.number("original_max_position_embeddings"),
     )
-    given, one, all_ = (number.optional(k) for k in ("attention_factor", "mscale", "mscale_all_dim"))
+    given, one, all_ = (
+        rope.number(key) if rope.get(key) else 0.0 for key in ("attention_factor", "mscale", "mscale_all_dim")
+    )
 
     def stretched(by: float) -> float:
         return 0.1 * by * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
@@ -117,16 +93,16 @@ def _yarn(number: _Numbers) -> tuple[YarnScaling, float, float]:
     return scaling, rotated, stretched(all_) ** 2 if all_ else 1.0
 
 
-def _long(keys: Keys, rope: dict[str, Any], context_tokens: int) -> tuple[Scaling | None, float, float]:
+def _long(keys: Keys, rope: Keys, context_tokens: int) -> tuple[Scaling | None, float, float]:
     """Beyond the original context the factors are others, for the keys in the cache too: refused."""
-    number, factors = _Numbers(rope, keys.problems), rope.get("short_factor")
-    original = number("original_max_position_embeddings", keys.get("original_max_position_embeddings", 0))
+    factors, key = rope.get("short_factor"), "original_max_position_embeddings"
+    original = rope.number(key, keys.get(key, 0))
     if context_tokens > original:
         keys.problems.append(
-            f"original_max_position_embeddings is {original:.0f}, the plan has {context_tokens} tokens of "
+            f"{key} is {original:.0f}, the plan has {context_tokens} tokens of "
             "context, and longrope is supported within the original context only"
         )
     if not isinstance(factors, list) or not factors or not all(isinstance(f, (int, float)) for f in factors):
         keys.problems.append(f"short_factor is {factors!r}, expected a list of numbers")
         return None, 1.0, 1.0
-    return LongScaling(factors=tuple(float(f) for f in factors)), number("short_mscale"), 1.0
+    return LongScaling(factors=tuple(float(f) for f in factors)), rope.number("short_mscale"), 1.0

@@ -19,6 +19,7 @@ from moeplan.runtime_min.batch_file import (
     Request,
     TokenScore,
     answer_record,
+    failure,
     failure_record,
     read_requests,
 )
@@ -119,32 +120,24 @@ class _Run:
     ) -> None:
         self._engine, self._prompts, self._results = engine, prompts, results
         self._counts, self._progress = counts, progress
+        self._requests: dict[int, Request] = {}  # under way, by their generations
         counts.resumed = len(results.done)
 
     def all(self, items: Iterator[Request | Failure]) -> None:
         done = self._results.done
-        requests: dict[int, Request] = {}
-
-        def generations() -> Iterator[Generation]:
-            for request, generation in self._ready(item for item in items if item.line not in done):
-                requests[id(generation)] = request
-                yield generation
-
-        def finished(generation: Generation) -> None:
-            self._record(requests.pop(id(generation)), generation)
-
+        left = (item for item in items if item.line not in done)
         self._tell()
-        self._engine.run(generations(), finished, self._tell)
+        self._engine.run(self._ready(left), self._record, self._tell)
         self._tell()
 
-    def _ready(self, items: Iterator[Request | Failure]) -> Iterator[tuple[Request, Generation]]:
+    def _ready(self, items: Iterator[Request | Failure]) -> Iterator[Generation]:
         """The requests that can run; the others get their records on the way."""
         for item in items:
             ready = self._prepare(item) if isinstance(item, Request) else item
-            if isinstance(item, Request) and not isinstance(ready, Failure):
-                yield item, ready
-            elif isinstance(ready, Failure):
+            if isinstance(ready, Failure):
                 self._fail(ready)
+            else:
+                yield ready
 
     def _prepare(self, request: Request) -> Generation | Failure:
         from moeplan.runtime_min.engine import Generation
@@ -156,18 +149,18 @@ class _Run:
             raise
         except Exception as error:  # a tokenizer or template may fail in any way; the others go on
             said = str(error) if isinstance(error, PromptError) else f"the prompt cannot be made: {error!r}"
-            return Failure(request.line, request.custom_id, "invalid_prompt", f"line {request.line}: {said}")
+            return failure(request, "invalid_prompt", said)
         batch = self._engine.plan.batch
         room = batch.context_tokens - len(prompt)
         new = room if request.max_tokens is None else request.max_tokens
         if len(prompt) > batch.prompt_tokens or new > room:
             message = (
-                f"line {request.line}: {len(prompt)} prompt and {new} new tokens do not fit the plan's "
+                f"{len(prompt)} prompt and {new} new tokens do not fit the plan's "
                 f"{batch.prompt_tokens} prompt and {batch.context_tokens} context tokens"
             )
-            return Failure(request.line, request.custom_id, "context_length_exceeded", message)
+            return failure(request, "context_length_exceeded", message)
         seed = default_seed(request.custom_id) if request.seed is None else request.seed
-        return Generation(
+        generation = Generation(
             prompt=prompt,
             max_tokens=new,
             sampling=Sampling(request.temperature, request.top_p, seed),
@@ -175,6 +168,8 @@ class _Run:
             stopped=self._stop_test(prompt, request.stop) if request.stop else None,
             top_scored=request.logprobs,
         )
+        self._requests[id(generation)] = request
+        return generation
 
     def _stop_test(self, prompt: list[int], stop: tuple[str, ...]) -> Callable[..., bool]:
         def stopped(tokens: list[int]) -> bool:
@@ -183,10 +178,10 @@ class _Run:
 
         return stopped
 
-    def _record(self, request: Request, generation: Generation) -> None:
+    def _record(self, generation: Generation) -> None:
+        request = self._requests.pop(id(generation))
         if generation.finish == "invalid":
-            message = f"line {request.line}: the model's scores are no numbers"
-            self._fail(Failure(request.line, request.custom_id, "invalid_scores", message))
+            self._fail(failure(request, "invalid_scores", "the model's scores are no numbers"))
             return
         record = answer_record(request, self._answer(request, generation), self._engine.plan.name)
         self._results.add(record)
@@ -279,7 +274,6 @@ def _engine(
 
 
 def _load(runtime_dir: Path, plan: RuntimePlan, checkpoint: Path, ranks: Ranks) -> Batches:
-    """The plan's engine with its checkpoint loaded."""
     from moeplan.runtime_min.offload import Offload
     from moeplan.runtime_min.stream import Engine
 

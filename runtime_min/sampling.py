@@ -33,10 +33,6 @@ def default_seed(custom_id: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def generator(sampling: Sampling) -> torch.Generator:
-    return torch.Generator().manual_seed(sampling.seed)
-
-
 def draw(scores: Tensor, sampling: Sampling, source: torch.Generator) -> int:
     """One token from float32 scores [vocab]; takes exactly one number from `source`."""
     point = torch.rand((), generator=source)

@@ -7,15 +7,14 @@ exactly one record, in the order of the batch file.
 from __future__ import annotations
 
 import json
-import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moeplan.runtime_min.batch_file import record_line
-from moeplan.runtime_min.errors import RunError, written
+from moeplan.runtime_min.errors import RunError, replaced, written
 
 _SHOWN = 3  # problems of a kind that a message names
 
@@ -34,7 +33,8 @@ def split(input: Path, folder: Path, parts: int) -> int:
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for number, lines in sorted(texts.items()):
-            _replace(folder / f"part-{number:05}.jsonl", lines)
+            with replaced(folder / f"part-{number:05}.jsonl") as file:
+                file.writelines(lines)
     return len(texts)
 
 
@@ -59,8 +59,8 @@ def merge(input: Path, answers: Path, output: Path) -> int:
     missing = [repr(identity) for identity in lines if identity not in found]
     _refuse(f"{input} has no such request", unknown, "merge answers to this batch file only")
     _refuse(f"{answers} has no answer to", missing, "the same jobs, started again, do what is left")
-    with written(output):
-        _replace(output, (found[identity][1] for identity in lines))
+    with replaced(output) as file:
+        file.writelines(found[identity][1] for identity in lines)
     return sum(not answered for answered, _ in found.values())
 
 
@@ -112,15 +112,3 @@ def _numbered(record: dict[str, Any], line: int) -> bytes:
         record_line(record)
         record = {**record, "id": f"batch_req_{line}"}
     return json.dumps(record).encode() + b"\n"
-
-
-def _replace(path: Path, lines: Iterable[bytes]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

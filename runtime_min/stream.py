@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +168,7 @@ class Stream(Batches):
         generation.cached = len(shared) * KV_BLOCK_TOKENS
         self.stats.shared_tokens += generation.cached
 
-    def _leave(self, place: int, generation: Generation) -> None:
-        super()._leave(place, generation)
+    def _leave(self, place: int) -> None:
         self._prefixes.forget(self.model.cache.give_back(place))
 
     def _pass(self, active: Active, more: bool) -> None:
@@ -253,21 +252,19 @@ class Engine(Stream):
         self.config = read_config(checkpoint, m, plan.batch.context_tokens)
         refs = find_parts(checkpoint, m, self.config)
         moving = {
-            name
+            (layer, page): page_names(m, self.config, pages, layer, page)
             for layer in range(m.layers)
             for page in range(pages.resident_pages, pages.pages_per_layer)
-            for name in page_names(m, self.config, pages, layer, page)
         }
         shapes = {name: ref.shape for name, ref in refs.items()}
-        check_memory(folder / "runtime.json", plan, shapes, moving)
+        check_memory(folder / "runtime.json", plan, shapes, set(chain(*moving.values())))
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
         prepare()
         amx.usable()
         dtype = DTYPES[m.compute_dtype]
-        names = partial(page_names, m, self.config, pages)
         sums = verification(checkpoint, (ref.path for ref in refs.values()))
-        self._pages = PageStore(refs, m.layers, pages, names, dtype, sums)
+        self._pages = PageStore(refs, pages, moving, dtype, sums)
         lanes = Lanes(schedule, pages.readers)
         super().__init__(plan, StreamModel(plan, self.config, self._pages), lanes, self._pages.blocks)
 

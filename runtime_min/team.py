@@ -11,8 +11,7 @@ import functools
 import hashlib
 import importlib
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ import torch
 from moeplan.runtime_min.compiled import compiled_apart
 
 Kernel = Any  # a Numba CFunc of a pointer to int64
-
-
-@contextmanager
-def kept(*sources: str) -> Iterator[None]:
-    """What Numba compiles meanwhile is kept in the user's cache by the contents of the files `sources`."""
-    digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
-    with compiled_apart(f"kernels-{digest[:16]}"):
-        yield
 
 
 def has_numba() -> bool:
@@ -43,8 +34,14 @@ def module(name: str, *parts: str) -> Any | None:
     """runtime_min's module `name` of kernels, compiled from it and its `parts`; None without Numba."""
     if not has_numba():
         return None
-    with kept(*(str(Path(__file__).with_name(f"{part}.py")) for part in (name, *parts))):
+    with compiled_apart(f"kernels-{digest(name, *parts)}"):
         return importlib.import_module(f"moeplan.runtime_min.{name}")
+
+
+def digest(*names: str) -> str:
+    """Of the sources of runtime_min's modules `names`."""
+    sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
 def run(kernel: Kernel, table: list[int]) -> None:

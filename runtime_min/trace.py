@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from moeplan.runtime_min.errors import written
@@ -15,7 +14,7 @@ MOST_EVENTS = 1_000_000  # about 150 MB; later ones are counted only
 
 
 class Trace:
-    """Writes an event per block that a lane executes, one track per thread of a lane. A `lanes.Watcher`.
+    """Writes an event per block that a lane executes, one track per thread of a lane.
 
     Events go to the file as they come; memory holds none. On an accelerator the blocks of lanes with a stream
     show when they were enqueued, not when they ran.
@@ -32,9 +31,7 @@ class Trace:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Complete the file, also of an interrupted run."""
         left_out = max(0, self._count - self._most)
         note = f"{left_out} later events left out" if left_out else "complete"
@@ -46,7 +43,7 @@ class Trace:
     def block(
         self, lane: str, op: str, row: Sequence[int], nbytes: int, start_s: float, end_s: float
     ) -> None:
-        """Write the event of one block of `row`: op, lane, layer, item, slot; times in seconds."""
+        """Write the event of one block of `row`: op, lane, layer, item, slot; times of time.perf_counter."""
         self._count += 1
         if self._count > self._most:
             return

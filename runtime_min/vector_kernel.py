@@ -22,8 +22,8 @@ from moeplan.runtime_min.kernel_parts import (
     INTS,
     POINTER,
     draw,
+    emits,
     fma,
-    intrinsic,
     line_pointers,
     rounded,
     row_pointers,
@@ -48,77 +48,51 @@ def _widened(builder: Any, pointer: Any) -> Any:
     return builder.shl(bits, ir.Constant(INTS, [16] * 16))
 
 
-@intrinsic
-def widen(typingctx, source, out):
+@emits()
+def widen(builder, source, out):
     """16 bf16 at `source` become float32 at `out`."""
-
-    def codegen(context, builder, signature, args):
-        source, out = (builder.inttoptr(a, POINTER) for a in args)
-        builder.store(_widened(builder, source), out, align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
+    values = _widened(builder, builder.inttoptr(source, POINTER))
+    builder.store(values, builder.inttoptr(out, POINTER), align=4)
 
 
-@intrinsic
-def pack_block(typingctx, x, stride, valid, packed):
+@emits()
+def pack_block(builder, x, stride, valid, packed):
     """16 values of each of up to 16 tokens' rows at `x` become 16 lines at `packed`."""
-
-    def codegen(context, builder, signature, args):
-        x, stride, valid, packed = args
-        rows = [_widened(builder, p) for p in row_pointers(builder, x, stride, valid)]
-        for pointer, line in zip(line_pointers(builder, packed), transposed(builder, rows), strict=True):
-            builder.store(line, pointer, align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
+    rows = [_widened(builder, p) for p in row_pointers(builder, x, stride, valid)]
+    for pointer, line in zip(line_pointers(builder, packed), transposed(builder, rows), strict=True):
+        builder.store(line, pointer, align=4)
 
 
-@intrinsic
-def multiply(typingctx, weight, tokens, inner, out):
+@emits()
+def multiply(builder, weight, tokens, inner, out):
     """ROWS lines at `out`: the products of as many rows of `inner` float32 at `weight` with 16 tokens."""
-
-    def codegen(context, builder, signature, args):
-        weight, tokens, inner, out = args
-        zero = ir.Constant(FLOATS, [0.0] * 16)
-        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(ROWS)]
-        with cgutils.for_range(builder, inner) as loop:
-            line = builder.add(tokens, builder.mul(loop.index, I64(LINE)))
-            values = builder.load(builder.inttoptr(line, POINTER), typ=FLOATS, align=4)
-            place = builder.add(weight, builder.mul(loop.index, I64(4)))
-            for total in sums:
-                one = builder.load(builder.inttoptr(place, POINTER), typ=F32, align=4)
-                builder.store(fma(builder, splat(builder, one), values, builder.load(total)), total)
-                place = builder.add(place, builder.mul(inner, I64(4)))
-        for i, total in enumerate(sums):
-            to = builder.inttoptr(builder.add(out, I64(LINE * i)), POINTER)
-            builder.store(builder.load(total), to, align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
+    zero = ir.Constant(FLOATS, [0.0] * 16)
+    sums = [cgutils.alloca_once_value(builder, zero) for _ in range(ROWS)]
+    with cgutils.for_range(builder, inner) as loop:
+        line = builder.add(tokens, builder.mul(loop.index, I64(LINE)))
+        values = builder.load(builder.inttoptr(line, POINTER), typ=FLOATS, align=4)
+        place = builder.add(weight, builder.mul(loop.index, I64(4)))
+        for total in sums:
+            one = builder.load(builder.inttoptr(place, POINTER), typ=F32, align=4)
+            builder.store(fma(builder, splat(builder, one), values, builder.load(total)), total)
+            place = builder.add(place, builder.mul(inner, I64(4)))
+    for i, total in enumerate(sums):
+        to = builder.inttoptr(builder.add(out, I64(LINE * i)), POINTER)
+        builder.store(builder.load(total), to, align=4)
 
 
-@intrinsic
-def round_lines(typingctx, lines):
+@emits()
+def round_lines(builder, lines):
     """The 16 float32 of each of ROWS lines become bf16, in the first half of the line."""
-
-    def codegen(context, builder, signature, args):
-        for i in range(ROWS):
-            pointer = builder.inttoptr(builder.add(args[0], I64(LINE * i)), POINTER)
-            builder.store(rounded(builder, builder.load(pointer, typ=INTS, align=4)), pointer, align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    for i in range(ROWS):
+        pointer = builder.inttoptr(builder.add(lines, I64(LINE * i)), POINTER)
+        builder.store(rounded(builder, builder.load(pointer, typ=INTS, align=4)), pointer, align=2)
 
 
-@intrinsic
-def shorts_at(typingctx, address):
+@emits(types.CPointer(types.int16))
+def shorts_at(builder, address):
     """The address as a pointer to int16."""
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.int16)(types.int64), codegen
+    return builder.inttoptr(address, I16.as_pointer())
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")

@@ -41,7 +41,6 @@ def usable() -> bool:
 
 @functools.cache
 def _kernel() -> Any | None:
-    """The module of the compiled kernel, or None without Numba."""
     return team.module("vector_kernel", "kernel_parts", "packed_kernel")
 
 

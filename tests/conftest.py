@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from moeplan.planner.catalog import Catalog, load_catalog
 from moeplan.planner.diagnostics import Span
@@ -29,6 +30,12 @@ workload:
     slo: {ttft: 2s, itl: 100ms}
 """
 
+# No property fails because a machine is slow, none today that held yesterday: examples follow from the test's
+# text. `make test-all` tries others.
+_ANY_SPEED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("same", _ANY_SPEED, derandomize=True)
+settings.register_profile("others", _ANY_SPEED)
+settings.load_profile("same")
 
 _PLANS: dict[str, Plan] = {}  # of texts: a plan is frozen
 

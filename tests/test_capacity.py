@@ -34,7 +34,7 @@ def workload_of(model: str, prompt: int, output: int, requests: int) -> Workload
     return build_workload(spec, load_inputs(spec))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     host=st.sampled_from(HOSTS),
     model=st.sampled_from(MODELS),

@@ -189,7 +189,7 @@ def test_parameters_are_those_of_transformers(name: str) -> None:
     assert build(SMALL[name]).parameters.total() == transformers_count(SMALL[name])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     heads=st.sampled_from([2, 4, 6]),
     head_dim=st.sampled_from([4, 6, 10]),
@@ -213,7 +213,7 @@ def test_mixtral_of_any_size(
     assert build(config).parameters.total() == transformers_count(config)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     layers=st.integers(1, 5),
     step=st.integers(1, 3),
@@ -423,7 +423,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(name=st.sampled_from(sorted(SMALL)), data=st.data())
 def test_a_spoiled_config_gives_a_model_or_a_diagnosis(name: str, data: st.DataObject) -> None:
     config = dict(SMALL[name])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from commands import moeplan
+from commands import moeplan, plain_children
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tinymoe"
 SPEC = """\
@@ -16,6 +17,7 @@ model: {path: checkpoint, dtype: float32}
 workload: {batch: {prompts: prompts.jsonl}}
 machine: cpu-2core
 """
+RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
 
 pytestmark = pytest.mark.skipif(
     not (EXAMPLE / "checkpoint" / "model.safetensors").exists(), reason="no checkpoint"
@@ -35,13 +37,38 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def rewritten(folder: Path, row: dict[str, str]) -> dict[str, str]:
+    """The row in own.csv as of a machine a tenth slower than planned, however busy this one is."""
+    policy = policy_of(folder)
+    (rate,) = policy["rates"]
+    figures = {name: policy[name]["value"] / 1.1 for name in RATES}
+    figures["requests_per_s"] = rate["requests_per_s"]["value"] / 1.1
+    figures |= {name: 1.1 * rate[name] for name in ("ttft_s", "itl_s")}
+    assert {name for name, cell in row.items() if cell} >= figures.keys()
+    assert all(float(row[name]) > 0 for name in figures)
+    row |= {name: f"{value:.4g}" for name, value in figures.items()}
+    with (folder / "own.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerow(row)
+    return row
+
+
+def policy_of(folder: Path) -> dict[str, Any]:
+    plan = json.loads((folder / "tinymoe.plan" / "plan.json").read_text())
+    policy: dict[str, Any] = plan["replicas"][0]["policy"]
+    return policy
+
+
 def test_a_plan_with_its_own_profile_expects_what_was_measured(folder: Path) -> None:
     assert moeplan("compile", "spec.yaml", cwd=folder).returncode == 0
     run = ["run", "tinymoe.plan", "--input", "prompts.jsonl", "--profile", "own.csv", "--output"]
-    done = moeplan(*run, "answers.jsonl", cwd=folder)
+    with plain_children():
+        done = moeplan(*run, "answers.jsonl", cwd=folder)
+        again = moeplan(*run, "again.jsonl", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "a row in own.csv (one cold batch only)" in done.stdout
-    assert moeplan(*run, "again.jsonl", cwd=folder).returncode == 0
+    assert again.returncode == 0, again.stderr
     (row,) = rows_of(folder / "own.csv")  # the second run replaced the first's row
     assert (row["machine"], row["engine"], row["gpus"], row["batch"]) == (
         "cpu-2core",
@@ -49,12 +76,12 @@ def test_a_plan_with_its_own_profile_expects_what_was_measured(folder: Path) -> 
         "0",
         "24",
     )
-
+    row = rewritten(folder, row)
     (folder / "spec.yaml").write_text(SPEC + "profile: own.csv\n")
     done = moeplan("compile", "spec.yaml", cwd=folder)
     assert done.returncode == 0, done.stderr
-    policy = json.loads((folder / "tinymoe.plan" / "plan.json").read_text())["replicas"][0]["policy"]
-    for name in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+    policy = policy_of(folder)
+    for name in RATES:
         assert policy[name]["provenance"] in ("measured", "calibrated")
         assert policy[name]["value"] == pytest.approx(float(row[name]), rel=0.02)
     (rate,) = policy["rates"]

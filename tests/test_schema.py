@@ -140,7 +140,7 @@ def _nodes(data: Any) -> list[Any]:
 
 
 @given(st.integers(0, 2**32), st.integers(0, 2))
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 def test_parser_and_schema_agree(seed: int, edits: int) -> None:
     draw = random.Random(seed)
     data = yaml.safe_load(draw.choice([FULL, SHORT]))

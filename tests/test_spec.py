@@ -282,7 +282,7 @@ WORDS = [
 
 
 @given(st.integers(0, 2**32))
-@settings(max_examples=2500, deadline=None)
+@settings(max_examples=2500)
 def test_mutated_specs_end_in_diagnostics(seed: int) -> None:
     """One to four edits of a good spec: characters, tokens, words, lines moved, doubled or dropped."""
     draw = random.Random(seed)
@@ -322,7 +322,7 @@ def _edited(text: str, draw: random.Random) -> str:
 @given(st.binary(max_size=200))
 @example(b"\x00")
 @example(b"\xff\xfe" + "name: x".encode("utf-16-le"))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_any_bytes_end_in_diagnostics(data: bytes) -> None:
     accept_or_diagnose(data)
 

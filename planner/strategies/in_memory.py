@@ -8,6 +8,7 @@ b/(o·ITL) requests a second.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -72,11 +73,20 @@ def in_memory_policy(workload: Workload, requests: RequestClass, roofline: Roofl
     fitting = [copy for copy in copies if copy.kv_bytes >= copy.longest_request_bytes]
     if not fitting:
         return _does_not_fit(requests, roofline, copies[-1])
-    policies = [copy.policy() for copy in fitting]
-    best = max(policies, key=lambda policy: (policy.generated_tokens_per_s.value, -policy.gpus))
-    if best.generated_tokens_per_s.value == 0.0:
-        return _too_slow(requests, roofline, min(policies, key=lambda p: max(r.ttft_s for r in p.rates)))
-    return best
+    rated = [(copy, copy.rates()) for copy in fitting]
+    copy, rates = max(rated, key=lambda pair: (_mixed(requests, pair[1]), -pair[0].tp))
+    if _mixed(requests, rates) == 0.0:
+        return _too_slow(requests, roofline, min((r for _, r in rated), key=_slowest_s))
+    return copy.policy(rates)
+
+
+def _mixed(requests: RequestClass, rates: Sequence[BucketRate]) -> float:
+    """Requests per second of the class's mix of sizes."""
+    return mixed_rate(requests, (rate.requests_per_s.value for rate in rates))
+
+
+def _slowest_s(rates: Sequence[BucketRate]) -> float:
+    return max(rate.ttft_s for rate in rates)
 
 
 def _held_workloads(workload: Workload, roofline: Roofline) -> dict[WeightsDtype, Workload]:
@@ -233,16 +243,19 @@ class _Copy:
             itl_s=float(itl[best]),
         )
 
-    def policy(self) -> Policy:
+    def rates(self) -> tuple[BucketRate, ...]:
+        """Of every size; 0 requests/s where it cannot keep the SLO."""
+        return tuple(self.rate(number, bucket) for number, bucket in enumerate(self.requests.buckets))
+
+    def policy(self, rates: tuple[BucketRate, ...]) -> Policy:
         """This copy's policy; generated_tokens_per_s is 0 where some bucket cannot keep the SLO."""
         requests, roofline, tp = self.requests, self.roofline, self.tp
-        rates = tuple(self.rate(number, bucket) for number, bucket in enumerate(requests.buckets))
         batch = max(rate.batch for rate in rates)
         mean = requests.mean_bucket()
         parts = self.step_parts(float(batch), mean.context_tokens)
         decode, prefill_s = _step(parts), self.prefill_s(mean.prompt_tokens)
         felt_s = batch * prefill_s * VLLM.mixed_prefill / mean.output_tokens
-        mixed = mixed_rate(requests, (rate.requests_per_s.value for rate in rates))
+        mixed = _mixed(requests, rates)
         copies = roofline.machine.gpus // tp
         return Policy(
             machine=roofline.machine,
@@ -341,8 +354,8 @@ def _what_would_fit(copy: _Copy, need: float) -> str:
     return hint
 
 
-def _too_slow(requests: RequestClass, roofline: Roofline, best: Policy) -> Rejection:
-    worst = next(rate for rate in best.rates if rate.requests_per_s.value == 0.0)
+def _too_slow(requests: RequestClass, roofline: Roofline, rates: Sequence[BucketRate]) -> Rejection:
+    worst = next(rate for rate in rates if rate.requests_per_s.value == 0.0)
     return too_slow(
         roofline.machine.name, requests, requests.buckets[worst.bucket], worst.ttft_s, worst.itl_s
     )

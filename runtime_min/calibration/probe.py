@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,16 +35,10 @@ from moeplan.runtime_min.operations import DTYPES
 from moeplan.runtime_min.paged import decode_batch, prompt_batch
 from moeplan.runtime_min.plan_file import (
     KV_BLOCK_TOKENS,
-    NO_OFFLOAD,
-    NOT_SCALED,
     BatchPlan,
-    MemoryPlan,
     ModelPlan,
     PagePlan,
-    Predicted,
-    Range,
     RuntimePlan,
-    SchedulePlan,
     kv_blocks,
 )
 from moeplan.runtime_min.sampling import Sampling
@@ -52,6 +46,7 @@ from moeplan.runtime_min.stream import Pass, Stream, StreamModel
 
 _MANY_ROWS, _FULL_ROWS = 16, 256
 GREEDY = Sampling(0.0, 1.0, 0)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,17 +226,14 @@ def _weight(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.randn(sizes).mul_(1 / math.sqrt(sizes[-1])).to(dtype)
 
 
-def _plan(shape: Shape, dtype: Any, sequences: int, tokens: int, context: int) -> RuntimePlan:
+def _plan(shape: Shape, dtype: str, sequences: int, tokens: int, context: int) -> RuntimePlan:
     """As much of a plan as the model looks at."""
-    nothing = Range(value=0.0, low=0.0, high=0.0)
-    return RuntimePlan(
-        format=0,
-        name="probe",
-        device="cpu",
+    return _zeros(
+        RuntimePlan,
         threads=torch.get_num_threads(),
-        model=ModelPlan(
+        model=_zeros(
+            ModelPlan,
             architecture="mixtral",
-            checkpoint="",
             compute_dtype=dtype,
             layers=shape.layers,
             hidden=shape.hidden,
@@ -253,15 +245,9 @@ def _plan(shape: Shape, dtype: Any, sequences: int, tokens: int, context: int) -
             experts_per_token=shape.experts_per_token,
             expert_intermediate=shape.inner,
             moe_layers=shape.layers,
-            dense_intermediate=0,
-            shared_intermediate=0,
-            latent_dim=0,
             attention_parameters=shape.attention_weights,
             expert_parameters=shape.expert_weights,
-            router_corrections=0,
-            parameters=0,
             packing="none",
-            scaled=NOT_SCALED,
         ),
         batch=BatchPlan(
             sequences=sequences,
@@ -273,23 +259,15 @@ def _plan(shape: Shape, dtype: Any, sequences: int, tokens: int, context: int) -
             kv_tokens=sequences * kv_blocks(context) * KV_BLOCK_TOKENS,
             kv_cache="same",
         ),
-        pages=PagePlan(
+        pages=_zeros(
+            PagePlan,
             pages_per_layer=1 + shape.experts,
             experts_per_page=1,
             resident_pages=1 + shape.experts,
-            slots=0,
-            slot_bytes=0,
-            readers=0,
-            block_bytes=0,
-            places=0,
-            guesses=0,
-        ),
-        offload=NO_OFFLOAD,
-        memory=MemoryPlan(
-            budget_bytes=0, weights_bytes=0, slots_bytes=0, kv_bytes=0, workspace_bytes=0, process_bytes=0
-        ),
-        schedule=SchedulePlan(kind="stream", format=0, sha256=""),
-        predicted=Predicted(
-            prefill_tokens_per_s=nothing, decode_tokens_per_s=nothing, generated_tokens_per_s=nothing
         ),
     )
+
+
+def _zeros(record: type[_T], **given: Any) -> _T:
+    """A record with the fields that are `given`; the others are 0, whatever their type."""
+    return record(**{f.name: given.get(f.name, 0) for f in fields(record)})  # type: ignore[arg-type]

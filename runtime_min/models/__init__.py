@@ -14,7 +14,7 @@ from moeplan.runtime_min.models.qwen2_moe import QWEN2_MOE
 from moeplan.runtime_min.models.qwen3 import QWEN3
 from moeplan.runtime_min.models.qwen3_moe import QWEN3_MOE
 
-BY_MODEL_TYPE: dict[str, Architecture] = {  # the names of plan_file.ARCHITECTURES
+BY_MODEL_TYPE: dict[str, Architecture] = {
     "dbrx": DBRX,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,

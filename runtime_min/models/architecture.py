@@ -68,14 +68,14 @@ class Architecture:
     router: Literal["softmax", "grouped softmax", "sigmoid", "sparsemixer", "input"] = "softmax"
     gate: str = "gate"
     gate_bias: bool = False
-    renormalise: bool
+    renormalise: bool = True
     renormalise_key: str = ""
     experts_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
     top_keys: tuple[str, ...] = ("num_experts_per_tok",)
     width_key: str = "intermediate_size"
     dense_width_key: str = "intermediate_size"
-    norm_eps: float
-    rope_theta: float
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e4
     inner: str = ""
     keys: tuple[tuple[str, str], ...] = ()
     names: tuple[tuple[str, str], ...] = ()

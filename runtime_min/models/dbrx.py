@@ -11,12 +11,9 @@ DBRX = Architecture(
     norm="layer",
     fused_qkv=True,
     gate="router.layer",
-    renormalise=True,
     renormalise_key="moe_normalize_expert_weights",
     experts_keys=("moe_num_experts",),
     width_key="ffn_hidden_size",
-    norm_eps=1e-5,
-    rope_theta=1e4,
     keys=(
         ("hidden_size", "d_model"),
         ("num_attention_heads", "n_heads"),

@@ -17,7 +17,6 @@ DEEPSEEK_V2 = Architecture(
     experts_keys=("n_routed_experts", "num_local_experts", "num_experts"),
     width_key="moe_intermediate_size",
     norm_eps=1e-6,
-    rope_theta=1e4,
 )
 DEEPSEEK_V3 = replace(
     DEEPSEEK_V2,

@@ -14,8 +14,5 @@ GLM4_MOE = Architecture(
     router="sigmoid",
     experts_keys=("n_routed_experts", "num_local_experts", "num_experts"),
     width_key="moe_intermediate_size",
-    renormalise=True,
     renormalise_key="norm_topk_prob",
-    norm_eps=1e-5,
-    rope_theta=1e4,
 )

@@ -13,9 +13,7 @@ GPT_OSS = Architecture(
     windows="listed",
     gate="router",
     gate_bias=True,
-    renormalise=True,
     experts_keys=("num_local_experts", "num_experts"),
     top_keys=("num_experts_per_tok", "experts_per_token"),
-    norm_eps=1e-5,
     rope_theta=150000.0,
 )

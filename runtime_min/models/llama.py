@@ -7,15 +7,11 @@ LLAMA = Architecture(
     class_name="LlamaForCausalLM",
     routed=False,
     biases="all",
-    renormalise=True,
     norm_eps=1e-6,
-    rope_theta=1e4,
 )
 MISTRAL = Architecture(
     class_name="MistralForCausalLM",
     routed=False,
     windows="all",
-    renormalise=True,
     norm_eps=1e-6,
-    rope_theta=1e4,
 )

@@ -22,7 +22,6 @@ LLAMA4_TEXT = Architecture(
     renormalise=False,
     experts_keys=("num_local_experts", "num_experts"),
     dense_width_key="intermediate_size_mlp",
-    norm_eps=1e-5,
     rope_theta=500000.0,
 )
 LLAMA4 = replace(

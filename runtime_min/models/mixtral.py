@@ -7,8 +7,6 @@ MIXTRAL = Architecture(
     mlp="block_sparse_moe",
     matrices=("w1", "w2", "w3"),
     windows="all",
-    renormalise=True,
     experts_keys=("num_local_experts", "num_experts"),
-    norm_eps=1e-5,
     rope_theta=1e6,
 )

@@ -9,6 +9,4 @@ OLMOE = Architecture(
     biases="all",
     renormalise=False,
     renormalise_key="norm_topk_prob",
-    norm_eps=1e-5,
-    rope_theta=1e4,
 )

@@ -12,6 +12,5 @@ PHIMOE = Architecture(
     router="sparsemixer",
     renormalise=False,
     experts_keys=("num_local_experts", "num_experts"),
-    norm_eps=1e-5,
     rope_theta=1e6,
 )

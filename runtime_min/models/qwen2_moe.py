@@ -14,5 +14,4 @@ QWEN2_MOE = Architecture(
     renormalise=False,
     renormalise_key="norm_topk_prob",
     norm_eps=1e-6,
-    rope_theta=1e4,
 )

@@ -8,7 +8,5 @@ QWEN3 = Architecture(
     query_norm="head",
     biases="all",
     windows="above",
-    renormalise=True,
     norm_eps=1e-6,
-    rope_theta=1e4,
 )

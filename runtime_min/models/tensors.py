@@ -7,15 +7,13 @@ checkpoint keeps in one tensor, as all experts or queries, keys and values, is c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from moeplan.runtime_min.checkpoint import TensorRef, cut, find_tensors
 from moeplan.runtime_min.formats import EXPONENTS, MX_VALUES, SCALED
-from moeplan.runtime_min.model_config import Latent, ModelConfig
-from moeplan.runtime_min.models import BY_MODEL_TYPE
+from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.models.architecture import Architecture
 from moeplan.runtime_min.plan_file import ModelPlan, PagePlan
 
@@ -47,7 +45,7 @@ def find_parts(folder: Path, model: ModelPlan, config: ModelConfig) -> dict[str,
 
 def tensor_parts(model: ModelPlan, config: ModelConfig) -> dict[str, Part]:
     """Every tensor of the model by name, and the scales of those in fewer bits that lie apart."""
-    plain = _plain_parts(model, config)
+    plain = {name: _part(model, name, shape) for name, shape in _shapes(model, config).items()}
     if model.packing == "none":
         return plain
     parts: dict[str, Part] = {}
@@ -58,7 +56,7 @@ def tensor_parts(model: ModelPlan, config: ModelConfig) -> dict[str, Part]:
 
 def packed(model: ModelPlan, name: str, shape: Shape) -> bool:
     """Whether a tensor is stored in fewer bits: experts' matrices; in fp8 all of a layer but routers."""
-    kind = BY_MODEL_TYPE[model.architecture]
+    kind = model.kind
     if model.packing == "none" or len(shape) != 2 or not name.startswith("model.layers."):
         return False
     if name.endswith(SCALES):
@@ -87,18 +85,37 @@ def _stored(model: ModelPlan, config: ModelConfig, name: str, part: Part) -> dic
     return {name: replace(data, format=model.packing, block=block), name + SCALES: scales}
 
 
-def _plain_parts(model: ModelPlan, config: ModelConfig) -> dict[str, Part]:
-    kind = BY_MODEL_TYPE[model.architecture]
-    biased = {"model.norm.bias": (model.hidden,)} if kind.norm == "biased layer" else {}
-    parts = _wholes(kind, {"model.embed_tokens.weight": (model.vocab, model.hidden)})
+def _part(model: ModelPlan, name: str, shape: Shape) -> Part:
+    """Where the checkpoint has a plain tensor: alone, or in one with others."""
+    kind, queries, keys = model.kind, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    before, fused, projection = name.rpartition(".self_attn.")
+    first = {"q_proj.weight": 0, "k_proj.weight": queries, "v_proj.weight": queries + keys}.get(projection)
+    if kind.fused_qkv and first is not None:
+        source = stored_name(kind, f"{before}{fused}qkv_proj.weight")
+        return Part(shape, source, (queries + 2 * keys, model.hidden), first * model.hidden)
+    before, fused, numbered = name.partition(".experts.")
+    if not fused or kind.experts == "apart":
+        return Part(shape, stored_name(kind, name), shape, 0)
+    e, _, leaf = numbered.partition(".")
+    source = stored_name(kind, before + fused + leaf.removesuffix(".weight")).replace(".bias", "_bias")
+    rows = (model.experts * shape[0], *shape[1:])
+    whole = rows if kind.experts == "rows" else (model.experts, *shape)
+    return Part(shape, source, whole, int(e) * math.prod(shape))
+
+
+def _shapes(model: ModelPlan, config: ModelConfig) -> dict[str, Shape]:
+    """Every tensor as if it were plain and alone."""
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (model.vocab, model.hidden)}
     for layer in range(model.layers):
-        parts |= _layer(model, config, layer)
-    parts |= _wholes(kind, {"model.norm.weight": (model.hidden,), **biased})
+        shapes |= _layer(model, config, layer)
+    shapes["model.norm.weight"] = (model.hidden,)
+    if model.kind.norm == "biased layer":
+        shapes["model.norm.bias"] = (model.hidden,)
     if not config.tied:
-        parts |= _wholes(kind, {"lm_head.weight": (model.vocab, model.hidden)})
+        shapes["lm_head.weight"] = (model.vocab, model.hidden)
         if config.head_bias:
-            parts |= _wholes(kind, {"lm_head.bias": (model.vocab,)})
-    return parts
+            shapes["lm_head.bias"] = (model.vocab,)
+    return shapes
 
 
 def tensor_shapes(model: ModelPlan, config: ModelConfig) -> dict[str, Shape]:
@@ -110,7 +127,7 @@ def unused(model: ModelPlan, name: str) -> bool:
     """Whether a tensor of the checkpoint is none of the decoder's: of layers beyond the last (prediction of
     several tokens), of what sees images, rotary frequencies, a head beside the embedding it is tied to, or
     scales of activations, which are not rounded here."""
-    kind = BY_MODEL_TYPE[model.architecture]
+    kind = model.kind
     layer = name.removeprefix(stored_name(kind, "model.layers.")).split(".")[0]
     beyond = layer.isdigit() and int(layer) >= model.layers
     head = name == stored_name(kind, "lm_head.weight")
@@ -122,7 +139,7 @@ def page_names(model: ModelPlan, config: ModelConfig, pages: PagePlan, layer: in
     """The tensors of one page: of attention but its norms, or of some experts, if the layer has any."""
     shapes: dict[str, Shape] = {}
     if page == 0:
-        shapes = {name: part.shape for name, part in _attention(model, config, layer).items()}
+        shapes = {f"model.layers.{layer}.{name}": shape for name, shape in _attention(model, config).items()}
     elif layer not in config.dense:
         for e in page_experts(model, pages, page):
             shapes |= zip(expert_names(model, layer, e), expert_shapes(model), strict=True)
@@ -138,7 +155,7 @@ def page_experts(model: ModelPlan, pages: PagePlan, page: int) -> range:
 
 def expert_names(model: ModelPlan, layer: int, e: int) -> tuple[str, ...]:
     """An expert's tensors: gate, down, up, or what it has of fused ones. A dense model's MLP is expert 0."""
-    kind = BY_MODEL_TYPE[model.architecture]
+    kind = model.kind
     expert = f"experts.{e}." if kind.routed else ""
     start = f"model.layers.{layer}.{kind.mlp}.{expert}"
     if kind.experts != "pairs":
@@ -148,7 +165,7 @@ def expert_names(model: ModelPlan, layer: int, e: int) -> tuple[str, ...]:
 
 def expert_shapes(model: ModelPlan) -> tuple[Shape, ...]:
     """The shapes of an expert's tensors."""
-    kind, hidden, inner = BY_MODEL_TYPE[model.architecture], model.hidden, model.expert_intermediate
+    kind, hidden, inner = model.kind, model.hidden, model.expert_intermediate
     match kind.experts:
         case "apart":
             return (inner, hidden), (hidden, inner), (inner, hidden)
@@ -161,28 +178,23 @@ def expert_shapes(model: ModelPlan) -> tuple[Shape, ...]:
     return (hidden, 2 * inner), (inner, hidden)
 
 
-def _layer(model: ModelPlan, config: ModelConfig, layer: int) -> dict[str, Part]:
+def _layer(model: ModelPlan, config: ModelConfig, layer: int) -> dict[str, Shape]:
     """The tensors of one layer, as they follow each other in Mixtral's files."""
-    kind, hidden = BY_MODEL_TYPE[model.architecture], model.hidden
-    shapes: dict[str, Shape] = {}
+    inside: dict[str, Shape] = {}
     for norm in ("input_layernorm", "post_attention_layernorm"):
-        shapes[f"{norm}.weight"] = (hidden,)
-        if kind.norm == "biased layer":
-            shapes[f"{norm}.bias"] = (hidden,)
-    start = f"model.layers.{layer}."
-    parts = _wholes(kind, {start + name: shape for name, shape in shapes.items()})
-    parts |= _attention(model, config, layer)
-    others = {**_attention_norms(model, config), **_mlp(model, config, layer)}
-    parts |= _wholes(kind, {start + name: shape for name, shape in others.items()})
-    if layer not in config.dense:
-        for e in range(model.experts):
-            parts |= _expert(model, layer, e)
-    return parts
+        inside[f"{norm}.weight"] = (model.hidden,)
+        if model.kind.norm == "biased layer":
+            inside[f"{norm}.bias"] = (model.hidden,)
+    inside |= {**_attention(model, config), **_attention_norms(model, config), **_mlp(model, config, layer)}
+    shapes = {f"model.layers.{layer}.{name}": shape for name, shape in inside.items()}
+    for e in range(model.experts if layer not in config.dense else 0):
+        shapes |= zip(expert_names(model, layer, e), expert_shapes(model), strict=True)
+    return shapes
 
 
 def _mlp(model: ModelPlan, config: ModelConfig, layer: int) -> dict[str, Shape]:
     """The router and what takes every token, within a layer; a dense model's MLP is an expert instead."""
-    kind, mlp, hidden = BY_MODEL_TYPE[model.architecture], BY_MODEL_TYPE[model.architecture].mlp, model.hidden
+    kind, mlp, hidden = model.kind, model.kind.mlp, model.hidden
     if layer in config.dense:
         return _gated(f"{mlp}.", hidden, model.dense_intermediate)
     if not kind.routed:
@@ -207,65 +219,28 @@ def _gated(start: str, hidden: int, inner: int) -> dict[str, Shape]:
     }
 
 
-def _expert(model: ModelPlan, layer: int, e: int) -> dict[str, Part]:
-    kind = BY_MODEL_TYPE[model.architecture]
-    shapes = dict(zip(expert_names(model, layer, e), expert_shapes(model), strict=True))
-    if kind.experts == "apart":
-        return _wholes(kind, shapes)
-    parts = {}
-    for name, shape in shapes.items():
-        source = stored_name(kind, name.replace(f".experts.{e}.", ".experts.").removesuffix(".weight"))
-        source = source.replace(".bias", "_bias")
-        rows = (model.experts * shape[0], *shape[1:])
-        whole = rows if kind.experts == "rows" else (model.experts, *shape)
-        parts[name] = Part(shape, source, whole, e * math.prod(shape))
-    return parts
-
-
-def _attention(model: ModelPlan, config: ModelConfig, layer: int) -> dict[str, Part]:
-    """Projections, their biases and sinks of a layer."""
-    kind, start = BY_MODEL_TYPE[model.architecture], f"model.layers.{layer}.self_attn."
-    if config.latent:
-        projections = _latent_projections(model, config.latent, config)
-        return _wholes(kind, {start + name: shape for name, shape in projections})
+def _attention(model: ModelPlan, config: ModelConfig) -> dict[str, Shape]:
+    """Projections, their biases and sinks, within a layer."""
+    hidden, latent = model.hidden, config.latent
     queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    heights = {"q": queries, "k": keys, "v": keys}
-    wide: dict[str, Shape] = {name: (rows, model.hidden) for name, rows in heights.items()}
-    parts: dict[str, Part] = {}
-    if kind.fused_qkv:
-        whole, first = (queries + 2 * keys, model.hidden), 0
-        for name, shape in wide.items():
-            source = stored_name(kind, start + "qkv_proj.weight")
-            parts[f"{start}{name}_proj.weight"] = Part(shape, source, whole, first)
-            first += math.prod(shape)
+    if latent is None:
+        sizes = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
+        biased, attended = set(sizes), queries
     else:
-        parts = _wholes(kind, {f"{start}{name}_proj.weight": shape for name, shape in wide.items()})
-    shapes: dict[str, Shape] = {"o_proj.weight": (model.hidden, queries)}
-    if config.input_bias:
-        shapes |= {f"{name}_proj.bias": (rows,) for name, rows in heights.items()}
-    if config.output_bias:
-        shapes["o_proj.bias"] = (model.hidden,)
-    if kind.sinks:
-        shapes["sinks"] = (model.heads,)
-    return parts | _wholes(kind, {start + name: shape for name, shape in shapes.items()})
-
-
-def _latent_projections(model: ModelPlan, latent: Latent, config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    queries = model.heads * model.head_dim
-    if latent.query:
-        yield "q_a_proj.weight", (latent.query, model.hidden)
-        yield "q_b_proj.weight", (queries, latent.query)
-        if config.input_bias:
-            yield "q_a_proj.bias", (latent.query,)
-    else:
-        yield "q_proj.weight", (queries, model.hidden)
-    yield "kv_a_proj_with_mqa.weight", (latent.kv + latent.rotated, model.hidden)
-    if config.input_bias:
-        yield "kv_a_proj_with_mqa.bias", (latent.kv + latent.rotated,)
-    yield "kv_b_proj.weight", (model.heads * (latent.plain + latent.value), latent.kv)
-    yield "o_proj.weight", (model.hidden, model.heads * latent.value)
-    if config.output_bias:
-        yield "o_proj.bias", (model.hidden,)
+        sizes = {"q_proj": (queries, hidden)}
+        if latent.query:
+            sizes = {"q_a_proj": (latent.query, hidden), "q_b_proj": (queries, latent.query)}
+        sizes["kv_a_proj_with_mqa"] = (latent.kv + latent.rotated, hidden)
+        sizes["kv_b_proj"] = (model.heads * (latent.plain + latent.value), latent.kv)
+        biased, attended = {"q_a_proj", "kv_a_proj_with_mqa"}, model.heads * latent.value
+    shapes: dict[str, Shape] = {}
+    for name, size in {**sizes, "o_proj": (hidden, attended)}.items():
+        shapes[f"self_attn.{name}.weight"] = size
+        if config.output_bias if name == "o_proj" else config.input_bias and name in biased:
+            shapes[f"self_attn.{name}.bias"] = size[:1]
+    if model.kind.sinks:
+        shapes["self_attn.sinks"] = (model.heads,)
+    return shapes
 
 
 def _attention_norms(model: ModelPlan, config: ModelConfig) -> dict[str, Shape]:
@@ -277,11 +252,6 @@ def _attention_norms(model: ModelPlan, config: ModelConfig) -> dict[str, Shape]:
     whole, size = config.query_norm == "token", model.head_dim
     heads = {"q": model.heads, "k": model.kv_heads}
     return {f"self_attn.{n}_norm.weight": (size * (count if whole else 1),) for n, count in heads.items()}
-
-
-def _wholes(kind: Architecture, shapes: dict[str, Shape]) -> dict[str, Part]:
-    """Tensors that the checkpoint has as they are."""
-    return {name: Part(shape, stored_name(kind, name), shape, 0) for name, shape in shapes.items()}
 
 
 def stored_name(kind: Architecture, name: str) -> str:

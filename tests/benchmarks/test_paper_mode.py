@@ -144,7 +144,7 @@ BOXES = st.builds(
 TASKS = st.builds(Task, shape=SHAPES, box=BOXES, prompt=st.integers(1, 2048), output=st.integers(2, 512))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(task=TASKS, micro_batch=st.integers(1, 128), micro_batches=st.integers(1, 64))
 def test_the_linear_programme_says_the_same(task: Task, micro_batch: int, micro_batches: int) -> None:
     """Attention on the CPU, r_w left free: CBC finds the closed form's time and share."""

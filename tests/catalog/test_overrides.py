@@ -374,7 +374,7 @@ PIECES = st.sampled_from(
 ) | st.text(max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(name=st.sampled_from(sorted(FILES)), data=st.data())
 def test_spoiled_files_never_give_anything_but_a_diagnosis(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
@@ -393,7 +393,7 @@ def test_spoiled_files_never_give_anything_but_a_diagnosis(
         return
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(start=st.integers(0, len(MACHINE)), length=st.integers(0, 12), piece=PIECES)
 def test_spoiled_machine_files(
     tmp_path_factory: pytest.TempPathFactory, start: int, length: int, piece: str

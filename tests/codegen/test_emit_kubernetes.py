@@ -94,7 +94,7 @@ def test_nothing_where_nothing_is_rented_or_served(compile_text: Compile) -> Non
     assert kubernetes.emit(compile_text(batch_spec(machine="g4dn.16xlarge"))) == {}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1))
 @example("no\n---\nkind: Secret")
 @example("{{ x }} ${y} %{z} \"quoted\" 'single' # comment")

@@ -278,7 +278,7 @@ HARD = (
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15)
 @given(TEXT, TEXT, TEXT, TEXT)
 @example(*HARD[:4])
 @example(*HARD[4:8])

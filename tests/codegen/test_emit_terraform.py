@@ -175,7 +175,7 @@ def test_only_numbers_depend_on_the_plan(compile_text: Compile, aws_plan: Plan) 
 strange = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(strange)
 @example('"quoted" \\ ${file("/etc/passwd")} %{ if true } {{ x }}')
 @example("no")

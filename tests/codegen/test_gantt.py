@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moeplan.codegen.gantt import MOST_BARS, Bar, gantt_svg
@@ -178,7 +178,6 @@ def test_the_order_of_the_tasks_changes_no_byte() -> None:
     assert gantt_svg("crowd", LANES, bars) == svg
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1e5), st.floats(1e-5, 1e5))
 def test_ticks_are_round_and_true(begin_s: float, span_s: float) -> None:
     """Between 2 and 11 of them, 1, 2 or 5 times a power of ten apart, each where its figure is."""
@@ -198,7 +197,6 @@ def test_ticks_are_round_and_true(begin_s: float, span_s: float) -> None:
 names = st.text(max_size=12)
 
 
-@settings(deadline=None)
 @given(names, names, names, names)
 def test_any_name_is_valid_xml(title: str, lane: str, op: str, label: str) -> None:
     """Names come back as they were, but for what XML cannot hold and for its line ends."""

@@ -210,7 +210,7 @@ HARD = (
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.from_regex(NAME.pattern, fullmatch=True), TEXT | st.sampled_from(HARD), TEXT | st.sampled_from(HARD)
 )

@@ -1,5 +1,9 @@
 """Decode attention, compiled and plain, against softmax written out in float64."""
 
+import importlib.util
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
@@ -129,3 +133,36 @@ def test_an_int8_cache_is_multiples_of_its_scales(shape: tuple[int, ...]) -> Non
     for given, stands in zip((k_cache, v_cache), stood_for, strict=True):
         error = (given - stands).nan_to_num().abs()
         assert (error <= 0.51 / 127 * given.nan_to_num().abs().amax(-1, keepdim=True)).all()
+
+
+@pytest.fixture(scope="module")
+def other_width(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The kernel with the vectors of CPUs that this one is not: LLVM splits those that are too long."""
+    host = attention._kernel()
+    if host is None:
+        pytest.skip("no Numba")
+    features = {"avx512f": host.LANES == 8}
+    spec = importlib.util.spec_from_file_location("other_attention_kernel", host.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llvmlite.binding.get_host_cpu_features", lambda: features)
+        patch.setattr("numba.config.CACHE_DIR", str(tmp_path_factory.mktemp("numba")))
+        patch.setitem(sys.modules, spec.name, module)  # Numba looks the functions' module up by name
+        spec.loader.exec_module(module)
+    assert {module.LANES, host.LANES} == {8, 16}
+    return module
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_vectors_of_other_cpus(
+    shape: tuple[int, ...], dtype: torch.dtype, other_width: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same sums in another order, to float32's rounding."""
+    arguments = case(shape, dtype)
+    expected = attention.decode_attention(*arguments)
+    monkeypatch.setattr(attention, "_kernel", lambda: other_width)
+    tolerance = {"rtol": 2**-7, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 2e-6}
+    torch.testing.assert_close(attention.decode_attention(*arguments), expected, **tolerance)

@@ -6,8 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.formats import PACKINGS, SCALED, Packing, fits
 from moeplan.runtime_min.packing import Packed, pack, packed, plain, scaled, unpack
+
+from .plain_packing import plain_pack
 
 ALL = list(PACKINGS.values())
 
@@ -17,7 +20,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 @given(bits=st.lists(st.integers(0, 2**16 - 1), min_size=128, max_size=128))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_bf12_keeps_every_bit_of_anything(bits: list[int]) -> None:
     """NaN, infinities, zeros of both signs, denormals: all of it."""
     signed = [b - (1 << 16) if b >= 1 << 15 else b for b in bits]
@@ -46,6 +49,18 @@ def test_the_kernel_unpacks_as_torch_does(packing: Packing, shape: tuple[int, in
     assert same_bits(unpack(small), plain(small))
 
 
+@pytest.mark.parametrize("packing", ALL, ids=lambda packing: packing.name)
+@pytest.mark.parametrize("shape", [(1, 64), (33, 64), (70, 320)])
+def test_the_kernel_packs_as_torch_does(packing: Packing, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape).bfloat16()
+    weight[0, :32], weight[-1, 5], weight[:, 7] = 0.0, 1e-30, 3.0
+    rows, exceptions = pack(weight, packing)
+    expected, far = plain_pack(weight, packing)
+    assert torch.equal(rows, expected)
+    assert len(exceptions) == int(far.sum())
+
+
 @pytest.mark.parametrize(("name", "most"), [("int8", 0.5 / 127), ("int4", 1.0 / 15)])
 def test_rounding_errors_are_within_a_step_of_the_block(name: str, most: float) -> None:
     """int8 rounds to the nearest of 255 steps; int4 may cut its largest value for the sake of the others."""
@@ -67,6 +82,12 @@ def test_rows_packed_in_parts_are_rows_packed_at_once(packing: Packing) -> None:
     parts = [pack(weight[i : i + 15], packing, i) for i in range(0, 40, 15)]
     assert torch.equal(rows, torch.cat([part for part, _ in parts]))
     assert torch.equal(exceptions, torch.cat([part for _, part in parts]))
+
+
+def test_packing_takes_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeplan.runtime_min.packing._packer", lambda: None)
+    with pytest.raises(RunError, match="numba is not installed"):
+        packed(torch.zeros(1, 64).bfloat16(), PACKINGS["int8"])
 
 
 def test_what_fits() -> None:

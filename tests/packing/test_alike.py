@@ -63,7 +63,7 @@ def on_an_edge(problem: Problem) -> bool:
     return any(abs(x - round(x)) < 1e-4 for x in filled)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems())
 def test_counts_as_the_solver_does(problem: Problem) -> None:
     """The same cost, or both none."""

@@ -273,7 +273,7 @@ def test_rows_that_say_nothing_are_told_with_the_reason(catalog: Catalog) -> Non
     assert "over a factor of 2 away" in reasons[3]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(0.2, 1.0), st.floats(0.2, 1.0))
 def test_slower_rows_never_give_a_faster_plan(catalog: Catalog, slow: float, slower: float) -> None:
     case = Case(catalog, *CASES["vllm"])

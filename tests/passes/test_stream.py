@@ -32,7 +32,7 @@ def policy_of(machine: Machine, gib: float = 3) -> Policy:
     return policy
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pages=PAGES, slots=st.integers(1, 5), layers=st.integers(1, 8), ends=st.floats(0.0, 3.0))
 def test_a_pass_takes_at_least_its_busier_lane(
     pages: list[tuple[float, float]], slots: int, layers: int, ends: float
@@ -47,7 +47,7 @@ def test_a_pass_takes_at_least_its_busier_lane(
         assert seconds >= disk + layers * sum(compute) - max(compute) - slack
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pages=PAGES, slots=st.integers(1, 4), layers=st.integers(1, 8))
 def test_more_slots_and_faster_reads_never_wait_longer(
     pages: list[tuple[float, float]], slots: int, layers: int

@@ -50,7 +50,7 @@ def markets(draw: st.DrawFn) -> tuple[NDArray[np.int16], NDArray[np.float64], in
     return capacity, usd, draw(st.integers(1, 3)), draw(st.integers(1, 3))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(markets())
 def test_flow_is_the_linear_program(case: tuple[NDArray[np.int16], NDArray[np.float64], int, int]) -> None:
     """With the step as block and nothing excused but the rounding of ticks, which is taken out here."""
@@ -62,7 +62,7 @@ def test_flow_is_the_linear_program(case: tuple[NDArray[np.int16], NDArray[np.fl
     assert flow == pytest.approx(omniscient(capacity, usd, replicas, cold), rel=1e-6)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     markets(),
     st.integers(0, 2),

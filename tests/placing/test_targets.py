@@ -35,7 +35,7 @@ def brute(market: Market, wanted: Wanted) -> float:
     return best
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=3, max_size=12),
     st.integers(1, 2),

@@ -9,9 +9,8 @@ import torch
 from moeplan.runtime_min.checkpoint import CheckpointError
 from moeplan.runtime_min.engine import Generation
 from moeplan.runtime_min.model_config import read_config
-from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.offload import Offload
-from moeplan.runtime_min.plan_file import ARCHITECTURES, load
+from moeplan.runtime_min.plan_file import load
 from moeplan.runtime_min.stream import Engine
 
 from .folders import (
@@ -116,7 +115,3 @@ def test_what_is_not_computed_is_refused(tmp_path: Path, key, value):
     match = {"mlp_only_layers": "layers with experts", "decoder_sparse_step": "layers with experts"}
     with pytest.raises(CheckpointError, match=match.get(key, key)):
         read_config(tmp_path, make_plan(shape).model, 64)
-
-
-def test_the_plan_file_names_the_architectures():
-    assert tuple(BY_MODEL_TYPE) == ARCHITECTURES

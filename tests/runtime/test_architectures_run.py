@@ -1,13 +1,13 @@
 """From a spec to answers for each architecture: the runtime accepts what the planner budgeted for it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import moeplan
 
+from moeplan.runtime_min.__main__ import main
 from moeplan.runtime_min.batch_file import parse_line
 from moeplan.runtime_min.prompts import Prompts
 
@@ -29,12 +29,6 @@ machine: cpu-2core
 TEXTS = ["Once upon a time", "I", "A man, a plan, a canal", "It was"]
 
 
-def moeplan(*arguments: str, cwd: Path) -> None:
-    code = "import sys; sys.argv[0] = 'moeplan'; from moeplan.planner.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def request(name: str, text: str) -> str:
     body = {"prompt": text, "max_tokens": NEW, "temperature": 0}
     return json.dumps({"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body})
@@ -48,8 +42,11 @@ def test_a_compiled_plan_answers_as_transformers_does(kind: str, tmp_path: Path)
     lines = [request(str(number), text) for number, text in enumerate(TEXTS)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "spec.yaml").write_text(SPEC)
-    moeplan("compile", "spec.yaml", cwd=tmp_path)
-    moeplan("run", "job.plan", "--input", "prompts.jsonl", "--output", "answers.jsonl", cwd=tmp_path)
+    done = moeplan("compile", "spec.yaml", "--no-html", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (runtime_dir,) = (tmp_path / "job.plan" / "runtime").iterdir()
+    files = [f"--input={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path / 'answers.jsonl'}"]
+    assert main(["run", str(runtime_dir), *files]) == 0
     prompts = Prompts(folder, VOCAB)
     answers = (tmp_path / "answers.jsonl").read_text().splitlines()
     for line, answer in zip(lines, answers, strict=True):

@@ -171,7 +171,7 @@ JSON = st.recursive(
 FIELDS = ["prompt", "messages", "max_tokens", "temperature", "top_p", "seed", "stop", "n", "model", "tools"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.binary()
     | JSON.map(lambda value: json.dumps(value).encode())

@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import random
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,7 +21,9 @@ from moeplan.runtime_min import calibration as calibrate
 from moeplan.runtime_min.calibration import kernels
 from moeplan.runtime_min.calibration.accelerator import DeviceSizes, measure_device
 from moeplan.runtime_min.calibration.probe import Probe, Shape
+from moeplan.runtime_min.packing import _packer
 
+_packer()  # compiled, though schedules here run as plain Python
 TINY = Shape(
     layers=2,
     hidden=32,
@@ -41,14 +47,33 @@ SIZES = kernels.Sizes(
     near_bytes=1 << 16,
     far_bytes=(1 << 18, 1 << 20),
     seconds=0.004,
-    rounds=3,
+    rounds=2,
 )
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory):
+def noise() -> Iterator[None]:
+    """Between two looks at the clock lie 0.1 us to 10 ms, whatever happened: no busy machine is worse."""
+    pace, now, one_at_a_time = random.Random(0), 0.0, threading.Lock()
+
+    def look() -> float:
+        nonlocal now
+        with one_at_a_time:
+            now += 10 ** pace.uniform(-7, -2)
+            return now
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "perf_counter", look)
+        yield
+
+
+@pytest.fixture(scope="module")
+def figures(noise, tmp_path_factory):
+    """Of two cores, however many there are."""
     folder = tmp_path_factory.mktemp("calibrate")
-    found = calibrate.measure(folder, SIZES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "physical_cores", lambda: 2)
+        found = calibrate.measure(folder, SIZES)
     assert list(folder.iterdir()) == []  # the file it reads is gone
     return found
 
@@ -64,7 +89,7 @@ def test_every_figure_is_positive(figures):
 def test_machine_file_round_trip(figures, tmp_path):
     """What the planner reads is what was measured, to the digits written."""
     path = tmp_path / "machine.yaml"
-    figures["dram"]["bytes_per_s"] = 1e12  # tiny measurements may put the disk above the memory
+    figures = figures | {"dram": {**figures["dram"], "bytes_per_s": 1e15}}  # noise may put the disk above it
     path.write_text(calibrate.machine_yaml(figures))
     machine = load_machine(path, Span("spec.yaml"))
     assert machine.provenance == "calibrated"
@@ -154,12 +179,13 @@ def test_accelerator_logic_on_the_cpu():
 
 
 def test_a_machine_file_with_an_accelerator_is_read(figures, tmp_path):
+    """As noisy as the other figures."""
     gpu = measure_device(torch.device("cpu"), DeviceSizes(copy_bytes=1 << 16, width=64, rows=(8,), repeats=1))
     notes = gpu.pop("notes")
     gpu |= {"name": "'Some GPU'", "count": 1, "memory_bytes": 8 << 30}
     gpu |= {"memory_bytes_per_s": 2e11, "host_link_bytes_per_s": 1e10}
     path = tmp_path / "machine.yaml"
-    dram = {**figures["dram"], "bytes_per_s": 1e12}
+    dram = {**figures["dram"], "bytes_per_s": 1e15}
     path.write_text(calibrate.machine_yaml({**figures, "dram": dram, "gpu": gpu, "notes": notes}))
     machine = load_machine(path, Span("spec.yaml"))
     assert (machine.gpu, machine.gpus) == ("Some GPU", 1)

@@ -19,14 +19,23 @@ from moeplan.runtime_min.shards import merge, split
 from .folders import Shape, make_plan, save_checkpoint, write_plan
 
 SHAPE = Shape(layers=1)
-# As in the other tests here, schedules run as plain Python.
+# As in the other tests here, schedules run as plain Python. It stops where told, to be ended.
 ENGINE = """\
 #!{python}
-import sys
+import os, signal, sys
 sys.modules["numba"] = None
-from moeplan.runtime_min.__main__ import main
-sys.exit(main())
+from moeplan.runtime_min import __main__ as command, results
+add = results.Results.add
+
+def adding(self, record):
+    add(self, record)
+    if len(self.done) == int(os.environ.get("HOLDS_AT", 0)):
+        signal.pause()
+
+results.Results.add = adding
+sys.exit(command.main())
 """
+SOON_S = 300  # on the busiest machine
 
 
 @pytest.mark.slow
@@ -42,15 +51,15 @@ def test_stopped_and_started_elsewhere(tmp_path: Path) -> None:
     (bucket / "runtime").mkdir()
     (bucket / "runtime" / "replica").symlink_to(runtime_dir)
 
-    first = start(tmp_path, "one")
+    first = start(tmp_path, "one", HOLDS_AT="5")
     partial = tmp_path / "one" / "work" / "part-00000.jsonl.partial"
-    until = time.monotonic() + 60
-    while not partial.exists() or partial.read_bytes().count(b"\n") < 3:
+    until = time.monotonic() + SOON_S
+    while not partial.exists() or partial.read_bytes().count(b"\n") < 1 + 5:
         assert time.monotonic() < until
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 75
-    assert start(tmp_path, "two").wait(60) == 0
+    assert first.wait(SOON_S) == 75
+    assert start(tmp_path, "two").wait(SOON_S) == 0
     assert merge(source, bucket / "answers", tmp_path / "out.jsonl") == 0
     assert texts(tmp_path / "out.jsonl") == texts(tmp_path / "whole.jsonl")
 
@@ -61,7 +70,7 @@ def texts(path: Path) -> list[tuple[str, str]]:
     return [(r["custom_id"], r["response"]["body"]["choices"][0]["text"]) for r in records]
 
 
-def start(root: Path, machine: str) -> subprocess.Popen[bytes]:
+def start(root: Path, machine: str, **env: str) -> subprocess.Popen[bytes]:
     """Run the script on a machine with a home of its own, its engine and checkpoint in place."""
     home = root / machine
     (home / "engine" / "bin").mkdir(parents=True)
@@ -71,5 +80,5 @@ def start(root: Path, machine: str) -> subprocess.Popen[bytes]:
     (home / "checkpoint").symlink_to(root / "checkpoint")
     script = render("skypilot/_runtime_batch.sh.j2", cloud="gcp", column="replica", replicas=1, notice_s=0.05)
     script = "set -eu\n" + script.replace("/bucket", str(root / "bucket")).replace("curl", "false")
-    env = {"HOME": str(home), "PATH": "/usr/bin:/bin", "SHARD": "0"}
+    env |= {"HOME": str(home), "PATH": "/usr/bin:/bin", "SHARD": "0"}
     return subprocess.Popen(["bash", "-c", script], env=env)

@@ -1,6 +1,5 @@
 """Rows run in lane order, after what they wait for, and lanes go on across the pass boundary."""
 
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -28,6 +27,7 @@ from moeplan.runtime_min.stream import stream_constants
 from .folders import Shape, in_memory, make_offload_plan, make_plan, stream_schedule, write_plan
 
 SHAPE = Shape()
+SOON_S = 120.0  # on the busiest machine
 PASSES = [(0, 4), (2, 0), (1, 0), (0, 3), (2, 0)]  # micro-batches of decode, of prefill
 
 
@@ -72,7 +72,7 @@ def run(lanes, work, *sizes):
 
 def reach(lanes, lane, count):
     """Wait until a lane has completed so many rows."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + SOON_S
     while lanes.lanes[lane].done < count and time.monotonic() < end:
         time.sleep(0.001)
     assert lanes.lanes[lane].done == count
@@ -81,10 +81,9 @@ def reach(lanes, lane, count):
 @pytest.mark.parametrize("slots", [1, 2, 5, 11])
 @pytest.mark.parametrize("readers", [1, 4])
 @pytest.mark.parametrize("barrier", [0, 1, 2])
-def test_slots_hold_what_is_computed(tmp_path, slots, readers, barrier, monkeypatch):
+def test_slots_hold_what_is_computed(tmp_path, slots, readers, barrier):
     """Changing numbers of micro-batches; every page is read once a pass and in its slot in time."""
     plan = make_plan(SHAPE, slots=slots)
-    monkeypatch.setitem(sys.modules, "numba", None)
     runtime_dir = write_plan(tmp_path, plan, stream_schedule(plan, barrier=barrier))
     schedule = load_schedule(runtime_dir, load(runtime_dir))
     recorder, lanes = Recorder(), Lanes(schedule, readers)
@@ -121,7 +120,7 @@ def test_rows_complete_in_order():
     reads = [[READ, DISK, 0, page, page, 0, 0] for page in range(2)]
     lanes = Lanes(fake_schedule(LANES, [reads, [[0, COMPUTE, 0, 0, 0, 0, 2]]]), 2)
     run(lanes, work, 1, 0, 1)
-    assert reading.wait(5)
+    assert reading.wait(SOON_S)
     time.sleep(0.02)
     assert lanes.lanes["disk"].done == 0
     gate.set()
@@ -222,18 +221,6 @@ def test_streams_wait_for_events_and_hosts_for_streams():
     run(lanes, lambda row: single(lambda: None), 1, 0, 0)
     assert lanes.lanes["gpu"].events == {}
     lanes.close()
-
-
-def test_jitted_and_plain_loops_write_the_same_rows(tmp_path, monkeypatch):
-    runtime_dir = write_plan(tmp_path, make_plan(SHAPE, resident_pages=1))
-    jitted = Lanes(load_schedule(runtime_dir, load(runtime_dir)))
-    with monkeypatch.context() as context:
-        context.setitem(sys.modules, "numba", None)
-        plain = Lanes(load_schedule(runtime_dir, load(runtime_dir)))
-    for micro_batches in (3, 1, 2):
-        rows = jitted.issue(micro_batches, 0, 1)
-        assert plain.issue(micro_batches, 0, 1) == rows
-        assert any(row[WAIT + COMPUTE] for row in rows if row[1] == DISK)
 
 
 def test_a_changed_schedule_is_refused(tmp_path):

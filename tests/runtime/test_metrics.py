@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moeplan.runtime_min import metrics
+from moeplan.runtime_min.engine import Stats
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.metrics import MetricsFile, metrics_text
 from moeplan.runtime_min.report import LaneReport, Report
@@ -19,15 +20,7 @@ REPORT = Report(
     answered=4,
     failed=1,
     resumed=2,
-    prompt_tokens=100,
-    shared_tokens=60,
-    prefilled_tokens=90,
-    generated_tokens=50,
-    decode_tokens=46,
-    decode_passes=12,
-    prefill_s=0.5,
-    decode_s=1.5,
-    mixed_s=0.25,
+    stats=Stats(prompt_tokens=100, generated_tokens=50, prefill_s=0.5, decode_s=1.5, mixed_s=0.25),
     lanes=(
         LaneReport(name="compute", busy_s=1.75, stall_s=0.25, bytes_read=0),
         LaneReport(name="disk", busy_s=1e-5, stall_s=0.0, bytes_read=12345),

@@ -53,7 +53,8 @@ def open_store(
 ) -> pages.PageStore:
     refs = find_tensors(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     checks = verification(folder, (ref.path for ref in refs.values()))
-    return pages.PageStore(refs, 1, plan, lambda layer, page: NAMES[page], dtype, checks)
+    moving = {(0, page): NAMES[page] for page in range(plan.resident_pages, plan.pages_per_layer)}
+    return pages.PageStore(refs, plan, moving, dtype, checks)
 
 
 @pytest.mark.parametrize("pad", [0, 1, 2, 3, 8])

@@ -137,11 +137,9 @@ def test_the_report_counts_them_and_a_resumed_run_answers_alike(tmp_path: Path) 
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = run_plan(runtime_dir, None, source, out)
-    assert report.shared_tokens == (3 + 1) * 64  # of waves of four and of two
-    text = summary(load(runtime_dir), report)
-    assert (
-        f"{report.shared_tokens:,} of {report.prompt_tokens + report.shared_tokens:,} prompt tokens" in text
-    )
+    shared, read = report.stats.shared_tokens, report.stats.prompt_tokens
+    assert shared == (3 + 1) * 64  # of waves of four and of two
+    assert f"{shared:,} of {read + shared:,} prompt tokens" in summary(load(runtime_dir), report)
     whole = out.read_bytes()
     out.unlink()
 

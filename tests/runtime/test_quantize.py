@@ -23,13 +23,14 @@ from moeplan.runtime_min.engine import Generation
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.formats import PACKINGS
 from moeplan.runtime_min.model_config import read_config
-from moeplan.runtime_min.packing import Packed, packed, plain
+from moeplan.runtime_min.packing import Packed, _packer, packed, plain
 from moeplan.runtime_min.plan_file import STORED_BYTES, load
 from moeplan.runtime_min.quantize import quantize
 from moeplan.runtime_min.stream import Engine
 
 from .folders import GREEDY, Shape, make_plan, save_checkpoint, write_plan
 
+_packer()  # compiled, though schedules here run as plain Python
 SHAPES = {
     "mixtral": Shape(hidden=64, inner=128, heads=4, kv_heads=2),
     "llama": Shape(kind="llama", experts=1, top=1, hidden=64, inner=128),
@@ -136,9 +137,10 @@ def test_tensors_may_lie_anywhere_in_their_file(name: str, tmp_path: Path) -> No
         assert torch.equal(value, tensors(tmp_path / "c")[key])
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PACKINGS)
-def test_a_plan_for_it_answers_as_the_unpacked_checkpoint(name: str, tmp_path: Path) -> None:
-    """The weights it stands for, written plainly, give the same text."""
+def test_a_plan_for_it_answers_as_the_unpacked_checkpoint(name: str, compiled: bool, tmp_path: Path) -> None:
+    """The weights it stands for, written plainly, give the same text; compiled, in processes of their own."""
     source = make(tmp_path / "plain", "mixtral")
     (tmp_path / "packed").mkdir()
     quantize(source, tmp_path / "packed" / "checkpoint", name)
@@ -150,11 +152,11 @@ def test_a_plan_for_it_answers_as_the_unpacked_checkpoint(name: str, tmp_path: P
     (tmp_path / "unpacked").mkdir()
     source.rename(tmp_path / "unpacked" / "checkpoint")
     save_file(stand, tmp_path / "unpacked" / "checkpoint" / "model.safetensors")
-    answers = [answered(tmp_path / which) for which in ("packed", "unpacked")]
+    answers = [answered(tmp_path / which, compiled) for which in ("packed", "unpacked")]
     assert answers[0] == answers[1]
 
 
-def answered(folder: Path) -> str:
+def answered(folder: Path, compiled: bool) -> str:
     body = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
     lines = [
         json.dumps(
@@ -164,12 +166,15 @@ def answered(folder: Path) -> str:
     ]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "spec.yaml").write_text(SPEC)
-    for arguments in (
-        ["compile", "spec.yaml", "--no-html"],
-        ["run", "job.plan", "--input", "prompts.jsonl", "--output", "answers.jsonl"],
-    ):
-        done = moeplan(*arguments, cwd=folder)
+    done = moeplan("compile", "spec.yaml", "--no-html", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    files = [f"--input={folder / 'prompts.jsonl'}", f"--output={folder / 'answers.jsonl'}"]
+    if compiled:
+        done = moeplan("run", folder / "job.plan", *files)
         assert done.returncode == 0, done.stderr
+    else:
+        (runtime_dir,) = (folder / "job.plan" / "runtime").iterdir()
+        assert main(["run", str(runtime_dir), *files]) == 0
     texts = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     return "\n".join(t["response"]["body"]["choices"][0]["text"] for t in texts)
 

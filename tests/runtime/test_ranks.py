@@ -57,6 +57,16 @@ def plain_schedules_of_others() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 would end this process where it took longer to notice that another is lost."""
+    monkeypatch.setattr(ranks, "_GRACE_S", SOON_S)
+
+
+# Within which ranks end on the busiest machine; gloo alone would wait for half an hour.
+SOON_S = 120.0
+
+
 class Several(Offload):
     """Rank 0 of several; keeps the scores that every token was taken from."""
 
@@ -268,7 +278,7 @@ def test_a_rank_that_is_killed(folder, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         when_some_are_done(patch, kill)
         assert command.main(arguments(folder, output)) == 2
-    assert time.monotonic() - killed[0] < 5
+    assert time.monotonic() - killed[0] < SOON_S
     said = capsys.readouterr().err
     assert "rank 1 of 2 is lost: it was killed by SIGKILL" in said
     assert "the same command goes on from what is done" in said
@@ -321,10 +331,19 @@ def test_others_leave_with_rank_0(folder, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL
-    end = time.monotonic() + 5
-    while Path(f"/proc/{int(done.stdout)}").exists():
+    end = time.monotonic() + SOON_S
+    while runs(int(done.stdout)):
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def runs(pid: int) -> bool:
+    """False also for what has ended and that nobody waits for, as in containers without an init."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def test_a_backend_that_waits_forever_for_a_lost_rank(tmp_path, monkeypatch, capsys):

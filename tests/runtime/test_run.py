@@ -101,7 +101,7 @@ def test_every_line_is_answered_in_order(answered):
         None,
     ]
     assert (report.answered, report.failed, report.resumed) == (5, 5, 0)
-    assert report.generated_tokens == sum(
+    assert report.stats.generated_tokens == sum(
         r["response"]["body"]["usage"]["completion_tokens"] for r in records if r["response"]
     )
     assert not list(output.parent.glob("*.partial"))
@@ -157,7 +157,7 @@ def test_an_interrupted_run_goes_on(answered, runtime_dir, tmp_path, monkeypatch
     assert output.read_bytes() == expected.read_bytes()
     assert report.resumed == records
     assert report.resumed + report.answered + report.failed == len(LINES)
-    assert report.generated_tokens <= whole.generated_tokens
+    assert report.stats.generated_tokens <= whole.stats.generated_tokens
     assert not partial.exists()
 
 
@@ -170,7 +170,7 @@ def test_nothing_is_left_to_do(answered, runtime_dir, tmp_path):
         left.add(record)
     left.close()
     report = run_plan(runtime_dir, None, source, tmp_path / "out.jsonl")
-    assert (report.resumed, report.generated_tokens) == (len(LINES), 0)
+    assert (report.resumed, report.stats.generated_tokens) == (len(LINES), 0)
     assert (tmp_path / "out.jsonl").read_bytes() == expected.read_bytes()
 
 
@@ -289,10 +289,11 @@ def test_progress_reaches_the_end(runtime_dir, tmp_path):
 
 def test_bench_times_full_batches(runtime_dir):
     report = bench_plan(runtime_dir, None, prompt_tokens=8, tokens=4, batches=2)
-    assert report.prompt_tokens == 2 * 4 * 8
-    assert (report.generated_tokens, report.decode_tokens, report.decode_passes) == (32, 24, 6)
+    stats = report.stats
+    assert stats.prompt_tokens == 2 * 4 * 8
+    assert (stats.generated_tokens, stats.decode_tokens, stats.decode_passes) == (32, 24, 6)
     assert report.bytes_read > 0
-    assert report.decode_s > 0
+    assert stats.decode_s > 0
     with pytest.raises(RunError, match="8 prompt and 57 new tokens do not fit the plan's 48 and 56"):
         bench_plan(runtime_dir, None, prompt_tokens=8, tokens=57, batches=1)
 

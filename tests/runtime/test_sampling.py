@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from moeplan.runtime_min.sampling import Sampling, default_seed, draw, generator, greedy
+from moeplan.runtime_min.sampling import Sampling, default_seed, draw, greedy
 
 SCORES = torch.tensor([0.5, 2.0, -1.0, 1.0, -math.inf])
 
 
 def draws(sampling: Sampling, count: int) -> list[int]:
-    source = generator(sampling)
+    source = torch.Generator().manual_seed(sampling.seed)
     return [draw(SCORES, sampling, source) for _ in range(count)]
 
 

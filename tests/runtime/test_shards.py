@@ -34,7 +34,7 @@ def names_in(path: Path) -> list[str]:
     return [json.loads(line)["custom_id"] for line in path.read_text().splitlines()]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(texts, unique=True, min_size=1, max_size=40), st.integers(1, 9), st.randoms())
 def test_every_request_once(names: list[str], parts: int, draw: random.Random) -> None:
     """Whatever the ids: split, answer the parts in any order and some of them twice, merge."""

@@ -32,7 +32,7 @@ def spans(events: list[dict]) -> list[dict]:
 def test_events_cover_all_rows(traced):
     """Of a prefill and two decode passes: 2 layers of 4 expert pages, 4 sequences, micro-batches of 2."""
     events, report = traced
-    assert report.decode_passes == 2
+    assert report.stats.decode_passes == 2
     computed = Counter(event["name"] for event in spans(events) if event["cat"] == "compute")
     assert set(computed) == {"embed", "attention", "route", "experts", "head"}
     assert computed["head"] == computed["embed"] == 3

@@ -54,7 +54,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-some = settings(max_examples=60, deadline=None)
+some = settings(max_examples=30)
 
 
 def work_s(case: Case) -> Floats:
@@ -62,7 +62,7 @@ def work_s(case: Case) -> Floats:
     return np.bincount(case.rows[:, 1], case.seconds, case.lanes)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100)
 @given(cases())
 def test_times_are_those_of_the_stepwise_simulator(case: Case) -> None:
     nothing = np.empty((len(case.rows), 0))

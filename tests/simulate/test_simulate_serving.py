@@ -134,7 +134,7 @@ def test_growing_contexts_are_near_the_plain_simulator() -> None:
     assert served.finish_s.mean() == pytest.approx(np.mean([r.times[-1] for r in plain]), rel=5e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     engines=st.integers(1, 5),
@@ -191,7 +191,7 @@ def test_no_requests() -> None:
     assert len(serve(np.zeros(0), nothing, nothing, BUSY, 2).ttft_s) == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 1000),
     count=st.integers(1, 60),

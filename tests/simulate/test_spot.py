@@ -76,7 +76,7 @@ def cases(draw: st.DrawFn) -> tuple[Capacity, float, list[float], Policy]:
     return np.array(capacity, np.int16), draw(st.sampled_from([30.0, 75.0, 195.0, 300.0])), usd, policy
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(cases())
 def test_jumping_over_quiet_ticks_changes_nothing(case: tuple[Capacity, float, list[float], Policy]) -> None:
     capacity, step_s, usd, policy = case
