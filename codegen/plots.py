@@ -338,7 +338,7 @@ def _loaded() -> tuple[type[Figure], type[FigureCanvasSVG]]:
     matplotlib writes as it loads, in half of the time that this takes."""
     from matplotlib import artist
 
-    documented, artist.kwdoc = artist.kwdoc, lambda _: ""
+    documented, artist.kwdoc = artist.kwdoc, lambda artist: ""
     try:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure

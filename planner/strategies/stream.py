@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,7 @@ from moeplan.planner.strategies.routed import (
 from moeplan.planner.strategies.runtime_costs import PassShape, RuntimeCosts, kernels_of
 from moeplan.planner.strategies.task_costs import TaskCost, TaskCosts
 
+T = TypeVar("T")
 PROCESS_BYTES = 512 << 20  # Python, torch and its thread pools
 ALIGNMENT_BYTES = 4096  # of direct reads
 KV_BLOCK_TOKENS = 32
@@ -287,6 +288,11 @@ class _Point:
         full, rest = divmod(self.workload.model.experts, size)
         return [size] * full + [rest] * bool(rest)
 
+    def _of_pages(self, value: Callable[[int], T]) -> list[T]:
+        """`value` of each page's number of experts, of which there are two at most."""
+        values = {n: value(n) for n in set(self._experts_of_pages)}
+        return [values[n] for n in self._experts_of_pages]
+
     @cached_property
     def _stored_page_bytes(self) -> list[float]:
         """Bytes of each page of one layer in the checkpoint."""
@@ -297,7 +303,7 @@ class _Point:
                 n * model.stored_bytes_per_expert_parameter for n in experts
             ]
         plain = max(2.0, model.stored_bytes_per_other_parameter)  # of biases and sinks
-        experts_bytes = (model.expert_page_bytes(n, plain) for n in self._experts_of_pages)
+        experts_bytes = self._of_pages(lambda n: model.expert_page_bytes(n, plain))
         return [model.attention_page_bytes(plain), *experts_bytes]
 
     @cached_property
@@ -316,8 +322,8 @@ class _Point:
         """Bytes in memory of each page, of all layers that have it: experts are not in all."""
         model, size = self.workload.model, self.workload.value_bytes
         attention = int(model.attention_page_bytes(size)) * model.layers
-        experts = (math.ceil(model.expert_page_bytes(n, size)) for n in self._experts_of_pages)
-        return [attention, *(nbytes * model.moe_layers for nbytes in experts)]
+        experts = self._of_pages(lambda n: math.ceil(model.expert_page_bytes(n, size)) * model.moe_layers)
+        return [attention, *experts]
 
     @cached_property
     def resident_pages(self) -> int:
@@ -555,10 +561,12 @@ class _Point:
 
     def _compute(self, step: PassShape) -> tuple[list[float], float]:
         """Seconds of arithmetic per page of a layer, and at both ends of the pass."""
-        at, counts = self._costs, self._experts_of_pages
+        at = self._costs
         share = self.workload.model.moe_layers / self.workload.model.layers  # layers with experts and without
-        seconds = {n: share * at.experts(step, n) for n in set(counts)}
-        pages = [at.attention(step) + at.route(step), *(seconds[n] for n in counts)]
+        pages = [
+            at.attention(step) + at.route(step),
+            *self._of_pages(lambda n: share * at.experts(step, n)),
+        ]
         return pages, at.ends(step, self.micro_batch, self._rows(step))
 
     @cached_property
