@@ -243,7 +243,8 @@ _SHARES = {
 def _policy(replica: Plan) -> Iterator[tuple[str, Fact]]:
     policy = replica["policy"]
     yield "engine", Fact(text={"vllm": "vLLM"}.get(policy["engine"], policy["engine"]))
-    yield "GPUs per copy × copies", Fact(text=f"{policy['gpus']} × {policy['data_parallel']}")
+    form = ", whole experts" if policy.get("expert_shares") == "whole" else ""
+    yield "GPUs per copy × copies", Fact(text=f"{policy['gpus']}{form} × {policy['data_parallel']}")
     yield "sequences in flight", Fact(text=str(policy["sequences"]), number=policy["sequences"])
     yield "micro-batches", Fact(text=f"{policy['micro_batches']} of {policy['micro_batch']}")
     kept = "" if policy.get("kv_dtype", "same") == "same" else f", KV cache in {policy['kv_dtype']}"

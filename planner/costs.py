@@ -123,12 +123,24 @@ def operator_seconds(
 
     The cache is read `kv_copies` times: GPUs that share a KV head each read it.
     """
+    return knee(*operator_parts(workload, operator, roof, tokens, context, kv_copies))
+
+
+def operator_parts(
+    workload: Workload,
+    operator: Operator,
+    roof: Roof,
+    tokens: Quantity,
+    context: Quantity,
+    kv_copies: Quantity = 1.0,
+) -> tuple[Quantity, Quantity]:
+    """Seconds of memory traffic and of arithmetic, of which `operator_seconds` is the knee."""
     moved = (
         weight_bytes(workload, operator, tokens)
         + kv_copies * kv_bytes_read(workload, operator, tokens, context)
         + activation_bytes(workload, operator, tokens)
     )
-    return knee(
+    return (
         np.asarray(moved) / operator_bytes_per_s(operator, roof),
         np.asarray(flops(operator, tokens, context)) / operator_flops_per_s(operator, roof),
     )

@@ -19,7 +19,7 @@ from moeplan.runtime_min.plan_file import (
     most_places,
     workspace_bytes,
 )
-from moeplan.runtime_min.shares import whole_heads
+from moeplan.runtime_min.shares import has_whole_experts, whole_heads
 
 
 def check_supported(path: Path, plan: RuntimePlan) -> None:
@@ -77,9 +77,28 @@ def check_offload(path: Path, plan: RuntimePlan) -> None:
         "disk_experts are not among those streamed": 0 <= o.disk_experts <= streamed,
         "no slots for pages from disk": plan.pages.slots > 0 or o.disk_experts == 0,
         "ranking does not rank the experts of each layer": ranked or not o.ranking,
-        "an expert is narrower than there are GPUs": plan.model.expert_intermediate >= o.gpus,
+        "an expert is narrower than there are GPUs": has_whole_experts(plan)
+        or plan.model.expert_intermediate >= o.gpus,
+        **_dealt(plan),
     }
     _check_rules(path, plan, rules)
+
+
+def _dealt(plan: RuntimePlan) -> dict[str, bool]:
+    """That all GPUs have as many whole experts at each place."""
+    if not has_whole_experts(plan):
+        return {}
+    o = plan.offload
+    counts = {
+        "": plan.model.experts,
+        "resident ": o.resident_experts,
+        "CPU ": o.cpu_experts,
+        "disk ": o.disk_experts,
+    }
+    return {
+        f"{count} {kind}experts are not shared whole and evenly by {o.gpus} GPUs": count % o.gpus == 0
+        for kind, count in counts.items()
+    }
 
 
 def _least(record: Any, *names: str) -> dict[str, bool]:

@@ -118,7 +118,7 @@ class Offload(Batches):
         self.config = read_config(checkpoint, plan.model, plan.batch.context_tokens)
         refs = find_parts(checkpoint, plan.model, self.config)
         check_parameters(path, plan, {name: ref.shape for name, ref in refs.items()})
-        refs, plan = parts_of(refs, plan.model, self.config, ranks.share), plan_of(plan, ranks.share)
+        refs, plan = parts_of(refs, plan, self.config, ranks.share), plan_of(plan, ranks.share)
         shapes, m = {name: ref.shape for name, ref in refs.items()}, plan.model
         self._s, self._ops = schedule.SCHEDULE, schedule.OPS
         experts = Experts(plan, self._s.pages, self.config.dense)

@@ -48,7 +48,7 @@ class Experts:
     @property
     def outside(self) -> int:
         """How many of a layer are not resident."""
-        return self.plan.model.experts - self.plan.offload.resident_experts
+        return len(self._ranked(0)) - self.plan.offload.resident_experts
 
     @property
     def expert_bytes(self) -> int:

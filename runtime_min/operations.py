@@ -28,6 +28,7 @@ from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.models.tensors import CORRECTION
 from moeplan.runtime_min.plan_file import RuntimePlan, call_tokens
 from moeplan.runtime_min.ranks import ALONE, Ranks
+from moeplan.runtime_min.shares import has_whole_experts
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
@@ -46,6 +47,7 @@ class Operations:
     ) -> None:
         m, batch, dtype = plan.model, plan.batch, DTYPES[plan.model.compute_dtype]
         self._model, self._config, self._weights, self._ranks = m, config, resident, ranks
+        self._adds_bias = ranks.leads or has_whole_experts(plan)  # of an expert, once in the sum
         part = ranks.share.part(m.vocab)
         self._tokens = slice(part.start, part.stop)  # those whose embeddings and scores are here
         self._call = call_tokens(batch)
@@ -224,7 +226,7 @@ class Operations:
         match self._kind.experts:
             case "pairs":
                 gate_up, gate_up_bias, down, bias = tensors
-                bias = bias if self._ranks.leads else torch.zeros_like(bias)  # once in the sum
+                bias = bias if self._adds_bias else torch.zeros_like(bias)
                 return clamped_expert(x, gate_up, gate_up_bias, down, bias, *self._config.clamp)
             case "halves":
                 return fused_expert(x, *tensors)

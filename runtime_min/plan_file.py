@@ -20,7 +20,7 @@ from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.architecture import Architecture
 
-FORMAT = 5
+FORMAT = 6
 SCHEDULE_FORMAT = 2
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "float32": 4}
 ARCHITECTURES = tuple(BY_MODEL_TYPE)  # model types that this version of the runtime executes, on CPU
@@ -152,8 +152,10 @@ class PagePlan:
 class OffloadPlan:
     """What lies where beside an accelerator; all zero and empty in a stream plan.
 
-    The model spans `gpus` of them (tensor parallelism): each has a part of the heads, of every expert's inner
-    width and of the vocabulary. Sizes and limits are those of all together. Each layer's experts are ranked:
+    The model spans `gpus` of them (tensor parallelism): each has a part of the heads, of the vocabulary and
+    of what takes every token. Of the experts each has, as `expert_shares` says, a part of the width of every
+    one, or whole ones dealt to it by rank; all counts of experts are multiples of `gpus` then. Sizes, counts
+    and limits are those of all together. Each layer's experts are ranked:
     `ranking` has a row per layer, most popular first; empty, they rank by number. The first
     `resident_experts` stay on the device. The last `cpu_experts` are computed by the CPU in decode, and in
     prefill where no page moves. Those between are streamed, the last `disk_experts` of them from disk.
@@ -162,6 +164,7 @@ class OffloadPlan:
     """
 
     gpus: int
+    expert_shares: Literal["width", "whole"]
     resident_experts: int
     cpu_experts: int
     disk_experts: int
@@ -170,7 +173,13 @@ class OffloadPlan:
 
 
 NO_OFFLOAD = OffloadPlan(
-    gpus=0, resident_experts=0, cpu_experts=0, disk_experts=0, ranking=(), budget_bytes=0
+    gpus=0,
+    expert_shares="width",
+    resident_experts=0,
+    cpu_experts=0,
+    disk_experts=0,
+    ranking=(),
+    budget_bytes=0,
 )
 
 

@@ -1,15 +1,17 @@
-"""What one of several ranks has of a model: its heads, its part of every expert, its part of the vocabulary.
+"""What one of several ranks has of a model: its heads, its part of the experts, its part of the vocabulary.
 
 Each matrix is cut where the ranks' results add up: queries, keys and values by head, the MLPs at their inner
 width, embedding and head by token. Norms and routers are whole everywhere, as are the keys and values of a
-head whose queries several ranks share. Source: Megatron-LM, arXiv 1909.08053, section 3. Standard library
-only.
+head whose queries several ranks share. Source: Megatron-LM, arXiv 1909.08053, section 3.
+
+Experts are cut like the MLPs, or each rank has whole ones. All have every token's hidden state, so what
+experts say of it is summed either way and no token is sent to another rank. Standard library only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moeplan.runtime_min.checkpoint import ITEM_BYTES, TensorRef
@@ -17,7 +19,7 @@ from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.model_config import ModelConfig
 from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.tensors import expert_names, expert_shapes
-from moeplan.runtime_min.plan_file import ModelPlan, RuntimePlan
+from moeplan.runtime_min.plan_file import ModelPlan, OffloadPlan, RuntimePlan
 
 _TOKENS = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 _QUERIES, _KEYS = ("q_proj.weight", "q_proj.bias", "sinks"), ("k_proj", "v_proj")
@@ -46,13 +48,14 @@ def whole_heads(heads: int, kv_heads: int, ranks: int) -> bool:
 
 def plan_of(plan: RuntimePlan, share: Share) -> RuntimePlan:
     """The plan of one rank: the shape of its share, and its part of threads and memory. Counts of parameters
-    but for those of an expert stay the model's."""
+    but for those of an expert stay the model's; where it has whole experts, `ranking` has its own."""
     m, ranks = plan.model, share.ranks
+    inner = m.expert_intermediate
     model = replace(
         m,
         heads=len(share.part(m.heads)),
         kv_heads=len(share.key_heads(m.kv_heads)),
-        expert_intermediate=len(share.part(m.expert_intermediate)),
+        expert_intermediate=inner if has_whole_experts(plan) else len(share.part(inner)),
         dense_intermediate=len(share.part(m.dense_intermediate)),
         shared_intermediate=len(share.part(m.shared_intermediate)),
     )
@@ -63,22 +66,56 @@ def plan_of(plan: RuntimePlan, share: Share) -> RuntimePlan:
         model=model,
         threads=max(1, plan.threads // ranks),
         memory=replace(plan.memory, **memory),
-        offload=replace(plan.offload, budget_bytes=plan.offload.budget_bytes // ranks),
+        offload=_offload_of(plan, share),
     )
 
 
+def _offload_of(plan: RuntimePlan, share: Share) -> OffloadPlan:
+    """A rank's part of the experts at each place, and of the devices' memory."""
+    offload, ranks = plan.offload, share.ranks
+    offload = replace(offload, budget_bytes=offload.budget_bytes // ranks)
+    if not has_whole_experts(plan):
+        return offload
+    return replace(
+        offload,
+        resident_experts=offload.resident_experts // ranks,
+        cpu_experts=offload.cpu_experts // ranks,
+        disk_experts=offload.disk_experts // ranks,
+        ranking=tuple(own_experts(plan, share, layer) for layer in range(plan.model.layers)),
+    )
+
+
+def has_whole_experts(plan: RuntimePlan) -> bool:
+    """Whether each of several ranks has whole experts."""
+    return plan.offload.gpus > 1 and plan.offload.expert_shares == "whole"
+
+
+def own_experts(plan: RuntimePlan, share: Share, layer: int) -> tuple[int, ...]:
+    """The whole experts of a rank, most popular first. They are dealt by popularity, forth and back, so that
+    all ranks have about as much to compute."""
+    ranking, ranks = plan.offload.ranking, share.ranks
+    ranked = ranking[layer] if ranking else range(plan.model.experts)
+    turns = (divmod(at, ranks) for at in range(len(ranked)))
+    dealt = (ranks - 1 - place if turn % 2 else place for turn, place in turns)
+    return tuple(e for e, rank in zip(ranked, dealt, strict=True) if rank == share.rank)
+
+
 def parts_of(
-    refs: Mapping[str, TensorRef], model: ModelPlan, config: ModelConfig, share: Share
+    refs: Mapping[str, TensorRef], plan: RuntimePlan, config: ModelConfig, share: Share
 ) -> dict[str, TensorRef]:
-    """A rank's part of every tensor of the whole `model`."""
+    """A rank's part of every tensor of the whole model; tensors of which it has nothing are left out."""
     if share.ranks == 1:
         return dict(refs)
-    experts = _expert_cuts(model, config, share)
+    model = plan.model
+    whole = has_whole_experts(plan)
+    experts = _whole_experts(plan, config, share) if whole else _expert_cuts(model, config, share)
     cuts = ((ref, experts.get(name) or _cut(model, config, share, ref)) for name, ref in refs.items())
-    return {ref.name: _part(ref, *cut) for ref, cut in cuts}
+    return {ref.name: _part(ref, *cut) for ref, cut in cuts if cut != _NOTHING}
 
 
 Cut = tuple[int, int, range]  # a tensor seen as [outer, things, ...], and which of the things
+_ALL: Cut = (1, 1, range(1))
+_NOTHING: Cut = (0, 0, range(0))
 
 
 def _part(ref: TensorRef, outer: int, things: int, some: range) -> TensorRef:
@@ -120,19 +157,33 @@ def _cut(model: ModelPlan, config: ModelConfig, share: Share, ref: TensorRef) ->
         return 1, ref.shape[0], share.part(ref.shape[0])
     if leaf.endswith("down_proj.weight"):
         return model.hidden, ref.shape[1], share.part(ref.shape[1])
-    return 1, 1, range(1)
+    return _ALL
 
 
 def _expert_cuts(model: ModelPlan, config: ModelConfig, share: Share) -> dict[str, Cut]:
     """How the tensors of experts are cut, all at the inner width: see `expert_shapes`."""
-    inner, whole = model.expert_intermediate, (1, 1, range(1))
+    inner = model.expert_intermediate
     rows, columns = ((outer, inner, share.part(inner)) for outer in (1, model.hidden))
     cuts = {
         "apart": (rows, columns, rows),
         "rows": (rows, rows, rows),
-        "pairs": (columns, rows, rows, whole),
+        "pairs": (columns, rows, rows, _ALL),
         "halves": ((2 * model.hidden, inner, share.part(inner)), rows),
     }[BY_MODEL_TYPE[model.architecture].experts]
-    layers = (layer for layer in range(model.layers) if layer not in config.dense)
-    names = (expert_names(model, layer, e) for layer in layers for e in range(model.experts))
+    names = (expert_names(model, *at) for at in _experts(model, config))
     return {name: cut for some in names for name, cut in zip(some, cuts, strict=True)}
+
+
+def _whole_experts(plan: RuntimePlan, config: ModelConfig, share: Share) -> dict[str, Cut]:
+    """All or nothing of the tensors of every expert."""
+    own = [own_experts(plan, share, layer) for layer in range(plan.model.layers)]
+    return {
+        name: _ALL if expert in own[layer] else _NOTHING
+        for layer, expert in _experts(plan.model, config)
+        for name in expert_names(plan.model, layer, expert)
+    }
+
+
+def _experts(model: ModelPlan, config: ModelConfig) -> Iterator[tuple[int, int]]:
+    """(layer, expert) of all."""
+    return ((n, e) for n in range(model.layers) if n not in config.dense for e in range(model.experts))

@@ -48,6 +48,20 @@ LARGE = {  # embedding, head and experts of a layer fill what is left of all GPU
             "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 1024, "moe_num_experts": 8, "moe_top_k": 2},
         },
     ),
+    "qwen3_moe": Small(
+        "Qwen3Moe",
+        {
+            **SIZES,
+            "hidden_size": 64,
+            "moe_intermediate_size": 64,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "num_experts": 64,
+            "num_experts_per_tok": 4,
+        },
+    ),
 }
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tinymoe"
 BOX = """\
@@ -127,12 +141,18 @@ def test_a_dense_model_on_a_gpu_too_small_for_it(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("kind", "gpus", "memory_bytes"), [("mixtral", 2, 66_000_000), ("dbrx", 4, 44_000_000)]
+    ("kind", "gpus", "memory_bytes", "form"),
+    [
+        ("mixtral", 2, 66_000_000, "width"),
+        ("dbrx", 4, 44_000_000, "width"),
+        ("qwen3_moe", 2, 56_000_000, "whole"),
+    ],
 )
 def test_a_model_that_only_several_gpus_hold(
-    tmp_path: Path, kind: str, gpus: int, memory_bytes: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: str, gpus: int, memory_bytes: int, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The published settings in small: experts streamed through 2 and 4 T4s, the model on all of them."""
+    """The published settings in small: experts streamed through 2 and 4 T4s, the model on all of them; many
+    small experts come out whole."""
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     reference = save(checkpoint, LARGE[kind])
@@ -142,7 +162,7 @@ def test_a_model_that_only_several_gpus_hold(
     )
     folder, made = compiled(tmp_path)
     monkeypatch.setitem(sys.modules, "numba", None)
-    assert (made.offload.gpus, made.schedule.kind) == (gpus, "offload")
+    assert (made.offload.gpus, made.offload.expert_shares, made.schedule.kind) == (gpus, form, "offload")
     assert made.pages.pages_per_layer > 0
     prompts = [[257, 1, 2, 3], [257, *range(40, 59)], [39_999]]
     batch = [Generation(prompt, 3, Sampling(temperature=0.0, top_p=1.0, seed=0)) for prompt in prompts]

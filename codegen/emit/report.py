@@ -306,6 +306,14 @@ def _placed(policy: Policy) -> str:
     return f"{experts}, attention to {policy.attention_gpu_share:.0%} on the GPU, {held}"
 
 
+def _gpus(policy: Policy) -> str:
+    """How many GPUs share a model, and how they share its experts."""
+    if policy.gpus == 1:
+        return "1 GPU"
+    each = "whole experts" if policy.expert_shares == "whole" else "a part of every expert"
+    return f"{policy.gpus} GPUs with {each} on each"
+
+
 def _routed(pages: Pages) -> str:
     """What decode reads where that is not every page; a page is as many experts as the plan says."""
     if not pages.places:
@@ -331,10 +339,7 @@ def _how(policy: Policy) -> str:
     if policy.gpus:
         way = "through a pinned ring" if policy.staged else "from pinned memory"
         moved = f"experts streamed {way}" if policy.pages.pages_per_layer else "no expert streamed"
-        return (
-            f"runtime_min, {policy.gpus} GPU{'s' * (policy.gpus > 1)}, {moved}, {_placed(policy)}, "
-            f"{batch}, in {groups}"
-        )
+        return f"runtime_min, {_gpus(policy)}, {moved}, {_placed(policy)}, {batch}, in {groups}"
     packed = f" packed in {packing_of(policy)}" if packing_of(policy) else ""
     held = (
         f"weights{packed} held in memory"

@@ -131,14 +131,15 @@ def _offload_plan(plan: Plan, policy: Policy) -> plan_file.OffloadPlan:
     def experts(share: float) -> int:
         return round(share * model.experts)
 
-    first = {layer.layer: layer.experts for layer in policy.resident_experts}
-    rows = (first.get(layer, ()) for layer in range(model.layers if first else 0))
+    ranked = {layer.layer: layer.ranked for layer in plan.workload.popularity}
+    anyhow = tuple(range(model.experts))
     return plan_file.OffloadPlan(
         gpus=policy.gpus,
+        expert_shares=policy.expert_shares,
         resident_experts=experts(policy.resident_share),
         cpu_experts=experts(policy.experts_cpu_share),
         disk_experts=experts(policy.experts_disk_share),
-        ranking=tuple((*row, *(e for e in range(model.experts) if e not in row)) for row in rows),
+        ranking=tuple(ranked.get(layer, anyhow) for layer in range(model.layers if ranked else 0)),
         budget_bytes=next(limit.bytes for limit in policy.limits if limit.level == "gpu"),
     )
 

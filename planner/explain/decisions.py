@@ -11,11 +11,13 @@ from moeplan.planner.explain.case import Case, Held, decide
 from moeplan.planner.explain.outcomes import outcome_of
 from moeplan.planner.inputs import Inputs
 from moeplan.planner.ir.analysis import Decision
+from moeplan.planner.ir.model import Model
 from moeplan.planner.ir.plan import Plan, Replica
-from moeplan.planner.ir.policy import NO_PAGES, Policy
+from moeplan.planner.ir.policy import NO_PAGES, ExpertShares, Policy
 from moeplan.planner.ir.spec import MarketSpec, Purchase
 from moeplan.planner.ir.workload import Bucket, RequestClass, Workload
 from moeplan.planner.strategies.figures import figures_at, fits_at
+from moeplan.planner.strategies.offload_search import Sharing, can_share
 
 _MOST = 3
 _MATTERS = 1.005  # times worse, at least
@@ -84,7 +86,10 @@ def _of_a_replica(workload: Workload, replica: Replica) -> Iterator[Decision]:
             value=whole.tokens_per_s,
             other=half.tokens_per_s,
         )
-    for chosen, alternative, other in _placements(policy):
+    for chosen, alternative, other in (
+        *_placements(policy),
+        *_sharings(workload.as_one_expert().model, policy),
+    ):
         if fits_at(workload, replica.roofline, other, *_mean(workload, other), policy.sequences):
             value, rate = (_tokens_per_s(workload, replica, p) for p in (policy, other))
             yield Decision(chosen=chosen, alternative=alternative, unit="tokens/s", value=value, other=rate)
@@ -132,6 +137,16 @@ def _placements(policy: Policy) -> Iterator[tuple[str, str, Policy]]:
     if policy.pages != NO_PAGES and policy.weights_on == "dram":
         cpu = replace(policy, experts_cpu_share=1.0 - policy.resident_share, pages=NO_PAGES)
         yield "experts streamed to the GPU", "computed by the CPU", cpu
+
+
+def _sharings(model: Model, policy: Policy) -> Iterator[tuple[str, str, Policy]]:
+    """The same of how several GPUs share experts."""
+    forms: dict[ExpertShares, str] = {"width": "a part of every expert", "whole": "whole experts"}
+    other: ExpertShares = "width" if policy.expert_shares == "whole" else "whole"
+    ours = policy.engine == "runtime_min" and policy.gpus > 1
+    if ours and can_share(model, Sharing(policy.gpus, other == "whole")):
+        chosen, alternative = (f"{forms[form]} on each GPU" for form in (policy.expert_shares, other))
+        yield chosen, alternative, replace(policy, expert_shares=other)
 
 
 def _tokens_per_s(workload: Workload, replica: Replica, policy: Policy) -> float:

@@ -51,7 +51,8 @@ def _shape(policy: Policy) -> str:
     parts = [f"weights on {policy.weights_on}{' through a pinned ring' * policy.staged}"]
     if policy.gpus:
         parts.append(f"attention on the {_who(policy.attention_gpu_share)}")
-        parts.append(f"experts on the {_who(1.0 - policy.experts_cpu_share)}")
+        whole = "whole " if policy.expert_shares == "whole" else ""
+        parts.append(f"{whole}experts on the {_who(1.0 - policy.experts_cpu_share)}")
     if policy.pages.places:
         parts.append("reading what routing hits")
     return f"{', '.join(parts)}, bound by {policy.bottleneck.lane} in {policy.bottleneck.phase}"

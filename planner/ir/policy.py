@@ -12,6 +12,7 @@ from moeplan.planner.ir.spec import Dtype
 from moeplan.planner.ir.workload import ClassName, KvDtype
 
 Engine = Literal["runtime_min", "vllm"]
+ExpertShares = Literal["width", "whole"]
 WeightsDtype = Literal["checkpoint", "fp8", "bf12", "int8", "int4"]
 Phase = Literal["prefill", "decode", "steps"]  # steps of continuous batching do both
 
@@ -179,7 +180,8 @@ class DtypeOption:
 class Policy:
     """One way to run a class on a machine.
 
-    One copy of the model spans `gpus` GPUs (tensor parallelism); the machine runs `data_parallel` copies.
+    One copy of the model spans `gpus` GPUs (tensor parallelism); the machine runs `data_parallel` copies. Of
+    the experts each of the GPUs has, as `expert_shares` says, a part of every one's width or whole ones.
     `threads` compute on the host. `sequences` (N) are in flight together, in `micro_batches` groups of
     `micro_batch` (μ). `attention_gpu_share` of the micro-batches attend on the GPU, `kv_gpu_share` of them
     out of GPU memory; the rest of the cache is in host memory. Weights rest at `weights_on`. Of each layer's
@@ -221,6 +223,7 @@ class Policy:
     generated_tokens_per_s: Estimate
     rates: tuple[BucketRate, ...]
     bottleneck: Bottleneck
+    expert_shares: ExpertShares = "width"
     weights_dtype: WeightsDtype = "checkpoint"
     weights_options: tuple[DtypeOption, ...] = ()
     kv_dtype: KvDtype = "same"

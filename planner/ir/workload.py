@@ -106,6 +106,11 @@ class ExpertPopularity:
     layer: int
     token_share: tuple[float, ...]
 
+    @property
+    def ranked(self) -> tuple[int, ...]:
+        """The experts, most popular first, ties by number."""
+        return tuple(sorted(range(len(self.token_share)), key=lambda e: (-self.token_share[e], e)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:

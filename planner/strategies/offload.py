@@ -6,7 +6,7 @@ The record of what `offload_search` finds, and in numbers what is short where it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -49,7 +49,7 @@ from moeplan.planner.strategies.offload_lanes import (
     total,
 )
 from moeplan.planner.strategies.offload_online import fastest_online, online_figures, online_policy
-from moeplan.planner.strategies.offload_search import can_share, degrees, fastest, shapes
+from moeplan.planner.strategies.offload_search import Sharing, fastest, shapes, sharings
 from moeplan.planner.units import format_bytes
 
 _ROOMY_BYTES = 1e18
@@ -66,7 +66,7 @@ def offload_policy(
     if requests.name == "online":
         point = fastest_online(problem)
         return too_big(problem) if point is None else online_policy(problem, point, policy_of(problem, point))
-    best = fastest(problem, problem.units(shapes(degrees(problem), requests.requests)))
+    best = fastest(problem, problem.units(shapes(sharings(problem), requests.requests)))
     return too_big(problem) if best is None else policy_of(problem, best)
 
 
@@ -82,7 +82,7 @@ def offload_policy_at(
     it fits or not: to compare with what others chose."""
     problem = Costs(workload.as_one_expert(), requests, roofline, _ROOMY_BYTES)
     one = np.ones(1)
-    given = Shapes(roofline.machine.gpus * one, micro_batch * one, micro_batches * one)
+    given = Shapes(roofline.machine.gpus * one, one < 1, micro_batch * one, micro_batches * one)
     layout = problem.layout(problem.units(given), 0 * one, 0 * one, one > 0)
     return policy_of(problem, problem.point(layout, 0 * one))
 
@@ -119,7 +119,8 @@ def point_of(
 def _placed_like(problem: Costs, policy: Policy, micro_batch: float, count: int) -> Point:
     """`count` micro-batches with the policy's shares of attention and experts."""
     one = np.ones(1)
-    shape = Shapes(policy.gpus * one, micro_batch * one, count * one)
+    whole = np.array([policy.expert_shares == "whole"])
+    shape = Shapes(policy.gpus * one, whole, micro_batch * one, count * one)
     on_gpu = round(policy.kv_gpu_share * count)
     cache_up = round(policy.attention_gpu_share * count) - on_gpu
     streams = one * (policy.pages != NO_PAGES) > 0
@@ -153,6 +154,7 @@ def policy_of(problem: Costs, point: Point) -> Policy:
         serves=requests.name,
         engine="runtime_min",
         gpus=gpus,
+        expert_shares="whole" if u.whole[0] else "width",
         threads=host_threads(roofline),
         data_parallel=1,
         dtype=roofline.dtype,
@@ -230,7 +232,7 @@ def _pages(problem: Costs, point: Point) -> Pages:
 def too_big(problem: Costs) -> Rejection:
     """Which memory is short for the smallest candidate, and the changes that would each be enough."""
     roofline = problem.roofline
-    point = _smallest(problem, np.array(degrees(problem)[-1:], dtype=float))
+    point = _smallest(problem, _widest(problem))
     gpu, host = _least_bytes(problem, point)
     limit = problem.gpu_limit_bytes(point.units.gpus)[0]
     level: LevelName = "gpu" if gpu[0] > limit else "dram"
@@ -241,10 +243,18 @@ def too_big(problem: Costs) -> Rejection:
     return too_small(roofline, problem.requests, level, float(need), float(may), what, ", or ".join(hints))
 
 
-def _smallest(problem: Costs, gpus: Array) -> Point:
-    """One sequence in flight over `gpus` GPUs, nothing streamed: what needs the least GPU memory."""
+def _widest(problem: Costs) -> list[Sharing]:
+    """The first way to share the model over as many GPUs as can."""
+    ways = sharings(problem)
+    return [next(way for way in ways if way.gpus == ways[-1].gpus)]
+
+
+def _smallest(problem: Costs, ways: Sequence[Sharing]) -> Point:
+    """One sequence in flight, shared in each of the ways, nothing streamed: what needs the least GPU
+    memory."""
+    gpus, whole = np.array([float(way.gpus) for way in ways]), np.array([way.whole for way in ways])
     one = np.ones_like(gpus)
-    units = problem.units(Shapes(gpus, one, one))
+    units = problem.units(Shapes(gpus, whole, one, one))
     streams = np.full(gpus.shape, problem.roofline.has("disk"))
     streams &= problem.layout(units, 0 * one, 0 * one, streams).most_resident >= 0
     return problem.point(problem.layout(units, 0 * one, 0 * one, streams), 0 * one)
@@ -262,13 +272,12 @@ def _least_bytes(problem: Costs, point: Point) -> tuple[Array, Array]:
 
 
 def _gpu_remedies(problem: Costs, need: float) -> list[str]:
-    gpus = degrees(problem)[-1]
+    gpus = _widest(problem)[0].gpus
     hints = [f"GPUs of {format_bytes(need / GPU_SHARE / gpus)} or more"]
-    model = problem.workload.model
-    more = np.array([float(d) for d in range(1, _MOST_GPUS + 1) if can_share(model, d)])
-    enough = more[_smallest(problem, more).most_resident >= 0]
+    more = sharings(problem, _MOST_GPUS)
+    enough = np.flatnonzero(_smallest(problem, more).most_resident >= 0)
     if enough.size:
-        hints.insert(0, f"{enough[0]:.0f} GPUs like it")
+        hints.insert(0, f"{more[enough[0]].gpus} GPUs like it")
     return hints + _shorter(problem, lambda point: bool(point.most_resident[0] >= 0))
 
 
@@ -279,12 +288,12 @@ def _host_remedies(problem: Costs, need: float) -> list[str]:
 
 def _shorter(problem: Costs, fits: Callable[[Point], bool]) -> list[str]:
     """The longest prompts with which the smallest candidate fits, where shorter ones than now do."""
-    gpus = np.array(degrees(problem)[-1:], dtype=float)
+    ways = _widest(problem)
     low, high = 0, problem.requests.prompt_tokens_max
     while low < high - 1:
         middle = (low + high) // 2
         shorter = replace(problem.requests, prompt_tokens_max=middle)
-        if fits(_smallest(replace(problem, requests=shorter), gpus)):
+        if fits(_smallest(replace(problem, requests=shorter), ways)):
             low = middle
         else:
             high = middle

@@ -25,6 +25,7 @@ from moeplan.planner.ir.roofline import Roof, Roofline
 from moeplan.planner.ir.workload import Operator, OperatorName, RequestClass, Workload
 from moeplan.planner.serving import ALL_REDUCE_S, PEER_EFFICIENCY, exchange_s, kv_copies
 from moeplan.planner.strategies.common import GPU_SHARE
+from moeplan.planner.strategies.whole_experts import busiest_part
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -44,7 +45,9 @@ STAGED_TOUCHES = 3
 # (benchmarks/published_runs.py).
 _OVERLAP = 2.0
 _DISK_TOUCHES = 2  # direct reads land in the ring: write, DMA read
-_CALLS_PER_MICRO_BATCH = 30  # operator launches per layer and micro-batch
+_CALLS_PER_MICRO_BATCH = 30  # operator launches per layer and micro-batch, without experts
+# Of each expert that is hit, on the GPU or by the CPU: runtime_min.operations.add_experts.
+_CALLS_PER_EXPERT = 9
 _HOST_PROCESS_BYTES = 4 << 30  # interpreter, CUDA context's host part, file cache the kernel insists on
 _PREFILL_TOKENS = 4096
 _LOADING_BYTES = 64 << 20  # blocks of the readers, and what the allocator holds
@@ -54,20 +57,29 @@ _CORES: tuple[OperatorName, ...] = ("attention_core", "windowed_attention_core")
 
 @dataclass(frozen=True)
 class Shapes:
-    """Per element: the GPUs that share the model, μ and n_ub."""
+    """Per element: the GPUs that share the model, whether each has `whole` experts, not a part of every
+    one's width, μ and n_ub."""
 
     gpus: Array
+    whole: Mask
     micro_batch: Array
     micro_batches: Array
+
+    @property
+    def dealt(self) -> Array:
+        """Experts of a layer that are placed at once: where whole, one of each GPU's."""
+        return np.where(self.whole, self.gpus, 1.0)
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Per element, prompts that pass through the layers together: tokens and FLOPs of all, their
-    `Experts.key`, how many of a layer's experts they hit, all-reduce seconds, and their cache."""
+    """Per element, prompts that pass through the layers together: tokens and FLOPs of all, what the routed
+    experts of the busiest GPU take of them times the GPUs, their `Experts.key`, how many of a layer's
+    experts they hit, all-reduce seconds, and their cache."""
 
     tokens: Array
     flops: Array
+    expert_flops: Array
     key: Array
     hits: Array
     reduce_s: Array
@@ -189,12 +201,7 @@ class Experts:
     def most_popular(self, count: int) -> tuple[ResidentExperts, ...]:
         """The first `count` of every layer by popularity, ties by number; empty where all are alike."""
         return tuple(
-            ResidentExperts(
-                layer=layer.layer,
-                experts=tuple(
-                    sorted(range(len(layer.token_share)), key=lambda e: (-layer.token_share[e], e))[:count]
-                ),
-            )
+            ResidentExperts(layer=layer.layer, experts=layer.ranked[:count])
             for layer in self.workload.popularity
         )
 
@@ -284,6 +291,11 @@ class Costs:
         """Launching the operators of one micro-batch, all layers."""
         return self.workload.model.layers * _CALLS_PER_MICRO_BATCH * self.roofline.machine.launch_s
 
+    @property
+    def _expert_launches_s(self) -> float:
+        """Calling the operators of one expert of every layer: about as long on a CPU as on a GPU."""
+        return self.workload.model.moe_layers * _CALLS_PER_EXPERT * self.roofline.machine.launch_s
+
     @cached_property
     def context(self) -> float:
         """Tokens in a sequence's cache, on average over decoding."""
@@ -293,7 +305,7 @@ class Costs:
         """The units of every shape."""
         workload, model, size = self.workload, self.workload.model, self.workload.value_bytes
         gpu, dram = self.gpu_roof, self.roofline.roof("dram")
-        cores, experts, other = _split(workload.operators)
+        cores, other = _split(workload.operators)
         micro, count, gpus = shapes.micro_batch, shapes.micro_batches, shapes.gpus
 
         def seconds(operators: list[Operator], roof: object) -> Array:
@@ -301,41 +313,69 @@ class Costs:
 
         values = micro * size * model.layers
         attention, call_key = model.attention, self.experts.key(micro)
+        call_hits = self.experts.hits(call_key, np.full_like(micro, model.experts))
+        gpu_experts_s, cpu_experts_s = self._experts_s(shapes, call_hits)
         longest = self._held(micro, self.requests.context_tokens_max)
         return Units(
             gpus=gpus,
+            whole=shapes.whole,
             micro_batch=micro,
             micro_batches=count,
             gpu_other_s=count
             * (seconds(other, gpu) / gpus + self.launches_s + self.all_reduce_s(micro, gpus)),
             sum_s=count * self.all_reduce_s(micro, gpus) / 2,
-            gpu_experts_s=count * seconds(experts, gpu) / gpus,
+            gpu_experts_s=count * gpu_experts_s,
             gpu_attention_s=seconds(cores, gpu) / gpus,
             cpu_attention_s=seconds(cores, dram) * self.cache_copies(gpus),
-            cpu_experts_s=count * seconds(experts, dram),
+            cpu_experts_s=count * cpu_experts_s,
             attended_bytes=values * attention.attended_values(),
             qkv_bytes=values * (attention.attended_values() + attention.kv_values_per_token()),
             routed_bytes=micro * size * model.moe_layers * model.hidden,
             cache_bytes=self._held(micro, self.context),
             pass_key=self.experts.key(micro * count),
             call_key=call_key,
-            call_hits=self.experts.hits(call_key, np.full_like(micro, model.experts)),
+            call_hits=call_hits,
             longest_cache_bytes=self.cache_copies(gpus) * longest,
-            scratch_bytes=self._scratch_bytes(micro, gpus),
-            prompts=self.prompts(micro * count, gpus),
+            scratch_bytes=self._scratch_bytes(shapes),
+            prompts=self.prompts(micro * count, shapes),
         )
 
-    def prompts(self, count: Array, gpus: Array) -> Prompts:
-        """`count` prompts of the mean size on so many GPUs."""
+    def _experts_s(self, shapes: Shapes, call_hits: Array) -> tuple[Array, Array]:
+        """Seconds of a call of all layers' routed experts, which hits so many of one, if the GPUs compute all
+        and if the CPU does. Whole experts take as long as the busiest GPU's; a part of them counts as uneven
+        as all are."""
+        choices, hits = self._busiest_part(shapes, shapes.micro_batch)
+        experts = self.workload.operator("routed_experts")
+
+        def seconds(roof: Roof) -> Array:
+            parts = costs.operator_parts(self.workload, experts, roof, shapes.micro_batch, 0.0)
+            return np.asarray(costs.knee(hits * parts[0], choices * parts[1]))
+
+        called_s = call_hits * hits / shapes.dealt * self._expert_launches_s
+        on_gpu, on_cpu = seconds(self.gpu_roof) / shapes.gpus, seconds(self.roofline.roof("dram"))
+        return on_gpu + called_s, on_cpu + called_s
+
+    def _busiest_part(self, shapes: Shapes, tokens: Array) -> tuple[Array, Array]:
+        """`whole_experts.busiest_part` of calls of `tokens`; 1 where experts are cut, and all do the same."""
+        choices, hits = np.ones_like(tokens), np.ones_like(tokens)
+        for gpus in np.unique(shapes.gpus[shapes.whole]):
+            some = shapes.whole & (shapes.gpus == gpus)
+            choices[some], hits[some] = busiest_part(self.workload, int(gpus), tokens[some])
+        return choices, hits
+
+    def prompts(self, count: Array, shapes: Shapes) -> Prompts:
+        """`count` prompts of the mean size on the GPUs of `shapes`, in pieces of `prefill_tokens`."""
         prompt = self.requests.mean_prompt_tokens()
         tokens = count * prompt
         key = self.experts.key(tokens)
+        choices, _ = self._busiest_part(shapes, np.minimum(tokens, self.prefill_tokens))
         return Prompts(
             tokens=tokens,
             flops=np.asarray(costs.prefill_flops(self.workload, count, prompt)),
+            expert_flops=choices * tokens * self.workload.operator("routed_experts").flops_per_token,
             key=key,
             hits=self.experts.hits(key, np.full_like(tokens, self.workload.model.experts)),
-            reduce_s=self.all_reduce_s(tokens, gpus),
+            reduce_s=self.all_reduce_s(tokens, shapes.gpus),
             cache_bytes=self._held(count, prompt),
         )
 
@@ -397,12 +437,16 @@ class Costs:
         exchanged = np.where(point.streams, 0.0, 2.0 * (self._choice_bytes + hidden))
         return self._new_cache_bytes(point) + self.prefill_tokens * (4.0 * hidden + exchanged)
 
-    def _scratch_bytes(self, micro_batch: Array, gpus: Array) -> Array:
+    def _scratch_bytes(self, shapes: Shapes) -> Array:
         """What the operations of one call take: runtime_min.plan_file.scratch_bytes; of several GPUs each
         needs room for what it adds to a sum."""
         model, a = self.workload.model, self.workload.model.attention
+        gpus, micro_batch = shapes.gpus, shapes.micro_batch
         tokens, context = self.prefill_tokens, self.requests.context_tokens_max
-        width = max(model.expert_intermediate, model.dense_intermediate, model.shared_intermediate)
+        width = np.maximum(
+            model.expert_intermediate * shapes.dealt,
+            max(model.dense_intermediate, model.shared_intermediate),
+        )
         latent = a.kv_lora_dim + a.rope_dim
         heads = (a.heads + a.kv_heads * self.cache_copies(gpus)) / gpus
         values = np.maximum(8 * heads * a.head_dim, 3 * width / gpus)
@@ -469,15 +513,17 @@ class Costs:
         most = np.floor((free - model.experts * pages) / slope)
         all_fit = free >= model.experts * self.expert_bytes
         most = np.where(all_fit, model.experts, np.minimum(most, model.experts - 1.0))
+        most = _rounded_down(most, units.dealt)
         room = self.host_limit_bytes - total(self.host_items(empty))
         return Layout(units, on_gpu, cache_up, streams, most, room)
 
     def point(self, layout: Layout, cpu_experts: Array) -> Point:
-        """Candidates with `cpu_experts` of each layer on the CPU (all that are not resident where nothing
-        streams). Everything is pinned where it fits and may be: that is never slower; otherwise it is staged
-        through a ring, and what host memory cannot hold comes from disk.
+        """Candidates with `cpu_experts` of each layer on the CPU, rounded up to what is dealt at once (all
+        that are not resident where nothing streams). Everything is pinned where it fits and may be: that is
+        never slower; otherwise it is staged through a ring, and what host memory cannot hold comes from disk.
         """
-        experts = float(self.workload.model.experts)
+        experts, dealt = float(self.workload.model.experts), layout.units.dealt
+        cpu_experts = np.ceil(cpu_experts / dealt) * dealt
         cpu_experts = np.where(layout.streams, cpu_experts, experts - np.maximum(layout.most_resident, 0.0))
         resident = np.minimum(np.maximum(layout.most_resident, 0.0), experts - cpu_experts)
         outside = experts - resident
@@ -485,7 +531,7 @@ class Costs:
         pinned = weights <= np.minimum(layout.room_bytes, self.pinned_limit_bytes)
         staged = layout.streams & ~pinned
         left = layout.room_bytes - np.where(staged, self.ring_bytes(layout.units, resident), 0.0)
-        held = np.clip(np.floor(left / self.expert_bytes), 0.0, outside)
+        held = np.clip(_rounded_down(left / self.expert_bytes, dealt), 0.0, outside)
         disk = outside - held
         readable = layout.streams & self._disk_holds_the_model | (disk == 0.0)
         feasible = (
@@ -570,15 +616,16 @@ class Costs:
         cpu_share = 1.0 - self.experts.token_share(model.experts - self._prefill_cpu_experts(point))
         streamed, from_disk, touched = self._prefill_moved(point, prompts)
         parked, routed, cache = self.prefill_bytes(point, prompts)
-        cpu_work = cpu_share * prompts.tokens * workload.operator("routed_experts").flops_per_token
+        even = prompts.tokens * workload.operator("routed_experts").flops_per_token
+        gpu_work = prompts.flops - even + (1.0 - cpu_share) * prompts.expert_flops
         read = prompts.hits * cpu_share
         sums = 1.0 + 0.5 * (self._prefill_cpu_experts(point) > 0)
-        gpu_s = (prompts.flops - cpu_work) / (gpu.offload_prefill_flops_per_s * u.gpus)
+        gpu_s = gpu_work / (gpu.offload_prefill_flops_per_s * u.gpus)
         return {
             "gpu": gpu_s + sums * prompts.reduce_s,
             "h2d": self._link_s(point, streamed, parked + routed),
             "d2h": (parked + cache + routed) / link,
-            "cpu": cpu_work / dram.prefill_flops_per_s,
+            "cpu": cpu_share * prompts.expert_flops / dram.prefill_flops_per_s,
             "dram": (touched + read * self.expert_bytes + 2 * parked + cache) / dram.bytes_per_s,
             "disk": self._disk_s(from_disk),
         }
@@ -632,13 +679,17 @@ def together(lanes: Lanes) -> Array:
     return np.asarray(sum(seconds**_OVERLAP for seconds in lanes.values()) ** (1.0 / _OVERLAP))
 
 
+def _rounded_down(count: Array, dealt: Array) -> Array:
+    """A number of experts, made one that can be placed."""
+    return np.asarray(np.floor(count / dealt) * dealt)
+
+
 def total(items: Items) -> Array:
     """Bytes of all items."""
     return np.asarray(sum(size for _, size in items))
 
 
-def _split(operators: tuple[Operator, ...]) -> tuple[list[Operator], list[Operator], list[Operator]]:
-    """Attention cores, routed experts, all others."""
+def _split(operators: tuple[Operator, ...]) -> tuple[list[Operator], list[Operator]]:
+    """Attention cores, and all others but routed experts."""
     cores = [op for op in operators if op.name in _CORES]
-    experts = [op for op in operators if op.name == "routed_experts"]
-    return cores, experts, [op for op in operators if op not in cores and op not in experts]
+    return cores, [op for op in operators if op not in cores and op.name != "routed_experts"]

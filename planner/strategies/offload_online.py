@@ -18,9 +18,9 @@ from moeplan.planner.strategies.common import AS_PREDICTED, Slower, estimate, ke
 from moeplan.planner.strategies.offload_lanes import Array, Costs, Layout, Point, Shapes, take
 from moeplan.planner.strategies.offload_search import (
     best_cpu_experts,
-    degrees,
     extremes,
     grid,
+    sharings,
 )
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -30,7 +30,7 @@ _SHARED: tuple[str, ...] = ("h2d", "disk")  # lanes on which prefill and decode 
 def fastest_online(problem: Costs) -> Point | None:
     """The point with the highest rate of the class's mix of sizes that keeps the SLO for each; if none does,
     the one that comes nearest; None where nothing fits."""
-    layout, _ = extremes(problem, problem.units(Shapes(*grid(degrees(problem), _MICRO_BATCHES))))
+    layout, _ = extremes(problem, problem.units(grid(sharings(problem), _MICRO_BATCHES)))
     mean = replace(problem, requests=_of_one_size(problem.requests, problem.requests.mean_bucket()))
     layout = _again(mean, layout)
 
@@ -60,14 +60,14 @@ def _of_one_size(requests: RequestClass, bucket: Bucket) -> RequestClass:
 def _again(problem: Costs, layout: Layout) -> Layout:
     """The layout with the times of another size of requests."""
     u = layout.units
-    units = problem.units(Shapes(u.gpus, u.micro_batch, u.micro_batches))
+    units = problem.units(Shapes(u.gpus, u.whole, u.micro_batch, u.micro_batches))
     return problem.layout(units, layout.on_gpu, layout.cache_up, layout.streams)
 
 
 def _itl_s(problem: Costs, point: Point) -> Array:
     """Seconds of a pass that also takes the prompts that enter."""
     entering = point.sequences / problem.requests.mean_output_tokens()
-    prompts = problem.prompts(entering, point.units.gpus)
+    prompts = problem.prompts(entering, point.units)
     decode, prefill = problem.decode_lanes(point), problem.prefill_lanes(point, prompts)
     lanes = {
         lane: np.maximum(seconds, prefill[lane]) if lane in _SHARED else seconds + prefill[lane]
@@ -96,7 +96,7 @@ def online_figures(problem: Costs, point: Point, bucket: Bucket, slower: Slower)
     own = replace(problem, requests=_of_one_size(problem.requests, bucket))
     one = own.point(_again(own, point), point.cpu_experts)
     sequences = float(one.sequences[0])
-    alone = own.prompts(np.ones(1), one.units.gpus)
+    alone = own.prompts(np.ones(1), one.units)
     prefill = float(own.pass_s(one, own.prefill_lanes(one, alone))[0]) * slower.prefill
     decode = float(own.pass_s(one, own.decode_lanes(one))[0]) * slower.decode
     itl = float(_itl_s(own, one)[0]) * slower.decode

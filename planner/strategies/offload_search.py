@@ -1,15 +1,16 @@
 """The search: for every way to spread a model over a machine, the fastest placement of attention and experts.
 
-A shape is a tensor-parallel degree, μ and n_ub. For each the search decides how many
-micro-batches attend on the GPU, out of GPU memory or of a cache copied up, and how many on the CPU; how many
-experts of each layer are resident, streamed, computed by the CPU, or read from disk; and whether weights are
-pinned or staged. Shapes are ranked by a lower bound of their run time; the best are searched exactly.
+A shape is a number of GPUs that share the model, how they share its experts, μ and n_ub. For each the
+search decides how many micro-batches attend on the GPU, out of GPU memory or of a cache copied up, and how
+many on the CPU; how many experts of each layer are resident, streamed, computed by the CPU, or read from
+disk; and whether weights are pinned or staged. Shapes are ranked by a lower bound of their run time; the best
+are searched exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TypeVar
 
@@ -40,35 +41,48 @@ _MOST_LAYOUTS = 3000  # attention splits searched exactly, all shapes together
 _FIRST = 100  # of them, by their bound, before the others are pruned by the best
 
 
-def degrees(problem: Costs) -> list[int]:
-    """How many of the machine's GPUs can share the model: divisors of their number."""
-    model, gpus = problem.workload.model, problem.roofline.machine.gpus
-    return [d for d in range(1, gpus + 1) if gpus % d == 0 and can_share(model, d)]
+@dataclass(frozen=True)
+class Sharing:
+    """So many GPUs share a model, each with `whole` experts or a part of every one's width."""
+
+    gpus: int
+    whole: bool
 
 
-def can_share(model: Model, gpus: int) -> bool:
-    """Whether each of `gpus` GPUs gets as many heads and as much of every width as the others.
+def sharings(problem: Costs, most: int = 0) -> list[Sharing]:
+    """How the machine's GPUs can share the model: by divisors of their number, or up to `most` GPUs."""
+    gpus = problem.roofline.machine.gpus
+    counts = range(1, most + 1) if most else (d for d in range(1, gpus + 1) if gpus % d == 0)
+    ways = (Sharing(count, whole) for count in counts for whole in (False, True)[: 1 + (count > 1)])
+    return [way for way in ways if can_share(problem.workload.model, way)]
+
+
+def can_share(model: Model, way: Sharing) -> bool:
+    """Whether each of the GPUs gets as many heads, and as much of every width or as many experts, as the
+    others.
 
     Heads of keys and values may be fewer, and are copied then. A latent cache has no heads to share.
     """
-    heads, kv_heads = model.attention.heads, model.attention.kv_heads
+    heads, kv_heads, gpus = model.attention.heads, model.attention.kv_heads, way.gpus
     if model.attention.kind == "mla":
         return gpus == 1
-    widths = (heads, model.expert_intermediate, model.dense_intermediate, model.shared_intermediate)
-    return not any(width % gpus for width in widths) and 0 in (kv_heads % gpus, gpus % kv_heads)
+    experts = model.experts if way.whole else model.expert_intermediate
+    parts = (heads, experts, model.dense_intermediate, model.shared_intermediate)
+    return not any(part % gpus for part in parts) and 0 in (kv_heads % gpus, gpus % kv_heads)
 
 
-def shapes(degrees: Sequence[int], requests: int) -> Shapes:
-    """Every tensor parallelism of `degrees`, μ and n_ub that `requests` can fill; one at least."""
-    degree, micro, count = grid(degrees, MICRO_BATCHES)
-    fill = micro * count <= max(requests, 1)
-    return Shapes(degree[fill], micro[fill], count[fill])
+def shapes(ways: Sequence[Sharing], requests: int) -> Shapes:
+    """Every way to share, μ and n_ub that `requests` can fill; one at least."""
+    found = grid(ways, MICRO_BATCHES)
+    return take(found, found.micro_batch * found.micro_batches <= max(requests, 1))
 
 
-def grid(degrees: Sequence[int], counts: Sequence[int]) -> list[Array]:
-    """Every degree with every μ and each n_ub of `counts`."""
-    grids = np.meshgrid(np.array(degrees, float), MICRO_BATCH_SIZES, counts, indexing="ij")
-    return [grid.ravel().astype(float) for grid in grids]
+def grid(ways: Sequence[Sharing], counts: Sequence[int]) -> Shapes:
+    """Every way to share with every μ and each n_ub of `counts`."""
+    grids = np.meshgrid(range(len(ways)), MICRO_BATCH_SIZES, counts, indexing="ij")
+    way, micro, count = (grid.ravel() for grid in grids)
+    gpus, whole = (np.array([getattr(w, name) for w in ways])[way] for name in ("gpus", "whole"))
+    return Shapes(gpus.astype(float), whole, micro.astype(float), count.astype(float))
 
 
 def fastest(problem: Costs, units: Units) -> Point | None:
@@ -158,22 +172,28 @@ def _requests_s(problem: Costs, point: Point, decode_s: Array) -> Array:
 def bound(problem: Costs, layout: Layout) -> Array:
     """A lower bound of `batch_seconds` over every share of experts on the CPU.
 
-    An expert outside the GPU takes time of the CPU or of the link. Both end no earlier than they would
-    together if experts could be divided.
+    An expert outside the GPU takes time of the CPU or of the link, and any expert of the CPU or of the GPU.
+    Both end no earlier than they would together if experts could be divided.
     """
     none = problem.point(layout, np.zeros_like(layout.on_gpu))
     lanes = problem.decode_lanes(none)
-    link_s, cpu_s = problem.outside_link_s(none), problem.outside_cpu_s(none)
-    share = np.clip((lanes["h2d"] - lanes["cpu"]) / np.maximum(link_s + cpu_s, 1e-12), 0.0, 1.0)
-    balanced = np.maximum(lanes["cpu"] + share * cpu_s, lanes["h2d"] - share * link_s)
-    gpu_s = lanes["gpu"] - layout.units.gpu_experts_s
-    least = np.maximum.reduce([balanced, gpu_s, lanes["d2h"], lanes["disk"]])
+    on_cpu, u = lanes["cpu"], layout.units
+    linked = _balanced(lanes["h2d"], problem.outside_link_s(none), on_cpu, problem.outside_cpu_s(none))
+    computed = _balanced(lanes["gpu"], u.gpu_experts_s, on_cpu, u.cpu_experts_s)
+    least = np.maximum.reduce([linked, computed, lanes["d2h"], lanes["disk"]])
     decode_s = np.where(layout.streams, least, problem.pass_s(none, lanes))
     return _requests_s(problem, none, decode_s)
 
 
+def _balanced(one: Array, movable: Array, other: Array, moved: Array) -> Array:
+    """The least that the longer of two lanes takes where any part of `movable` seconds of the one may become
+    that part of `moved` seconds of the other."""
+    share = np.clip((one - other) / np.maximum(movable + moved, 1e-12), 0.0, 1.0)
+    return np.maximum(other + share * moved, one - share * movable)
+
+
 def best_cpu_experts(problem: Costs, layout: Layout, seconds: Seconds) -> Point:
-    """Each candidate with the number of experts on the CPU that takes least time.
+    """Each candidate with the number of experts on the CPU that takes least time, counted as they are dealt.
 
     Time is convex in that number from 1 on (each lane is a line or bends upwards), so its slope is bisected;
     at 0 the routed hidden states' way to the CPU falls away.
@@ -181,17 +201,20 @@ def best_cpu_experts(problem: Costs, layout: Layout, seconds: Seconds) -> Point:
     count = len(layout.on_gpu)
     twice = take(layout, np.tile(np.arange(count), 2))
 
+    dealt = np.tile(layout.units.dealt, 2)
+
     def faster(one: Array, other: Array) -> Mask:
-        both = seconds(problem.point(twice, np.concatenate([one, other])))
+        both = seconds(problem.point(twice, dealt * np.concatenate([one, other])))
         return np.asarray(both[:count] < both[count:])
 
     low = np.ones(count)
-    high = np.full_like(low, problem.workload.model.experts)
+    high = problem.workload.model.experts / layout.units.dealt
     while (low < high).any():
         middle = np.floor((low + high) / 2)
         falls = faster(middle + 1, middle)
         low, high = np.where(falls, middle + 1, low), np.where(falls, high, middle)
-    return problem.point(layout, np.where(faster(low, np.zeros_like(low)), low, 0.0))
+    some = faster(low, np.zeros_like(low))
+    return problem.point(layout, np.where(some, layout.units.dealt * low, 0.0))
 
 
 def joined(first: _T, second: _T) -> _T:

@@ -8,12 +8,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import batch_spec
 
 from moeplan.codegen.emit import runtime
 from moeplan.planner.ir.plan import Plan
+from moeplan.planner.pipeline import compile_plan
+from moeplan.planner.strategies import offload
+from moeplan.planner.strategies.offload_search import Sharing, sharings
 from moeplan.runtime_min import plan_file
 from moeplan.runtime_min.checkpoint import TensorRef
 from moeplan.runtime_min.lanes import load_schedule
@@ -121,23 +125,25 @@ _SIZES = Latent(query=0, kv=512, plain=128, rotated=64, value=128, score_scale=1
 LATENT = replace(PLAIN, latent=_SIZES, dense=frozenset({0}))
 
 
-@pytest.mark.parametrize(
-    ("model", "machine", "gpus", "config"),
-    [
-        ("mixtral-8x7b", "g4dn.16xlarge", 1, PLAIN),
-        ("mixtral-8x7b", "gr6.8xlarge", 1, PLAIN),
-        # The hosts of MoE-Lightning's settings S6 and S7 (arXiv 2411.11217, section 5) with its models.
-        ("mixtral-8x22b", "n1-custom-64-425984+2xT4", 2, PLAIN),
-        ("mixtral-8x22b", "n1-custom-64-425984+4xT4", 4, PLAIN),
-        ("dbrx", "n1-custom-64-425984+2xT4", 2, PLAIN),
-        ("dbrx", "n1-custom-64-425984+4xT4", 4, PLAIN),
-        ("deepseek-v2-lite", "g4dn.16xlarge", 1, LATENT),
-        ("deepseek-v2-lite", "gr6.8xlarge", 1, LATENT),
-    ],
-)
+HOSTS = [
+    ("mixtral-8x7b", "g4dn.16xlarge", 1, PLAIN),
+    ("mixtral-8x7b", "gr6.8xlarge", 1, PLAIN),
+    # The hosts of MoE-Lightning's settings S6 and S7 (arXiv 2411.11217, section 5) with its models.
+    ("mixtral-8x22b", "n1-custom-64-425984+2xT4", 2, PLAIN),
+    ("mixtral-8x22b", "n1-custom-64-425984+4xT4", 4, PLAIN),
+    ("dbrx", "n1-custom-64-425984+2xT4", 2, PLAIN),
+    ("dbrx", "n1-custom-64-425984+4xT4", 4, PLAIN),
+    ("qwen3-30b-a3b", "g2-standard-24", 2, PLAIN),
+    ("deepseek-v2-lite", "g4dn.16xlarge", 1, LATENT),
+    ("deepseek-v2-lite", "gr6.8xlarge", 1, LATENT),
+]
+
+
+@pytest.mark.parametrize(("model", "machine", "gpus", "config"), HOSTS)
+@pytest.mark.parametrize("form", ["width", "whole"])
 def test_the_runtime_counts_no_more_than_an_offload_plan_has(
     tmp_path: Path,
-    compile_text: Compile,
+    form: str,
     model: str,
     machine: str,
     gpus: int,
@@ -145,10 +151,18 @@ def test_the_runtime_counts_no_more_than_an_offload_plan_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights and cache to the byte; with all else that a rank allocates, within its part of the budget."""
-    for path, content in runtime.emit(compile_text(batch_spec(model=model, machine=machine))).items():
+    if gpus == 1 and form == "whole":
+        pytest.skip("one GPU has all of every expert")
+
+    def allowed(*given: Any) -> list[Sharing]:
+        return [way for way in sharings(*given) if way == Sharing(gpus, form == "whole")]
+
+    monkeypatch.setattr(offload, "sharings", allowed)
+    found = compile_plan(batch_spec(model=model, machine=machine), "spec.yaml")
+    for path, content in runtime.emit(found).items():
         (tmp_path / Path(path).name).write_text(content)
     plan = plan_file.load(tmp_path)
-    assert plan.offload.gpus == gpus
+    assert (plan.offload.gpus, plan.offload.expert_shares) == (gpus, form)
     check_supported(tmp_path, plan)
     check_offload(tmp_path, plan)
     monkeypatch.setitem(sys.modules, "numba", None)  # of the schedule only the constants are looked at
@@ -158,7 +172,7 @@ def test_the_runtime_counts_no_more_than_an_offload_plan_has(
     weights = cache = 0
     for rank in range(gpus):
         share = Share(rank, gpus)
-        shapes = {name: ref.shape for name, ref in parts_of(refs, plan.model, config, share).items()}
+        shapes = {name: ref.shape for name, ref in parts_of(refs, plan, config, share).items()}
         own = plan_of(plan, share)
         experts, buffers = Experts(own, constants.pages), Buffers(own, constants)
         check_device_and_host(tmp_path, own, experts, buffers, shapes)

@@ -10,7 +10,7 @@ from conftest import ONLINE, batch_spec
 
 from moeplan.codegen.summary import summary
 from moeplan.planner.explain.case import Source
-from moeplan.planner.explain.decisions import decisions
+from moeplan.planner.explain.decisions import _of_a_replica, decisions
 from moeplan.planner.ir.analysis import Decision
 from moeplan.planner.ir.plan import Plan
 from moeplan.planner.pipeline import compile_inputs
@@ -48,6 +48,20 @@ def test_a_machine_of_ones_own(machine: str, tmp_path: Path) -> None:
     assert times[-1] >= 1.005
     rate = plan.replicas[0].policy.generated_tokens_per_s.value
     assert all(d.value == pytest.approx(rate, rel=0.02) for d in found if d.unit == "tokens/s")
+
+
+def test_how_several_gpus_share_experts(tmp_path: Path, compile_text: Compile) -> None:
+    """128 small experts come out whole; what parts of each would give is told. One GPU has no such choice."""
+    plan, _ = decided(batch_spec(model="qwen3-30b-a3b", machine="g2-standard-24"), tmp_path)
+    (replica,) = plan.replicas
+    assert (replica.policy.gpus, replica.policy.expert_shares) == (2, "whole")
+    told = {decision.chosen: decision for decision in _of_a_replica(plan.workload, replica)}
+    shared = told["whole experts on each GPU"]
+    assert shared.alternative == "a part of every expert on each GPU"
+    assert shared.value == pytest.approx(replica.policy.generated_tokens_per_s.value, rel=0.02)
+    assert shared.other != shared.value
+    alone = compile_text(batch_spec(machine="g4dn.16xlarge"))
+    assert not [d for d in _of_a_replica(alone.workload, alone.replicas[0]) if "each GPU" in d.chosen]
 
 
 def test_the_screen_says_them(tmp_path: Path) -> None:

@@ -14,15 +14,16 @@ from moeplan.planner.inputs import load_inputs
 from moeplan.planner.passes.roofline import find_roofline
 from moeplan.planner.passes.workload import build_workload
 from moeplan.planner.spec import parse_spec
-from moeplan.planner.strategies.offload_lanes import Costs, Layout, Point, Shapes, total
+from moeplan.planner.strategies.offload_lanes import Costs, Layout, Point, Shapes, take, total
 from moeplan.planner.strategies.offload_search import (
+    Sharing,
     batch_seconds,
     best_cpu_experts,
     bound,
-    degrees,
     every_split,
     fastest,
     shapes,
+    sharings,
 )
 from moeplan.runtime_min.shares import whole_heads
 
@@ -34,6 +35,7 @@ CASES = [
         ("qwen3-30b-a3b", "g6.8xlarge"),
         ("deepseek-v3", "p4d.24xlarge"),
         ("dbrx", "n1-custom-64-425984+4xT4"),
+        ("qwen3-30b-a3b", "g2-standard-24"),
     )
     for requests, prompt in ((3, 40), (8, 3000))
 ]
@@ -50,7 +52,7 @@ def costs_of(catalog: Catalog, model: str, machine: str, requests: int, prompt: 
 
 
 def every_point(problem: Costs, layout: Layout) -> list[Point]:
-    """Each layout with every number of experts on the CPU."""
+    """Each layout with every number of experts on the CPU; of whole ones the same number for each GPU."""
     return [
         problem.point(layout, np.full_like(layout.on_gpu, number))
         for number in range(problem.workload.model.experts + 1)
@@ -61,7 +63,7 @@ def every_point(problem: Costs, layout: Layout) -> list[Point]:
 def test_search_finds_what_brute_force_finds(catalog: Catalog, case: tuple[str, str, int, int]) -> None:
     """Every shape, split and number of CPU experts; the plateau rule may give half a percent away."""
     problem = costs_of(catalog, *case)
-    units = problem.units(shapes(degrees(problem), case[2]))
+    units = problem.units(shapes(sharings(problem), case[2]))
     points = every_point(problem, every_split(problem, units))
     best = min(batch_seconds(problem, point).min() for point in points)
     found = fastest(problem, units)
@@ -73,7 +75,7 @@ def test_search_finds_what_brute_force_finds(catalog: Catalog, case: tuple[str, 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bound_is_never_above_the_time(catalog: Catalog, case: tuple[str, str, int, int]) -> None:
     problem = costs_of(catalog, *case)
-    layout = every_split(problem, problem.units(shapes(degrees(problem), case[2])))
+    layout = every_split(problem, problem.units(shapes(sharings(problem), case[2])))
     least = bound(problem, layout)
     for point in every_point(problem, layout):
         assert (least <= batch_seconds(problem, point) * (1 + 1e-9)).all()
@@ -88,7 +90,7 @@ def test_decode_equals_a_milp(
     the busiest decode lane of gpu, h2d and cpu is minimal under GPU memory."""
     problem = costs_of(catalog, "mixtral-8x7b", machine, micro_batch * count, prompt)
     one = np.ones(1)
-    units = problem.units(Shapes(one, micro_batch * one, count * one))
+    units = problem.units(Shapes(one, one < 1, micro_batch * one, count * one))
     layout = every_split(problem, units)
 
     def decode_s(point: Point) -> np.ndarray:
@@ -154,9 +156,10 @@ def _milp(problem: Costs, units: object) -> float:
 
 def test_shapes_never_exceed_the_requests() -> None:
     for requests in (1, 7, 500):
-        found = shapes((1, 2, 4), requests)
+        ways = [Sharing(1, False), Sharing(2, False), Sharing(4, True)]
+        found = shapes(ways, requests)
         assert (found.micro_batch * found.micro_batches <= requests).all()
-        assert set(found.gpus) == {1, 2, 4}
+        assert set(zip(found.gpus, found.whole, strict=True)) == {(w.gpus, w.whole) for w in ways}
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,41 @@ def test_gpus_share_what_the_runtime_can_share(
     catalog: Catalog, model: str, machine: str, expected: list[int]
 ) -> None:
     problem = costs_of(catalog, model, machine, 8, 40)
-    assert degrees(problem) == expected
+    assert [way.gpus for way in sharings(problem) if not way.whole] == expected
+    assert [way.gpus for way in sharings(problem) if way.whole] == expected[1:]
     attention = problem.workload.model.attention
     assert all(whole_heads(attention.heads, attention.kv_heads, degree) for degree in expected)
+
+
+@pytest.mark.parametrize("share", ["width", "whole"])
+def test_what_each_form_of_sharing_places(catalog: Catalog, share: str) -> None:
+    """Whole experts lie at each place in as many copies as there are GPUs, and never more than fit."""
+    problem = costs_of(catalog, "dbrx", "n1-custom-64-425984+4xT4", 8, 3000)
+    ways = [way for way in sharings(problem) if way.gpus == 4 and way.whole == (share == "whole")]
+    layout = every_split(problem, problem.units(shapes(ways, 8)))
+    together, counts = 4 if share == "whole" else 1, set()
+    for point in every_point(problem, layout):
+        fits = take(point, point.feasible)
+        for count in (fits.resident, fits.cpu_experts, fits.disk_experts):
+            assert not (count % together).any()
+        counts |= set(fits.cpu_experts) | set(fits.resident)
+        held = total(problem.gpu_items(fits)) + total(problem.gpu_expert_items(fits))
+        assert (held <= problem.gpu_limit_bytes(fits.units.gpus)).all()
+    assert len(counts) == 16 / together + 1
+
+
+def test_whole_experts_take_less_where_they_are_many_and_small(catalog: Catalog) -> None:
+    """Launches fall by the number of GPUs, the busiest GPU takes longer; the rest is the same."""
+    for model, machine, faster in (
+        ("qwen3-30b-a3b", "g2-standard-24", True),
+        ("mixtral-8x22b", "n1-custom-64-425984+2xT4", False),
+    ):
+        problem = costs_of(catalog, model, machine, 2000, 77)
+        one = np.ones(2)
+        units = problem.units(Shapes(2 * one, np.array([False, True]), 512 * one, 2 * one))
+        cut, whole = units.gpu_experts_s
+        assert (whole < cut) == faster
+        lanes = problem.decode_lanes(problem.point(problem.layout(units, 0 * one, 0 * one, one > 0), 0 * one))
+        assert lanes["gpu"][1] - lanes["gpu"][0] == pytest.approx(whole - cut)
+        for lane in ("h2d", "d2h", "dram", "disk"):
+            assert lanes[lane][0] == pytest.approx(lanes[lane][1], rel=0.02)

@@ -167,7 +167,7 @@ def test_each_rank_reads_its_own_part(tmp_path):
     refs = find_parts(checkpoint, plan.model, config)
     sizes = []
     for rank in range(4):
-        parts = parts_of(refs, plan.model, config, Share(rank, 4)).values()
+        parts = parts_of(refs, plan, config, Share(rank, 4)).values()
         sizes.append(sum(ref.nbytes for ref in parts))
         for ref in parts:
             whole = refs[ref.name]
@@ -189,7 +189,8 @@ def test_parts_of_all_ranks_are_the_tensor(tmp_path):
         model = plan_of(folder)
         config = read_config(folder, model, 64)
         refs = find_parts(folder, model, config)
-        shares = [parts_of(refs, model, config, Share(rank, 3)) for rank in range(3)]
+        plan = make_offload_plan(Shape(), model=model, gpus=3)
+        shares = [parts_of(refs, plan, config, Share(rank, 3)) for rank in range(3)]
         for ref in refs.values():
             parts = [part[ref.name] for part in shares]
             if parts[0].nbytes < ref.nbytes:

@@ -1,0 +1,65 @@
+"""Whole experts dealt to GPUs: how much more than an even part the busiest of them has to do.
+
+All GPUs wait for the busiest before what they say is summed, once for every call of a layer. Each token of a
+call goes to k of E experts; it goes to expert e with probability p, its share of the tokens where popularity
+is known, else k/E. What falls to a GPU is taken as normal: the busiest of R exceeds the largest mean by no
+more than (expected maximum of R standard normals) x (what is left of the standard deviation once the common
+part is gone). Exact in mean and variance where all experts are alike, where a token's choices are drawn
+without replacement; tests hold it against drawn routings.
+Source: order statistics (David and Nagaraja, Order Statistics, 3rd edition, section 2.3) on that model of
+routing.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.planner.ir.workload import Workload
+
+Array = NDArray[np.float64]
+
+
+def busiest_part(workload: Workload, gpus: int, tokens: Array) -> tuple[Array, Array]:
+    """What the busiest of `gpus` has of calls of `tokens` tokens, as multiples of an even part: of the
+    choices of experts, and of the experts that are hit. Means over layers.
+
+    Experts are dealt by popularity, forth and back: see `runtime_min.shares.own_experts`.
+    """
+    model = workload.model
+    each = np.full((1, model.experts), model.experts_per_token / model.experts)
+    if workload.popularity:
+        each = np.array([sorted(layer.token_share, reverse=True) for layer in workload.popularity])
+    dealt = _dealt(each, gpus)
+    count, place = np.unique(tokens, return_inverse=True)
+    spread = largest_of_normals(gpus) * np.sqrt(model.experts / max(1, model.experts - 1) / gpus)
+    choices = np.array([_multiple(n * dealt, n * dealt * (1 - dealt), spread) for n in count])
+    hit = [1 - (1 - dealt) ** n for n in count]
+    hits = np.array([_multiple(h, h * (1 - h), spread) for h in hit])
+    return np.minimum(choices, gpus)[place], np.minimum(hits, gpus)[place]
+
+
+def _dealt(each: Array, gpus: int) -> Array:
+    """[layers, turns, gpus] of [layers, experts], most popular first."""
+    turns = each.reshape(len(each), -1, gpus).copy()
+    turns[:, 1::2] = turns[:, 1::2, ::-1]
+    return turns
+
+
+def _multiple(mean: Array, variance: Array, spread: float) -> float:
+    """Of [layers, turns, gpus], what the busiest GPU has over what each has on average; mean of layers."""
+    most = mean.sum(axis=1).max(axis=1) + spread * np.sqrt(variance.sum(axis=(1, 2)))
+    return float((most / mean.sum(axis=1).mean(axis=1)).mean())
+
+
+@lru_cache
+def largest_of_normals(count: int) -> float:
+    """The expected largest of so many standard normals."""
+    below = NormalDist().cdf
+    at = np.linspace(-9.0, 9.0, 3601)
+    none_above = np.array([below(x) for x in at]) ** count
+    # E max = integral of (1 - F) above 0 minus integral of F below.
+    return float(np.trapezoid(np.heaviside(at, 0.5) - none_above, at))
