@@ -148,6 +148,12 @@ def number_columns(builder, memory):
         builder.store(whole, builder.inttoptr(place, POINTER), align=1)
 
 
+# Compiled as the module is imported.
+_ROWS = types.uint8[:, ::1]
+_PACKS = types.void(types.float32[:, ::1], _ROWS)
+_COUNTS = types.int64(types.uint16[:, ::1], _ROWS, types.boolean[:, ::1])
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
 def _bf16(value):
     """The bits of the nearest bf16, ties to even."""
@@ -160,7 +166,7 @@ def _widened(bits):
     return np.uint32(bits << np.uint32(16)).view(np.float32)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(_PACKS, nogil=True, cache=True, error_model="numpy")
 def pack_int8(values, out):
     """Rows of float32 [rows, inner] become bytes [rows, row bytes]."""
     rows, inner = values.shape
@@ -185,7 +191,7 @@ def pack_int8(values, out):
             out[row, place], out[row, place + 1] = scale & 0xFF, scale >> 8
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(_PACKS, nogil=True, cache=True, error_model="numpy")
 def pack_int4(values, out):
     """Rows of float32 [rows, inner] become bytes [rows, row bytes]."""
     rows, inner = values.shape
@@ -210,7 +216,7 @@ def pack_int4(values, out):
                     out[row, place + 2 * i], out[row, place + 2 * i + 1] = bits & 0xFF, bits >> 8
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(_COUNTS, nogil=True, cache=True, error_model="numpy")
 def pack_bf12(bits, out, far):
     """Rows of the bits of bf16 [rows, inner], uint16, become bytes; `far` [rows, inner] marks exceptions.
 
