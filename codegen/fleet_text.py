@@ -12,7 +12,7 @@ NEVER_RUN = "predicted, never run on a GPU"
 
 def fleet_lines(plan: Plan) -> list[str]:
     """The lines of the report's section on the choice of the fleet."""
-    return [*_cost(plan.fleet), *_fill(plan), *_others(plan.fleet), *_changes(plan)]
+    return [*minimised_lines(plan.fleet), *_fill(plan), *_others(plan.fleet), *_changes(plan)]
 
 
 def status_line(fleet: Fleet) -> str:
@@ -22,7 +22,8 @@ def status_line(fleet: Fleet) -> str:
     return f"the best found, at most {fleet.gap:.2%} dearer than the cheapest"
 
 
-def _cost(fleet: Fleet) -> Iterator[str]:
+def minimised_lines(fleet: Fleet) -> Iterator[str]:
+    """What was minimised, and how good it is known to be; nothing where nothing costs."""
     if fleet.cost > 0:
         yield f"{_usd(fleet.cost)} {fleet.cost_unit} was minimised: {status_line(fleet)}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeplan.codegen.bill import cost_lines, deployed, token_prices
 from moeplan.codegen.emit.chart import chart_path
 from moeplan.codegen.fleet_text import NEVER_RUN, fleet_lines, status_line
 from moeplan.codegen.packing import option_rows, packing_of, quality_sources, quantize_command
@@ -41,10 +42,8 @@ def values(plan: Plan) -> dict[str, Any]:
         "why": fleet_lines(plan),
         "solver": status_line(plan.fleet),
         "rented": plan.fleet.usd_per_hour > 0,
-        "usd_per_hour": f"{plan.fleet.usd_per_hour:.2f}",
-        "token_prices": [
-            (name, interval(price, "$", "")) for name, price in plan.fleet.usd_per_million_tokens
-        ],
+        "cost": cost_lines(plan),
+        "token_prices": [(name, interval(price, "$", ""), bill) for name, price, bill in token_prices(plan)],
         "attainment": [_attainment(found) for found in plan.attainment.classes],
         "replicas": [_replica(plan, replica) for replica in plan.replicas],
         "alternatives": [
@@ -139,11 +138,6 @@ def _deploy_row(choice: Choice, site: Site) -> dict[str, str]:
         "usd": f"{choice.usd:.2f}" if choice.usd else "–",
         "hours": format_duration(choice.hours * 3600) if choice.hours else "always",
     }
-
-
-def deployed(site: Site) -> int:
-    """Replicas of a site and those to spare; where a trace placed it, not as many as were solved for."""
-    return site.replicas + site.spot_overprovision
 
 
 def _count(site: Site) -> str:

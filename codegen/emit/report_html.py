@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from moeplan.codegen.bill import cost_lines, deployed, deployed_usd_per_hour, price_note
 from moeplan.codegen.decisions import amount_text
 from moeplan.codegen.emit.chart import chart as pipeline_svg
-from moeplan.codegen.emit.report import deployed, interval, latency, values
+from moeplan.codegen.emit.report import interval, latency, values
 from moeplan.codegen.page import Section, Table, Tile
 from moeplan.codegen.plots import (
     Chart,
@@ -65,16 +66,14 @@ def _tiles(plan: Plan) -> Iterator[Tile]:
     markets = sorted({choice.column.market for choice in plan.fleet.choices})
     yield Tile(label="deploy", value=" + ".join(deploy), note=", ".join(markets))
     if plan.fleet.usd_per_hour:
-        whole = all(deployed(site) == choice.replicas for choice, site in both)
-        note = "while everything runs" if whole else "as solved, with spot replicas to spare"
-        yield Tile(label="cost", value=f"{plan.fleet.usd_per_hour:.2f} USD/h", note=note)
+        yield Tile(label="cost", value=f"{deployed_usd_per_hour(plan):.2f} USD/h", note=price_note(plan))
         for site in sites:
             if site.outlook:
                 bill = f"{site.outlook.usd_per_hour:.2f} USD/h"
                 yield Tile(label="expected bill", value=bill, note=f"of {site.column}, stand-ins included")
-        for serves, price in plan.fleet.usd_per_million_tokens:
-            note = f"per million generated tokens, {serves}"
-            yield Tile(label="token price", value=interval(price, "$", ""), note=note)
+        for serves, price, bill in values(plan)["token_prices"]:
+            note = f"per million generated tokens, {serves}, {bill}"
+            yield Tile(label="token price", value=price, note=note)
     for replica in plan.replicas:
         rate = replica.policy.generated_tokens_per_s
         value = f"{format_figure(rate.value)} tokens/s"
@@ -128,9 +127,8 @@ def _fleet(plan: Plan, analysis: Analysis) -> Iterator[Section]:
         where = ("replica", "region", "USD/h", "on demand")
         tables.append(Table(caption="where, cheapest first", header=where, rows=zones))
     load = f"Replicas are planned to at most {plan.fleet.target_utilisation:.0%} load."
-    yield Section(
-        title="Fleet and routing", text=[load, f"Solver: {plan.fleet.solver_status}."], tables=tables
-    )
+    text = [*(f"{line}." for line in cost_lines(plan)), load, f"Solver: {plan.fleet.solver_status}."]
+    yield Section(title="Fleet and routing", text=text, tables=tables)
 
 
 def _decisions(plan: Plan, analysis: Analysis) -> Iterator[Section]:
