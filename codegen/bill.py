@@ -1,4 +1,4 @@
-"""Plan -> what it costs in words: what is deployed, the bill that is expected, what the fleet was solved for."""
+"""Plan -> what it costs in words: what is deployed, the bill expected, what was solved for."""
 
 from __future__ import annotations
 

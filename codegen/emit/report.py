@@ -23,6 +23,7 @@ from moeplan.planner.ir.workload import RequestClass
 from moeplan.planner.units import format_bytes, format_duration, format_figure
 from moeplan.runtime_min.plan_file import ARCHITECTURES
 
+REST = "; speeds and latencies are of the latter: the rest is what measured runs lose to imperfect overlap"
 _OPS_SHOWN = 3  # of the longest chain
 
 
@@ -202,7 +203,8 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
         "corrections": _correction_lines(policy),
         "bottleneck": str(policy.bottleneck),
         "lane_heading": "lane" if policy.decode.overlap else "part",
-        "share_heading": "busy" if policy.decode.overlap else "share",
+        "share_heading": f"{'busy' if policy.decode.overlap else 'share'}, of the predicted "
+        f"{format_duration(policy.decode.seconds)}",
         "lanes": [
             (lane.lane, format_duration(lane.seconds), f"{lane.seconds / policy.decode.seconds:.0%}")
             for lane in policy.decode.lanes
@@ -232,7 +234,7 @@ def _pipeline(replica: str, pipeline: Pipeline, policy: Policy) -> dict[str, Any
         "waits": pipeline.waits,
         "pass": format_duration(pipeline.pass_s),
         "predicted": format_duration(policy.decode.seconds),
-        "rest": "; the rest is what measured runs lose to imperfect overlap" if policy.gpus else "",
+        "rest": REST if policy.gpus else "",
         "bubble": f"{pipeline.bubble_s / pipeline.pass_s:.1%}",
         "path": ", ".join(
             f"{o.op} {o.seconds / pipeline.pass_s:.0%}" for o in pipeline.critical[:_OPS_SHOWN]

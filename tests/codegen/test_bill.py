@@ -1,4 +1,4 @@
-"""Costs in words: the deployed machines, the expected bill and what was solved are three amounts, told apart."""
+"""Costs in words: machines deployed, bill expected and fleet solved are three amounts, told apart."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def traced() -> Plan:
 
 def test_deployed_expected_and_solved_are_told_apart(traced: Plan) -> None:
     (choice,), (site,) = traced.fleet.choices, traced.placement.sites
-    assert site.outlook and deployed(site) < choice.replicas
+    assert site.outlook
+    assert deployed(site) < choice.replicas
     now, expected, solved = cost_lines(traced)
     machines = [row.split(" | ") for row in report.emit(traced)["report.md"].splitlines() if row[:3] == "| o"]
     assert now.startswith(f"{machines[0][5]} USD/h while everything runs, if all ran in the cheapest place")
@@ -56,7 +57,7 @@ def test_a_million_tokens_cost_their_share_of_the_expected_bill(traced: Plan) ->
 
 
 def test_without_evidence_the_deployed_machines_are_the_bill(traced: Plan) -> None:
-    """As many as were solved for, in one place: one amount, and the planner's own price of a million tokens."""
+    """As many as were solved for, in one place: one amount, and the planner's price of a million tokens."""
     (choice,), (site,) = traced.fleet.choices, traced.placement.sites
     plain = replace(site, outlook=None, replicas=choice.replicas, spot_overprovision=0, zones=site.zones[:1])
     plan = replace(traced, placement=replace(traced.placement, sites=(plain,)))

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import ONLINE, batch_spec
 
-from moeplan.codegen.emit import report_html
+from moeplan.codegen.emit import report, report_html
 from moeplan.planner.explain.analyse import analyse
 from moeplan.planner.explain.case import Source, solve
 from moeplan.planner.ir.analysis import Analysis
 from moeplan.planner.ir.plan import Plan
 from moeplan.planner.passes.roofline import expert_intensity
 from moeplan.planner.pipeline import compile_plan
+from moeplan.planner.units import format_duration
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "examples").glob("*/*.plan/report.html"))
@@ -175,6 +176,24 @@ def test_operators_lie_where_the_published_formulas_put_them(offloaded: tuple[Pl
     assert experts.fetched_flops_per_byte == pytest.approx(per_weight_byte, rel=0.01)
     assert points["attention_core", "dram"].flops_per_byte == pytest.approx(4.0, rel=0.05)
     assert all(point.flops_per_s <= roof(plan, point.level) for point in analysis.replicas[0].operators)
+
+
+def test_shares_of_two_passes_are_told_apart(offloaded: tuple[Plan, Analysis]) -> None:
+    """The same lane is busy for one share of the predicted pass and for another of the simulated one."""
+    plan, analysis = offloaded
+    (replica,) = plan.replicas
+    assert replica.pipeline
+    predicted, simulated = (
+        format_duration(s) for s in (replica.policy.decode.seconds, replica.pipeline.pass_s)
+    )
+    assert predicted != simulated
+    page = report_html.emit(plan, analysis)["report.html"]
+    text = report.emit(plan)["report.md"]
+    assert f">busy, of the predicted {predicted}</th>" in page
+    assert f">of the simulated {simulated}</th>" in page
+    assert f"the pass takes {simulated}, " in page
+    assert f"Predicted are {predicted}; speeds and latencies are of the latter" in page
+    assert f"{simulated} of the predicted {predicted}; speeds and latencies are of the latter" in text
 
 
 def roof(plan: Plan, level: str) -> float:
