@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moeplan.planner.ir.fleet import Fleet, Flip, Mix
+from moeplan.planner.ir.fleet import UNSIMULATED, Fleet, Flip, Mix
 from moeplan.planner.ir.plan import Plan
 
+_TIED = 5e-4  # a smaller relative difference in cost is shown as none
+TIE_RULE = "fewer machines, and names earlier in the alphabet, are taken"
 NEVER_RUN = "predicted, never run on a GPU"
 
 
 def fleet_lines(plan: Plan) -> list[str]:
     """The lines of the report's section on the choice of the fleet."""
-    return [*minimised_lines(plan.fleet), *_fill(plan), *_others(plan.fleet), *_changes(plan)]
+    return [*minimised_lines(plan.fleet), *_fill(plan), *_others(plan), *_changes(plan)]
 
 
 def status_line(fleet: Fleet) -> str:
@@ -41,15 +43,13 @@ def _fill(plan: Plan) -> Iterator[str]:
         yield assumption
 
 
-def _others(fleet: Fleet) -> Iterator[str]:
-    why = fleet.sensitivity
+def _others(plan: Plan) -> Iterator[str]:
+    fleet, why = plan.fleet, plan.fleet.sensitivity
     if why.single and fleet.cost > 0:
-        saving = 1 - fleet.cost / why.single.cost
-        yield f"best with one column per class: {_mix(why.single, fleet)}" + (
-            f"; this fleet saves {saving:.1%} of that" if saving > 5e-4 else ": the same"
-        )
+        told = "best with one column per class"
+        yield f"{told}: this fleet" if _is(why.single, fleet) else f"{told}: {_beside(why.single, plan)}"
     if why.runner_up:
-        yield f"runner-up, without one of the columns chosen: {_mix(why.runner_up, fleet)}"
+        yield f"runner-up, without one of the columns chosen: {_beside(why.runner_up, plan)}"
     for cost in why.constraints:
         saved = f"would save {_usd(cost.saving)} {fleet.cost_unit}" if cost.saving else "would save nothing"
         yield f"without {cost.constraint} another fleet {saved}"
@@ -77,9 +77,21 @@ def flip_line(flip: Flip) -> str:
     return f"flips if {flip.gpu} is {flip.factor - 1:.0%} faster than predicted ({inside} the 90 % interval)"
 
 
-def _mix(mix: Mix, fleet: Fleet) -> str:
+def _is(mix: Mix, fleet: Fleet) -> bool:
+    """Whether the other fleet is the one chosen."""
+    return mix.parts == tuple(sorted((choice.column.name, choice.replicas) for choice in fleet.choices))
+
+
+def _beside(mix: Mix, plan: Plan) -> str:
+    """Another fleet, its cost and how that compares; the queues of another fleet are not simulated."""
+    fleet = plan.fleet
     parts = " and ".join(f"{count} × {name}" for name, count in mix.parts)
-    return f"{parts} at {_usd(mix.cost)} {fleet.cost_unit}"
+    how = UNSIMULATED * bool(plan.attainment.classes)
+    told = f"{parts} at {_usd(mix.cost)} {fleet.cost_unit}{how}"
+    if abs(mix.cost - fleet.cost) < _TIED * fleet.cost:
+        return f"{told}; equal in cost, and of equals {TIE_RULE}"
+    saving = 1 - fleet.cost / mix.cost
+    return f"{told}; this fleet saves {saving:.1%} of that" if saving > 0 else told
 
 
 def _usd(value: float) -> str:

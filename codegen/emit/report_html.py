@@ -146,7 +146,7 @@ def _decisions(plan: Plan, analysis: Analysis) -> Iterator[Section]:
     ]
     yield Section(
         title="The decisions that mattered most",
-        text=["Each undone by itself and solved again."],
+        text=["Each undone by itself and solved again, online fleets with their queues simulated."],
         tables=[Table(caption="", header=("chosen", "", "instead of", "", "worse"), rows=rows)],
     )
 
