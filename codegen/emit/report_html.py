@@ -208,30 +208,47 @@ def _roofline(replica: Replica, found: ReplicaAnalysis) -> Section:
         "Decode, one call over a micro-batch. Solid lines are what each memory, then each processor allows; "
         "dashed lines what the link up from a memory allows. Hollow marks count only the bytes that cross it."
     ]
+    shown = _shown(replica, found.roofline)
     text += [
-        f"Experts whose weights lie in {p.level}: below P1, {p.p1_flops_per_byte:.3g} FLOP/byte, compute "
-        f"them there; below P2, {p.p2_flops_per_byte:.3g} FLOP/byte ({p.tokens_at_p2:,.0f} tokens per pass), "
-        "the link is the bound."
-        for p in _shown(replica).turning_points
+        f"Experts whose weights lie in {p.level}, called over {p.micro_batch} tokens: fetched for fewer than "
+        f"P1, {p.p1_flops_per_byte:.3g} FLOP/byte, they are faster computed there; for fewer than P2, "
+        f"{p.p2_flops_per_byte:.4g} FLOP/byte ({p.tokens_at_p2:,.0f} tokens per pass), the link bounds them."
+        for p in shown.turning_points
         if p.p1_flops_per_byte > 0
     ]
+    text += [_binds(replica, point) for point in found.operators if point.link_bound_below]
     return Section(
         title="Hierarchical roofline",
         text=text,
-        charts=[roofline_chart(_shown(replica), found.operators, replica.name)],
+        charts=[roofline_chart(shown, found.operators, replica.name)],
         tables=[Table(caption="", header=header, rows=rows)],
     )
 
 
-def _shown(replica: Replica) -> Roofline:
+def _binds(replica: Replica, point: OperatorPoint) -> str:
+    """What bounds an operator whose weights are fetched, and what bounds the whole pass."""
+    side = "below" if point.bound == "link" else "not below"
+    return (
+        f"Here the {point.name.replace('_', ' ')} do {point.fetched_flops_per_byte:.4g} FLOP per byte "
+        f"fetched, {side} {point.link_bound_below:.4g}: alone they are bound by {point.bound}. "
+        "Lanes overlap, and other operators and sums over GPUs take time too: of the pass as a whole the "
+        f"bottleneck is {replica.policy.bottleneck}."
+    )
+
+
+def _shown(replica: Replica, roofline: Roofline) -> Roofline:
     """The roofs that the policy's data lie under; turning points where something is fetched."""
-    policy, roofline = replica.policy, replica.roofline
+    policy = replica.policy
     deepest = "disk" if policy.experts_disk_share else policy.weights_on
     levels = [roof.level for roof in roofline.roofs]
     roofs = roofline.roofs[: levels.index(deepest) + 1]
     points = roofline.turning_points if policy.engine == "runtime_min" else ()
     names = {roof.level for roof in roofs}
-    return replace(roofline, roofs=roofs, turning_points=tuple(p for p in points if p.level in names))
+    return replace(
+        roofline,
+        roofs=roofs,
+        turning_points=tuple(p for p in points if p.level in names),
+    )
 
 
 def _finite(point: OperatorPoint) -> str:

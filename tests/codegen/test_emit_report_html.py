@@ -178,6 +178,23 @@ def test_operators_lie_where_the_published_formulas_put_them(offloaded: tuple[Pl
     assert all(point.flops_per_s <= roof(plan, point.level) for point in analysis.replicas[0].operators)
 
 
+def test_the_link_binds_below_the_p2_that_is_told(offloaded: tuple[Plan, Analysis]) -> None:
+    """The experts' bound, their intensity and the P2 in text agree: Eq. 10 for the policy's own calls."""
+    plan, analysis = offloaded
+    (replica,) = plan.replicas
+    experts = next(point for point in analysis.replicas[0].operators if point.name == "routed_experts")
+    gpu, dram = replica.roofline.roofs[:2]
+    reached = min(gpu.flops_per_s, gpu.offload_prefill_flops_per_s)  # as the pass was predicted
+    fastest = min(reached, gpu.expert_bytes_per_s * experts.flops_per_byte)
+    assert experts.link_bound_below == pytest.approx(fastest / dram.up_bytes_per_s)
+    below = experts.fetched_flops_per_byte < experts.link_bound_below
+    assert (experts.bound == "link") == below
+    page = report_html.emit(plan, analysis)["report.html"]
+    assert f"called over {replica.policy.micro_batch} tokens" in page
+    assert f"P2, {experts.link_bound_below:.4g} FLOP/byte" in page
+    assert f"alone they are bound by {experts.bound}. " in page
+
+
 def test_shares_of_two_passes_are_told_apart(offloaded: tuple[Plan, Analysis]) -> None:
     """The same lane is busy for one share of the predicted pass and for another of the simulated one."""
     plan, analysis = offloaded
