@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moeplan.codegen.bill import cost_lines, token_prices
 from moeplan.codegen.decisions import decision_text
-from moeplan.codegen.emit.report import attained, caution, interval, latency, why_unrun
+from moeplan.codegen.emit.report import attained, caution, interval, kind_of, latency, why_unrun
 from moeplan.codegen.fleet_text import NEVER_RUN, flip_line, minimised_lines
 from moeplan.codegen.packing import packed_path, packing_of, quantize_command
 from moeplan.planner.ir.analysis import Decision
@@ -59,7 +59,7 @@ def _choice_lines(choice: Choice, site: Site) -> list[str]:
         *predicted,
         f"  in flight   {policy.sequences} sequences, micro-batches of {policy.micro_batch}, {dtype}",
         f"  reaches     {interval(policy.generated_tokens_per_s, '', ' tokens/s generated')} per replica"
-        f" [{policy.generated_tokens_per_s.provenance}]",
+        f" [{kind_of(policy, policy.generated_tokens_per_s)}]",
     ]
     if policy.serves == "online":
         lines.append(f"  latency     {latency(policy)} when full")

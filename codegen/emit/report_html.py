@@ -14,7 +14,7 @@ from dataclasses import replace
 from moeplan.codegen.bill import cost_lines, deployed, deployed_usd_per_hour, price_note
 from moeplan.codegen.decisions import amount_text
 from moeplan.codegen.emit.chart import chart as pipeline_svg
-from moeplan.codegen.emit.report import REST, latency, values
+from moeplan.codegen.emit.report import REST, UNRUN_KERNELS, kind_of, latency, taken_as, values
 from moeplan.codegen.page import Section, Table, Tile
 from moeplan.codegen.plots import (
     Chart,
@@ -27,7 +27,6 @@ from moeplan.codegen.plots import (
 )
 from moeplan.codegen.render import render
 from moeplan.planner.ir.analysis import Analysis, OperatorPoint, ReplicaAnalysis
-from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.units import format_bytes, format_duration, format_figure
@@ -38,7 +37,8 @@ _KINDS = {
     "datasheet": "a manufacturer's or cloud's own figure",
     "analytic": "computed from data sheets and measured efficiencies of similar kernels",
     "calibrated": "computed from figures measured on this machine",
-    "measured": "this configuration, or this machine's kernels, measured",
+    UNRUN_KERNELS: "computed from this machine's kernels, which were measured; no run of the plan was",
+    "measured": "this configuration measured in runs",
 }
 
 
@@ -77,7 +77,7 @@ def _tiles(plan: Plan) -> Iterator[Tile]:
     for replica in plan.replicas:
         rate = replica.policy.generated_tokens_per_s
         value = f"{format_figure(rate.value)} tokens/s"
-        yield Tile(label="each replica generates", value=value, note=_band(rate))
+        yield Tile(label="each replica generates", value=value, note=_band(replica))
         if replica.policy.serves == "online":
             yield Tile(
                 label="latency when full", value=latency(replica.policy), note="slowest size, no queue"
@@ -87,8 +87,9 @@ def _tiles(plan: Plan) -> Iterator[Tile]:
         )
 
 
-def _band(rate: Estimate) -> str:
-    return f"{format_figure(rate.low)} to {format_figure(rate.high)} (90 %), {rate.provenance}"
+def _band(replica: Replica) -> str:
+    rate = replica.policy.generated_tokens_per_s
+    return f"{format_figure(rate.low)} to {format_figure(rate.high)} (90 %), {kind_of(replica.policy, rate)}"
 
 
 # Sections
@@ -126,8 +127,8 @@ def _fleet(plan: Plan, analysis: Analysis) -> Iterator[Section]:
     if zones:
         where = ("replica", "region", "USD/h", "on demand")
         tables.append(Table(caption="where, cheapest first", header=where, rows=zones))
-    load = f"Replicas are planned to at most {plan.fleet.target_utilisation:.0%} load."
-    text = [*(f"{line}." for line in cost_lines(plan)), load, f"Solver: {plan.fleet.solver_status}."]
+    load = [f"{line}." for line in values(plan)["load"]]
+    text = [*(f"{line}." for line in cost_lines(plan)), *load, f"Solver: {plan.fleet.solver_status}."]
     yield Section(title="Fleet and routing", text=text, tables=tables)
 
 
@@ -300,8 +301,8 @@ def _pipeline(replica: Replica) -> Section:
         text=[
             f"{pipeline.tasks} tasks and {pipeline.waits} waits per decode pass, proved free of races and "
             f"deadlocks. Simulated, the pass takes {simulated}, of which the busiest lane idles "
-            f"{pipeline.bubble_s / pipeline.pass_s:.1%}; the lanes' predicted seconds are taken as given, "
-            f"longer where they share DRAM. Predicted are {predicted}{REST if replica.policy.gpus else ''}."
+            f"{pipeline.bubble_s / pipeline.pass_s:.1%}; the lanes' predicted seconds are "
+            f"{taken_as(replica.policy)}. Predicted are {predicted}{REST if replica.policy.gpus else ''}."
         ],
         wide=[Chart(svg=_inlined(pipeline_svg(pipeline), replica.name), alt=alt)],
         tables=[
@@ -372,7 +373,8 @@ def _latency(plan: Plan, analysis: Analysis) -> Iterator[Section]:
     for found in values(plan).get("attainment", ()):
         text = [f"{found['requests']}, in a queueing simulation; the SLO is kept for {found['shares']}."]
         text += [f"{line}." for line in (found["search"], found["warning"]) if line]
-        pools = ("replica, in the surge", "requests", "SLO kept", "engines busy", "full")
+        text.append("An engine steps while it holds any request: one that is never idle need not be full.")
+        pools = ("replica, in the surge", "requests", "SLO kept", "engines not idle", "slots taken")
         yield Section(
             title="Latency, simulated",
             text=text,
@@ -389,10 +391,16 @@ def _availability(plan: Plan, analysis: Analysis) -> Iterator[Section]:
     text = [f"{statement[0].upper()}{statement[1:]} (evidence: {plan.placement.evidence})."]
     yield Section(title="Availability", text=text)
     for site in values(plan).get("sites", ()):
-        header = ("zone, cheapest first", "spot, USD/h", "on-demand", "fixed target: spot", "on-demand")
+        header = (
+            f"{site['place']}, cheapest first",
+            "spot, USD/h",
+            "on-demand",
+            "fixed target: spot",
+            "on-demand",
+        )
         columns = ("name", "spot", "on_demand", "spot_target", "on_demand_target")
         zones = [[zone[column] for column in columns] for zone in site["zones"]]
-        tables = [Table(caption="zones", header=header, rows=zones)]
+        tables = [Table(caption=f"{site['place']}s", header=header, rows=zones)]
         if site["figures"]:
             tables.insert(0, Table(caption="expected", header=("", ""), rows=site["figures"]))
         title = f"Availability of {site['name']}"
@@ -430,7 +438,13 @@ def _measured(plan: Plan, analysis: Analysis) -> Iterator[Section]:
     ]
     if not pairs:
         hint = "moeplan run --profile FILE records what a machine does; `profile: FILE` in the spec uses it."
-        text = ["No measured run stands behind this plan: every speed of it is predicted.", hint]
+        what = "its speeds are predicted"
+        if any(
+            kind_of(replica.policy, replica.policy.generated_tokens_per_s) == UNRUN_KERNELS
+            for replica in plan.replicas
+        ):
+            what = "its speeds are predicted from this machine's measured kernels"
+        text = [f"No measured run stands behind this plan: {what}.", hint]
         yield Section(title="Predicted against measured", text=text)
         return
     rows = [
@@ -446,7 +460,9 @@ def _measured(plan: Plan, analysis: Analysis) -> Iterator[Section]:
 
 
 def _provenance(plan: Plan, analysis: Analysis) -> Iterator[Section]:
-    used = sorted({replica.policy.generated_tokens_per_s.provenance for replica in plan.replicas})
+    used = sorted(
+        {kind_of(replica.policy, replica.policy.generated_tokens_per_s) for replica in plan.replicas}
+    )
     kinds = [(kind, _KINDS[kind]) for kind in used]
     sources = [(source.what, source.citation) for source in analysis.sources]
     yield Section(

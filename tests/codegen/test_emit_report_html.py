@@ -249,6 +249,7 @@ def test_what_other_passes_found_gets_sections(
     zone = {"name": "gcp/r1/a", "spot": "1.5", "on_demand": "9", "spot_target": "2", "on_demand_target": "1"}
     site = {
         "name": "a-site",
+        "place": "zone",
         "rule": "Two are kept",
         "zones": [zone],
         "figures": [("promised", "99.1 %")],
