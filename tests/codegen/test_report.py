@@ -30,6 +30,9 @@ def test_a_lone_refused_machine_is_named_once(compile_text: Callable[[str], Plan
 def test_a_load_is_promised_only_to_a_deadline(compile_text: Callable[[str], Plan]) -> None:
     spec = batch_spec(machine="g4dn.16xlarge")
     assert "% load" not in text_of(compile_text(spec))
+    timed = compile_text(spec.replace("batch: {", "batch: {deadline: 100h, ", 1))
+    (choice,) = timed.fleet.choices
+    assert f"The batch's deadline is planned to at most {choice.target:.0%} load." in text_of(timed)
 
 
 def test_online_load_is_not_called_a_plan_to_all_of_it(compile_text: Callable[[str], Plan]) -> None:
