@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from moeplan.planner.ir.fleet import UNSIMULATED, Fleet, Flip, Mix
 from moeplan.planner.ir.plan import Plan
 
-_TIED = 5e-4  # a smaller relative difference in cost is shown as none
-TIE_RULE = "fewer machines, and names earlier in the alphabet, are taken"
+TIE_RULE = (
+    "between equals a tie-break decides, no merit: first go columns that another replaces at no more cost, then "
+    "the machines times their column's place by name are fewest"
+)
 NEVER_RUN = "predicted, never run on a GPU"
 
 
@@ -88,10 +91,10 @@ def _beside(mix: Mix, plan: Plan) -> str:
     parts = " and ".join(f"{count} × {name}" for name, count in mix.parts)
     how = UNSIMULATED * bool(plan.attainment.classes)
     told = f"{parts} at {_usd(mix.cost)} {fleet.cost_unit}{how}"
-    if abs(mix.cost - fleet.cost) < _TIED * fleet.cost:
-        return f"{told}; equal in cost, and of equals {TIE_RULE}"
+    if math.isclose(mix.cost, fleet.cost, rel_tol=1e-6):
+        return f"{told}; equal in cost: {TIE_RULE}"
     saving = 1 - fleet.cost / mix.cost
-    return f"{told}; this fleet saves {saving:.1%} of that" if saving > 0 else told
+    return f"{told}; this fleet saves {saving:.1%} of that" if saving > 5e-4 else told
 
 
 def _usd(value: float) -> str:
