@@ -9,8 +9,8 @@ from moeplan.planner.ir.fleet import UNSIMULATED, Fleet, Flip, Mix
 from moeplan.planner.ir.plan import Plan
 
 TIE_RULE = (
-    "between equals a tie-break decides, no merit: first go columns that another replaces at no more cost, then "
-    "the machines times their column's place by name are fewest"
+    "between equals a tie-break decides, no merit: first go columns that another replaces at no more cost, "
+    "then the machines times their column's place by name are fewest"
 )
 NEVER_RUN = "predicted, never run on a GPU"
 
@@ -50,7 +50,7 @@ def _others(plan: Plan) -> Iterator[str]:
     fleet, why = plan.fleet, plan.fleet.sensitivity
     if why.single and fleet.cost > 0:
         told = "best with one column per class"
-        yield f"{told}: this fleet" if _is(why.single, fleet) else f"{told}: {_beside(why.single, plan)}"
+        yield f"{told}: this fleet" if _is_best(why.single, plan) else f"{told}: {_beside(why.single, plan)}"
     if why.runner_up:
         yield f"runner-up, without one of the columns chosen: {_beside(why.runner_up, plan)}"
     for cost in why.constraints:
@@ -80,9 +80,10 @@ def flip_line(flip: Flip) -> str:
     return f"flips if {flip.gpu} is {flip.factor - 1:.0%} faster than predicted ({inside} the 90 % interval)"
 
 
-def _is(mix: Mix, fleet: Fleet) -> bool:
-    """Whether the other fleet is the one chosen."""
-    return mix.parts == tuple(sorted((choice.column.name, choice.replicas) for choice in fleet.choices))
+def _is_best(single: Mix, plan: Plan) -> bool:
+    """Whether the fleet chosen has one column per class too, at the cost of the best such fleet."""
+    alone = len(plan.fleet.choices) == len(plan.workload.classes)
+    return alone and math.isclose(single.cost, plan.fleet.cost, rel_tol=1e-6)
 
 
 def _beside(mix: Mix, plan: Plan) -> str:

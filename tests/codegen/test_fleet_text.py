@@ -36,6 +36,7 @@ def test_a_runner_up_at_the_same_cost_is_called_equal(tied: Plan) -> None:
     runner_up = tied.fleet.sensitivity.runner_up
     assert runner_up
     assert runner_up.cost == pytest.approx(tied.fleet.cost, abs=1e-3)
+    assert line_of(tied, "best with one column per class").endswith(": this fleet")
     assert line_of(tied, "runner-up").endswith(f"; equal in cost: {TIE_RULE}")
 
 
