@@ -17,7 +17,7 @@ def decision_text(decision: Decision) -> str:
 def amount_text(decision: Decision, amount: float) -> str:
     """One of its two figures with the unit."""
     if decision.unit == "s per decode pass":
-        return f"{format_duration(amount)} a pass"
+        return f"{format_duration(amount)} a simulated pass"
     if decision.unit == "tokens/s":
         return f"{format_figure(amount)} tokens/s"
     return f"{amount:.2f} {decision.unit}"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from moeplan.planner.ir.fleet import Fleet, Flip, Mix
+from moeplan.planner.ir.fleet import UNSIMULATED, Fleet, Flip, Mix
 from moeplan.planner.ir.plan import Plan
 
+TIE_RULE = (
+    "between equals a tie-break decides, no merit: first go columns that another replaces at no more cost, "
+    "then the machines times their column's place by name are fewest"
+)
 NEVER_RUN = "predicted, never run on a GPU"
 
 
 def fleet_lines(plan: Plan) -> list[str]:
     """The lines of the report's section on the choice of the fleet."""
-    return [*_cost(plan.fleet), *_fill(plan), *_others(plan.fleet), *_changes(plan)]
+    return [*minimised_lines(plan.fleet), *_fill(plan), *_others(plan), *_changes(plan)]
 
 
 def status_line(fleet: Fleet) -> str:
@@ -22,7 +27,8 @@ def status_line(fleet: Fleet) -> str:
     return f"the best found, at most {fleet.gap:.2%} dearer than the cheapest"
 
 
-def _cost(fleet: Fleet) -> Iterator[str]:
+def minimised_lines(fleet: Fleet) -> Iterator[str]:
+    """What was minimised, and how good it is known to be; nothing where nothing costs."""
     if fleet.cost > 0:
         yield f"{_usd(fleet.cost)} {fleet.cost_unit} was minimised: {status_line(fleet)}"
 
@@ -40,15 +46,13 @@ def _fill(plan: Plan) -> Iterator[str]:
         yield assumption
 
 
-def _others(fleet: Fleet) -> Iterator[str]:
-    why = fleet.sensitivity
+def _others(plan: Plan) -> Iterator[str]:
+    fleet, why = plan.fleet, plan.fleet.sensitivity
     if why.single and fleet.cost > 0:
-        saving = 1 - fleet.cost / why.single.cost
-        yield f"best with one column per class: {_mix(why.single, fleet)}" + (
-            f"; this fleet saves {saving:.1%} of that" if saving > 5e-4 else ": the same"
-        )
+        told = "best with one column per class"
+        yield f"{told}: this fleet" if _is_best(why.single, plan) else f"{told}: {_beside(why.single, plan)}"
     if why.runner_up:
-        yield f"runner-up, without one of the columns chosen: {_mix(why.runner_up, fleet)}"
+        yield f"runner-up, without one of the columns chosen: {_beside(why.runner_up, plan)}"
     for cost in why.constraints:
         saved = f"would save {_usd(cost.saving)} {fleet.cost_unit}" if cost.saving else "would save nothing"
         yield f"without {cost.constraint} another fleet {saved}"
@@ -76,9 +80,22 @@ def flip_line(flip: Flip) -> str:
     return f"flips if {flip.gpu} is {flip.factor - 1:.0%} faster than predicted ({inside} the 90 % interval)"
 
 
-def _mix(mix: Mix, fleet: Fleet) -> str:
+def _is_best(single: Mix, plan: Plan) -> bool:
+    """Whether the fleet chosen has one column per class too, at the cost of the best such fleet."""
+    alone = len(plan.fleet.choices) == len(plan.workload.classes)
+    return alone and math.isclose(single.cost, plan.fleet.cost, rel_tol=1e-6)
+
+
+def _beside(mix: Mix, plan: Plan) -> str:
+    """Another fleet, its cost and how that compares; the queues of another fleet are not simulated."""
+    fleet = plan.fleet
     parts = " and ".join(f"{count} × {name}" for name, count in mix.parts)
-    return f"{parts} at {_usd(mix.cost)} {fleet.cost_unit}"
+    how = UNSIMULATED * bool(plan.attainment.classes)
+    told = f"{parts} at {_usd(mix.cost)} {fleet.cost_unit}{how}"
+    if math.isclose(mix.cost, fleet.cost, rel_tol=1e-6):
+        return f"{told}; equal in cost: {TIE_RULE}"
+    saving = 1 - fleet.cost / mix.cost
+    return f"{told}; this fleet saves {saving:.1%} of that" if saving > 5e-4 else told
 
 
 def _usd(value: float) -> str:

@@ -12,6 +12,7 @@ def site_lines(site: Site) -> dict[str, Any]:
     """Rule, zones, figures and notes of one spot site, as text."""
     return {
         "name": site.column,
+        "place": _place(site),
         "rule": _rule(site),
         "zones": [_zone(zone, fixed=site.static is not None) for zone in site.zones],
         "figures": _figures(site, site.outlook) if site.outlook else [],
@@ -25,11 +26,16 @@ def bill_lines(site: Site) -> list[str]:
     if outlook is None:
         return []
     share = outlook.usd_per_hour / outlook.all_on_demand_usd_per_hour
-    zones = f"{len(site.zones)} zone{'s' * (len(site.zones) > 1)}"
+    zones = f"{len(site.zones)} {_place(site)}{'s' * (len(site.zones) > 1)}"
     return [
         f"{site.column}: {outlook.usd_per_hour:.2f} USD/h expected over {zones}, {share:.0%} of on-demand, "
         f"{outlook.preemptions_per_day:.2g} preemptions a day"
     ]
+
+
+def _place(site: Site) -> str:
+    """What the site's places are: zones where any is known, else whole regions."""
+    return "zone" if any(zone.zone for zone in site.zones) else "region"
 
 
 def _rule(site: Site) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from moeplan.codegen.bill import cost_lines, token_prices
 from moeplan.codegen.decisions import decision_text
-from moeplan.codegen.emit.report import attained, caution, interval, latency, why_unrun
-from moeplan.codegen.fleet_text import NEVER_RUN, flip_line, status_line
+from moeplan.codegen.emit.report import attained, caution, interval, kind_of, latency, why_unrun
+from moeplan.codegen.fleet_text import NEVER_RUN, flip_line, minimised_lines
 from moeplan.codegen.packing import packed_path, packing_of, quantize_command
-from moeplan.codegen.placement import bill_lines
 from moeplan.planner.ir.analysis import Decision
 from moeplan.planner.ir.fleet import Choice
 from moeplan.planner.ir.placement import Site
@@ -33,7 +33,6 @@ def summary(
     lines += [f"  cost        {line}" for line in _cost_lines(plan)]
     if any(site.market == "spot" for site in plan.placement.sites):
         lines.append(f"  placement   {plan.placement.statement}")
-        lines += [f"  placement   {line}" for site in plan.placement.sites for line in bill_lines(site)]
     lines += [f"  next best   {line}" for line in _alternative_lines(plan)]
     lines += [f"  decided     {decision_text(decision)}" for decision in decisions]
     lines += [f"  changes     {flip_line(flip)}" for flip in plan.fleet.sensitivity.flips[:1]]
@@ -60,7 +59,7 @@ def _choice_lines(choice: Choice, site: Site) -> list[str]:
         *predicted,
         f"  in flight   {policy.sequences} sequences, micro-batches of {policy.micro_batch}, {dtype}",
         f"  reaches     {interval(policy.generated_tokens_per_s, '', ' tokens/s generated')} per replica"
-        f" [{policy.generated_tokens_per_s.provenance}]",
+        f" [{kind_of(policy, policy.generated_tokens_per_s)}]",
     ]
     if policy.serves == "online":
         lines.append(f"  latency     {latency(policy)} when full")
@@ -70,7 +69,7 @@ def _choice_lines(choice: Choice, site: Site) -> list[str]:
 def _cost_lines(plan: Plan) -> list[str]:
     if plan.fleet.usd_per_hour == 0:
         return ["none: the machine is yours"]
-    lines = [f"{plan.fleet.usd_per_hour:.2f} USD/h while everything runs; {status_line(plan.fleet)}"]
+    lines = [*cost_lines(plan), *minimised_lines(plan.fleet)]
     for choice in plan.fleet.choices:
         if choice.column.policy.serves == "batch":
             hours = format_duration(choice.hours * 3600)
@@ -78,8 +77,8 @@ def _cost_lines(plan: Plan) -> list[str]:
                 f"{choice.usd:.2f} USD in all for the batch work, {hours} on each of {choice.replicas}"
             )
     return lines + [
-        f"{interval(price, '$', '')} per million generated tokens ({name})"
-        for name, price in plan.fleet.usd_per_million_tokens
+        f"{interval(price, '$', '')} per million generated tokens ({name}), {bill}"
+        for name, price, bill in token_prices(plan)
     ]
 
 

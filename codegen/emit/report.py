@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeplan.codegen.bill import cost_lines, deployed, token_prices
 from moeplan.codegen.emit.chart import chart_path
 from moeplan.codegen.fleet_text import NEVER_RUN, fleet_lines, status_line
 from moeplan.codegen.packing import option_rows, packing_of, quality_sources, quantize_command
@@ -22,6 +23,8 @@ from moeplan.planner.ir.workload import RequestClass
 from moeplan.planner.units import format_bytes, format_duration, format_figure
 from moeplan.runtime_min.plan_file import ARCHITECTURES
 
+REST = "; speeds and latencies are of the latter: the rest is what measured runs lose to imperfect overlap"
+UNRUN_KERNELS = "from measured kernels"
 _OPS_SHOWN = 3  # of the longest chain
 
 
@@ -41,10 +44,9 @@ def values(plan: Plan) -> dict[str, Any]:
         "why": fleet_lines(plan),
         "solver": status_line(plan.fleet),
         "rented": plan.fleet.usd_per_hour > 0,
-        "usd_per_hour": f"{plan.fleet.usd_per_hour:.2f}",
-        "token_prices": [
-            (name, interval(price, "$", "")) for name, price in plan.fleet.usd_per_million_tokens
-        ],
+        "cost": cost_lines(plan),
+        "load": _load_lines(plan),
+        "token_prices": [(name, interval(price, "$", ""), bill) for name, price, bill in token_prices(plan)],
         "attainment": [_attainment(found) for found in plan.attainment.classes],
         "replicas": [_replica(plan, replica) for replica in plan.replicas],
         "alternatives": [
@@ -63,14 +65,14 @@ def _parameters(count: int) -> str:
 
 
 def _refusals(plan: Plan) -> list[tuple[str, str]]:
-    """Machines refused for one reason together, with the first one's numbers."""
+    """Machines refused for one reason together, with the first one's numbers; a lone one is named once."""
     groups: dict[tuple[str, str], list[Rejection]] = {}
     for rejection in plan.rejections:
         groups.setdefault((rejection.serves, rejection.constraint), []).append(rejection)
     return [
         (
             f"{serves}, {constraint}: {', '.join(r.machine for r in group)}",
-            f"{group[0].machine}: {group[0].message}",
+            f"{group[0].machine}: {group[0].message}" if len(group) > 1 else group[0].message,
         )
         for (serves, constraint), group in groups.items()
     ]
@@ -90,6 +92,22 @@ def latency(policy: Policy) -> str:
     """The slowest bucket's TTFT and ITL."""
     ttft, itl = max(r.ttft_s for r in policy.rates), max(r.itl_s for r in policy.rates)
     return f"TTFT {format_duration(ttft)}, ITL {format_duration(itl)}"
+
+
+def kind_of(policy: Policy, rate: Estimate) -> str:
+    """What stands behind a policy's speed; measured kernels alone are no measured run."""
+    unrun = rate.provenance == "measured" and not policy.corrections
+    return UNRUN_KERNELS if unrun else rate.provenance
+
+
+def _load_lines(plan: Plan) -> list[str]:
+    """What loads are of, and how full a deadline is planned."""
+    lines = ["The load of online replicas is of what queues leave of their throughput"]
+    lines *= bool(plan.attainment.classes)
+    targets = [c.target for c in plan.fleet.choices if c.column.policy.serves == "batch"]
+    if targets and any(requests.deadline_s for requests in plan.workload.classes):
+        lines.append(f"The batch's deadline is planned to at most {max(targets):.0%} load")
+    return lines
 
 
 def why_unrun(plan: Plan, policy: Policy) -> str:
@@ -139,11 +157,6 @@ def _deploy_row(choice: Choice, site: Site) -> dict[str, str]:
         "usd": f"{choice.usd:.2f}" if choice.usd else "–",
         "hours": format_duration(choice.hours * 3600) if choice.hours else "always",
     }
-
-
-def deployed(site: Site) -> int:
-    """Replicas of a site and those to spare; where a trace placed it, not as many as were solved for."""
-    return site.replicas + site.spot_overprovision
 
 
 def _count(site: Site) -> str:
@@ -198,7 +211,7 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
         "name": replica.name,
         "how": _how(policy),
         "phases": [
-            (name, interval(rate, "", " tokens/s"), rate.provenance)
+            (name, interval(rate, "", " tokens/s"), kind_of(policy, rate))
             for name, rate in (
                 ("prefill", policy.prefill_tokens_per_s),
                 ("decode", policy.decode_tokens_per_s),
@@ -208,7 +221,8 @@ def _replica(plan: Plan, replica: Replica) -> dict[str, Any]:
         "corrections": _correction_lines(policy),
         "bottleneck": str(policy.bottleneck),
         "lane_heading": "lane" if policy.decode.overlap else "part",
-        "share_heading": "busy" if policy.decode.overlap else "share",
+        "share_heading": f"{'busy' if policy.decode.overlap else 'share'}, of the predicted "
+        f"{format_duration(policy.decode.seconds)}",
         "lanes": [
             (lane.lane, format_duration(lane.seconds), f"{lane.seconds / policy.decode.seconds:.0%}")
             for lane in policy.decode.lanes
@@ -238,7 +252,8 @@ def _pipeline(replica: str, pipeline: Pipeline, policy: Policy) -> dict[str, Any
         "waits": pipeline.waits,
         "pass": format_duration(pipeline.pass_s),
         "predicted": format_duration(policy.decode.seconds),
-        "rest": "; the rest is what measured runs lose to imperfect overlap" if policy.gpus else "",
+        "taken": taken_as(policy),
+        "rest": REST if policy.gpus else "",
         "bubble": f"{pipeline.bubble_s / pipeline.pass_s:.1%}",
         "path": ", ".join(
             f"{o.op} {o.seconds / pipeline.pass_s:.0%}" for o in pipeline.critical[:_OPS_SHOWN]
@@ -250,6 +265,11 @@ def _pipeline(replica: str, pipeline: Pipeline, policy: Policy) -> dict[str, Any
         if slowest > pipeline.pass_s
         else [],
     }
+
+
+def taken_as(policy: Policy) -> str:
+    """What the simulator makes of the lanes' predicted seconds."""
+    return "taken as given" + ", longer where they share DRAM" * bool(policy.gpus)
 
 
 def _bound_line(bound: CapacityBound, policy: Policy) -> str:

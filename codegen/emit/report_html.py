@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from moeplan.codegen.bill import cost_lines, deployed, deployed_usd_per_hour, price_note
 from moeplan.codegen.decisions import amount_text
 from moeplan.codegen.emit.chart import chart as pipeline_svg
-from moeplan.codegen.emit.report import deployed, interval, latency, values
+from moeplan.codegen.emit.report import REST, UNRUN_KERNELS, kind_of, latency, taken_as, values
 from moeplan.codegen.page import Section, Table, Tile
 from moeplan.codegen.plots import (
     Chart,
@@ -26,7 +27,6 @@ from moeplan.codegen.plots import (
 )
 from moeplan.codegen.render import render
 from moeplan.planner.ir.analysis import Analysis, OperatorPoint, ReplicaAnalysis
-from moeplan.planner.ir.estimate import Estimate
 from moeplan.planner.ir.plan import Plan, Replica
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.units import format_bytes, format_duration, format_figure
@@ -37,7 +37,8 @@ _KINDS = {
     "datasheet": "a manufacturer's or cloud's own figure",
     "analytic": "computed from data sheets and measured efficiencies of similar kernels",
     "calibrated": "computed from figures measured on this machine",
-    "measured": "this configuration, or this machine's kernels, measured",
+    UNRUN_KERNELS: "computed from this machine's kernels, which were measured; no run of the plan was",
+    "measured": "this configuration measured in runs",
 }
 
 
@@ -65,20 +66,18 @@ def _tiles(plan: Plan) -> Iterator[Tile]:
     markets = sorted({choice.column.market for choice in plan.fleet.choices})
     yield Tile(label="deploy", value=" + ".join(deploy), note=", ".join(markets))
     if plan.fleet.usd_per_hour:
-        whole = all(deployed(site) == choice.replicas for choice, site in both)
-        note = "while everything runs" if whole else "as solved, with spot replicas to spare"
-        yield Tile(label="cost", value=f"{plan.fleet.usd_per_hour:.2f} USD/h", note=note)
+        yield Tile(label="cost", value=f"{deployed_usd_per_hour(plan):.2f} USD/h", note=price_note(plan))
         for site in sites:
             if site.outlook:
                 bill = f"{site.outlook.usd_per_hour:.2f} USD/h"
                 yield Tile(label="expected bill", value=bill, note=f"of {site.column}, stand-ins included")
-        for serves, price in plan.fleet.usd_per_million_tokens:
-            note = f"per million generated tokens, {serves}"
-            yield Tile(label="token price", value=interval(price, "$", ""), note=note)
+        for serves, price, bill in values(plan)["token_prices"]:
+            note = f"per million generated tokens, {serves}, {bill}"
+            yield Tile(label="token price", value=price, note=note)
     for replica in plan.replicas:
         rate = replica.policy.generated_tokens_per_s
         value = f"{format_figure(rate.value)} tokens/s"
-        yield Tile(label="each replica generates", value=value, note=_band(rate))
+        yield Tile(label="each replica generates", value=value, note=_band(replica))
         if replica.policy.serves == "online":
             yield Tile(
                 label="latency when full", value=latency(replica.policy), note="slowest size, no queue"
@@ -88,8 +87,9 @@ def _tiles(plan: Plan) -> Iterator[Tile]:
         )
 
 
-def _band(rate: Estimate) -> str:
-    return f"{format_figure(rate.low)} to {format_figure(rate.high)} (90 %), {rate.provenance}"
+def _band(replica: Replica) -> str:
+    rate = replica.policy.generated_tokens_per_s
+    return f"{format_figure(rate.low)} to {format_figure(rate.high)} (90 %), {kind_of(replica.policy, rate)}"
 
 
 # Sections
@@ -127,10 +127,9 @@ def _fleet(plan: Plan, analysis: Analysis) -> Iterator[Section]:
     if zones:
         where = ("replica", "region", "USD/h", "on demand")
         tables.append(Table(caption="where, cheapest first", header=where, rows=zones))
-    load = f"Replicas are planned to at most {plan.fleet.target_utilisation:.0%} load."
-    yield Section(
-        title="Fleet and routing", text=[load, f"Solver: {plan.fleet.solver_status}."], tables=tables
-    )
+    load = [f"{line}." for line in values(plan)["load"]]
+    text = [*(f"{line}." for line in cost_lines(plan)), *load, f"Solver: {plan.fleet.solver_status}."]
+    yield Section(title="Fleet and routing", text=text, tables=tables)
 
 
 def _decisions(plan: Plan, analysis: Analysis) -> Iterator[Section]:
@@ -148,7 +147,7 @@ def _decisions(plan: Plan, analysis: Analysis) -> Iterator[Section]:
     ]
     yield Section(
         title="The decisions that mattered most",
-        text=["Each undone by itself and solved again."],
+        text=["Each undone by itself and solved again, online fleets with their queues simulated."],
         tables=[Table(caption="", header=("chosen", "", "instead of", "", "worse"), rows=rows)],
     )
 
@@ -194,7 +193,7 @@ def _performance(plan: Plan, replica: Replica) -> Section:
         text=text,
         tables=[
             Table(caption="speed", header=header, rows=told["phases"]),
-            Table(caption="where the time goes", header=lanes, rows=told["lanes"]),
+            Table(caption="where the time of a predicted pass goes", header=lanes, rows=told["lanes"]),
         ],
     )
 
@@ -210,30 +209,47 @@ def _roofline(replica: Replica, found: ReplicaAnalysis) -> Section:
         "Decode, one call over a micro-batch. Solid lines are what each memory, then each processor allows; "
         "dashed lines what the link up from a memory allows. Hollow marks count only the bytes that cross it."
     ]
+    shown = _shown(replica, found.roofline)
     text += [
-        f"Experts whose weights lie in {p.level}: below P1, {p.p1_flops_per_byte:.3g} FLOP/byte, compute "
-        f"them there; below P2, {p.p2_flops_per_byte:.3g} FLOP/byte ({p.tokens_at_p2:,.0f} tokens per pass), "
-        "the link is the bound."
-        for p in _shown(replica).turning_points
+        f"Experts whose weights lie in {p.level}, called over {p.micro_batch} tokens: fetched for fewer than "
+        f"P1, {p.p1_flops_per_byte:.3g} FLOP/byte, they are faster computed there; for fewer than P2, "
+        f"{p.p2_flops_per_byte:.4g} FLOP/byte ({p.tokens_at_p2:,.0f} tokens per pass), the link bounds them."
+        for p in shown.turning_points
         if p.p1_flops_per_byte > 0
     ]
+    text += [_binds(replica, point) for point in found.operators if point.link_bound_below]
     return Section(
         title="Hierarchical roofline",
         text=text,
-        charts=[roofline_chart(_shown(replica), found.operators, replica.name)],
+        charts=[roofline_chart(shown, found.operators, replica.name)],
         tables=[Table(caption="", header=header, rows=rows)],
     )
 
 
-def _shown(replica: Replica) -> Roofline:
+def _binds(replica: Replica, point: OperatorPoint) -> str:
+    """What bounds an operator whose weights are fetched, and what bounds the whole pass."""
+    side = "below" if point.bound == "link" else "not below"
+    return (
+        f"Here the {point.name.replace('_', ' ')} do {point.fetched_flops_per_byte:.4g} FLOP per byte "
+        f"fetched, {side} {point.link_bound_below:.4g}: alone they are bound by {point.bound}. "
+        "Lanes overlap, and other operators and sums over GPUs take time too: of the pass as a whole the "
+        f"bottleneck is {replica.policy.bottleneck}."
+    )
+
+
+def _shown(replica: Replica, roofline: Roofline) -> Roofline:
     """The roofs that the policy's data lie under; turning points where something is fetched."""
-    policy, roofline = replica.policy, replica.roofline
+    policy = replica.policy
     deepest = "disk" if policy.experts_disk_share else policy.weights_on
     levels = [roof.level for roof in roofline.roofs]
     roofs = roofline.roofs[: levels.index(deepest) + 1]
     points = roofline.turning_points if policy.engine == "runtime_min" else ()
     names = {roof.level for roof in roofs}
-    return replace(roofline, roofs=roofs, turning_points=tuple(p for p in points if p.level in names))
+    return replace(
+        roofline,
+        roofs=roofs,
+        turning_points=tuple(p for p in points if p.level in names),
+    )
 
 
 def _finite(point: OperatorPoint) -> str:
@@ -265,6 +281,7 @@ def _pipeline(replica: Replica) -> Section:
     pipeline = replica.pipeline
     assert pipeline is not None  # the caller looked
     lanes = ", ".join(lane.lane for lane in pipeline.busy if lane.seconds)
+    simulated, predicted = (format_duration(s) for s in (pipeline.pass_s, replica.policy.decode.seconds))
     alt = (
         f"Gantt chart of {pipeline.schedule.name} on the lanes {lanes} around the boundary between two "
         "decode passes."
@@ -282,16 +299,21 @@ def _pipeline(replica: Replica) -> Section:
     return Section(
         title="One step of the pipeline",
         text=[
-            f"Simulated. {pipeline.tasks} tasks and {pipeline.waits} waits per decode pass, proved free of "
-            "races and deadlocks. The busiest lane idles "
-            f"{pipeline.bubble_s / pipeline.pass_s:.1%} of the time."
+            f"{pipeline.tasks} tasks and {pipeline.waits} waits per decode pass, proved free of races and "
+            f"deadlocks. Simulated, the pass takes {simulated}, of which the busiest lane idles "
+            f"{pipeline.bubble_s / pipeline.pass_s:.1%}; the lanes' predicted seconds are "
+            f"{taken_as(replica.policy)}. Predicted are {predicted}{REST if replica.policy.gpus else ''}."
         ],
         wide=[Chart(svg=_inlined(pipeline_svg(pipeline), replica.name), alt=alt)],
         tables=[
-            Table(caption="lanes", header=("lane", "busy", "of the pass"), rows=busy),
+            Table(
+                caption="lanes in the simulated pass",
+                header=("lane", "busy", f"of the simulated {simulated}"),
+                rows=busy,
+            ),
             Table(
                 caption="schedules",
-                header=("schedule", "decode pass", "times this one"),
+                header=("schedule", "simulated pass", "times this one"),
                 rows=others,
                 chosen=0,
             ),
@@ -351,7 +373,8 @@ def _latency(plan: Plan, analysis: Analysis) -> Iterator[Section]:
     for found in values(plan).get("attainment", ()):
         text = [f"{found['requests']}, in a queueing simulation; the SLO is kept for {found['shares']}."]
         text += [f"{line}." for line in (found["search"], found["warning"]) if line]
-        pools = ("replica, in the surge", "requests", "SLO kept", "engines busy", "full")
+        text.append("An engine steps while it holds any request: one that is never idle need not be full.")
+        pools = ("replica, in the surge", "requests", "SLO kept", "engines not idle", "slots taken")
         yield Section(
             title="Latency, simulated",
             text=text,
@@ -368,10 +391,16 @@ def _availability(plan: Plan, analysis: Analysis) -> Iterator[Section]:
     text = [f"{statement[0].upper()}{statement[1:]} (evidence: {plan.placement.evidence})."]
     yield Section(title="Availability", text=text)
     for site in values(plan).get("sites", ()):
-        header = ("zone, cheapest first", "spot, USD/h", "on-demand", "fixed target: spot", "on-demand")
+        header = (
+            f"{site['place']}, cheapest first",
+            "spot, USD/h",
+            "on-demand",
+            "fixed target: spot",
+            "on-demand",
+        )
         columns = ("name", "spot", "on_demand", "spot_target", "on_demand_target")
         zones = [[zone[column] for column in columns] for zone in site["zones"]]
-        tables = [Table(caption="zones", header=header, rows=zones)]
+        tables = [Table(caption=f"{site['place']}s", header=header, rows=zones)]
         if site["figures"]:
             tables.insert(0, Table(caption="expected", header=("", ""), rows=site["figures"]))
         title = f"Availability of {site['name']}"
@@ -409,7 +438,13 @@ def _measured(plan: Plan, analysis: Analysis) -> Iterator[Section]:
     ]
     if not pairs:
         hint = "moeplan run --profile FILE records what a machine does; `profile: FILE` in the spec uses it."
-        text = ["No measured run stands behind this plan: every speed of it is predicted.", hint]
+        what = "its speeds are predicted"
+        if any(
+            kind_of(replica.policy, replica.policy.generated_tokens_per_s) == UNRUN_KERNELS
+            for replica in plan.replicas
+        ):
+            what = "its speeds are predicted from this machine's measured kernels"
+        text = [f"No measured run stands behind this plan: {what}.", hint]
         yield Section(title="Predicted against measured", text=text)
         return
     rows = [
@@ -425,7 +460,9 @@ def _measured(plan: Plan, analysis: Analysis) -> Iterator[Section]:
 
 
 def _provenance(plan: Plan, analysis: Analysis) -> Iterator[Section]:
-    used = sorted({replica.policy.generated_tokens_per_s.provenance for replica in plan.replicas})
+    used = sorted(
+        {kind_of(replica.policy, replica.policy.generated_tokens_per_s) for replica in plan.replicas}
+    )
     kinds = [(kind, _KINDS[kind]) for kind in used]
     sources = [(source.what, source.citation) for source in analysis.sources]
     yield Section(

@@ -6,7 +6,7 @@ from moeplan.planner.explain.batches import batch_points
 from moeplan.planner.explain.case import Case, Held, holding
 from moeplan.planner.explain.decisions import decisions
 from moeplan.planner.explain.frontier import frontiers
-from moeplan.planner.explain.operators import operator_points
+from moeplan.planner.explain.operators import operator_points, reached_roofline, with_own_turns
 from moeplan.planner.explain.timeline import timelines
 from moeplan.planner.inputs import Inputs
 from moeplan.planner.ir.analysis import Analysis, Frontier, ReplicaAnalysis, Source
@@ -33,10 +33,12 @@ def analyse(plan: Plan, inputs: Inputs) -> Analysis:
 def _replica(workload: Workload, replica: Replica) -> ReplicaAnalysis:
     n = replica.policy.sequences
     sizes = {max(1, round(n * _LARGEST / 2**k)) for k in range(_HALVINGS + 3)} | {n}
+    operators = operator_points(workload, replica)
     return ReplicaAnalysis(
         name=replica.name,
         batches=batch_points(workload, replica, sorted(sizes)),
-        operators=operator_points(workload, replica),
+        operators=operators,
+        roofline=with_own_turns(replica, reached_roofline(replica), operators),
     )
 
 

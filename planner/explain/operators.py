@@ -6,7 +6,8 @@ Source: MoE-Lightning (ASPLOS'25), section 3, Eq. 7-8.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,6 +17,29 @@ from moeplan.planner.ir.machine import LevelName
 from moeplan.planner.ir.plan import Replica
 from moeplan.planner.ir.roofline import Roofline
 from moeplan.planner.ir.workload import Operator, Workload
+from moeplan.planner.strategies.offload_lanes import offloading_roof
+
+
+def reached_roofline(replica: Replica) -> Roofline:
+    """The machine as the replica's kernels reach it, with which its passes are predicted."""
+    roofline, policy = replica.roofline, replica.policy
+    if policy.engine != "runtime_min" or not policy.gpus:
+        return roofline
+    gpu, *others = roofline.roofs
+    return replace(roofline, roofs=(offloading_roof(gpu), *others))
+
+
+def with_own_turns(replica: Replica, roofline: Roofline, points: Sequence[OperatorPoint]) -> Roofline:
+    """The roofline with P2 of the policy's own calls, where they fetch from below the fastest level."""
+    policy = replica.policy
+    fetching = next((point for point in points if point.link_bound_below), None)
+    if fetching is None:
+        return roofline
+    first, *others = roofline.turning_points  # between the fastest level and the next
+    p2 = fetching.link_bound_below
+    tokens = policy.sequences * p2 / fetching.fetched_flops_per_byte
+    own = replace(first, micro_batch=policy.micro_batch, p2_flops_per_byte=p2, tokens_at_p2=tokens)
+    return replace(roofline, turning_points=(own, *others))
 
 
 def operator_points(workload: Workload, replica: Replica) -> tuple[OperatorPoint, ...]:
@@ -51,7 +75,7 @@ def _levels(replica: Replica, operator: Operator) -> Iterator[LevelName]:
 
 
 def _point(workload: Workload, replica: Replica, operator: Operator, level: LevelName) -> OperatorPoint:
-    policy, roof = replica.policy, replica.roofline.roof(level)
+    policy, roof = replica.policy, reached_roofline(replica).roof(level)
     context = workload.request_class(policy.serves).mean_bucket().context_tokens
     flops = _number(costs.flops(operator, policy.micro_batch, context))
     moved = (
@@ -61,10 +85,11 @@ def _point(workload: Workload, replica: Replica, operator: Operator, level: Leve
     )
     intensity = flops / _number(moved)
     fetched = _fetched_intensity(workload, replica, operator, level, context)
+    link = _link_bytes_per_s(replica.roofline, level)
     roofs = {
         "compute": costs.operator_flops_per_s(operator, roof),
         "memory": costs.operator_bytes_per_s(operator, roof) * intensity,
-        "link": _link_bytes_per_s(replica.roofline, level) * fetched if math.isfinite(fetched) else math.inf,
+        "link": link * fetched if math.isfinite(fetched) else math.inf,
     }
     bound = min(roofs, key=lambda name: roofs[name])
     return OperatorPoint(
@@ -74,6 +99,7 @@ def _point(workload: Workload, replica: Replica, operator: Operator, level: Leve
         fetched_flops_per_byte=fetched,
         flops_per_s=roofs[bound],
         bound="compute" if bound == "compute" else "memory" if bound == "memory" else "link",
+        link_bound_below=min(roofs["compute"], roofs["memory"]) / link if math.isfinite(fetched) else 0.0,
     )
 
 

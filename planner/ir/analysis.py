@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeplan.planner.ir.machine import LevelName
+from moeplan.planner.ir.roofline import Roofline
 
 Excluded = Literal["", "SLO", "memory", "requests"]  # why a batch was not to be had
 
@@ -34,7 +35,8 @@ class OperatorPoint:
 
     `flops_per_byte` counts the bytes it reads and writes at `level`; `fetched_flops_per_byte` those that
     cross the link to get there, infinite where none do. `flops_per_s` is what the roofs allow, the knee not
-    rounded, and `bound` the roof that does.
+    rounded, and `bound` the roof that does: the link where `fetched_flops_per_byte` lies below
+    `link_bound_below`, P2 of this call (HRM, Eq. 10), 0 where nothing is fetched.
     """
 
     name: str
@@ -43,6 +45,7 @@ class OperatorPoint:
     fetched_flops_per_byte: float
     flops_per_s: float
     bound: Literal["compute", "memory", "link"]
+    link_bound_below: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +69,13 @@ class Frontier:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaAnalysis:
-    """One replica's batches and operators."""
+    """One replica's batches and operators, and the roofline as its kernels reach it, with the turning points
+    of its own calls."""
 
     name: str
     batches: tuple[BatchPoint, ...]
     operators: tuple[OperatorPoint, ...]
+    roofline: Roofline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from moeplan.planner.ir.workload import ClassName
 Market = Literal["owned", "spot", "on-demand"]
 SolverStatus = Literal["optimal", "incumbent"]
 CostUnit = Literal["USD per hour", "USD"]
+UNSIMULATED = " by throughput, queues not simulated"  # how the cost of a fleet not chosen is known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 
-from moeplan.planner.ir.fleet import Alternative, Column
+from moeplan.planner.ir.fleet import UNSIMULATED, Alternative, Column
 from moeplan.planner.ir.workload import ClassName
 from moeplan.planner.packing.formulate import Market
 from moeplan.planner.packing.problem import Pool
@@ -20,7 +20,8 @@ def find_alternatives(
 ) -> tuple[Alternative, ...]:
     """Return the cheapest columns that could do all work of a class alone, but for a lone chosen one.
 
-    Online work in USD per hour, batch work as a bill.
+    Online work in USD per hour, batch work as a bill. Queues of online work are not simulated: they may ask
+    for more replicas, or refuse the column.
     """
     price: Callable[[Market, Pool, Column], Alternative | None] = _online if serves == "online" else _batch
     own = [(pool, column) for pool, column in pools if column.policy.serves == serves]
@@ -47,7 +48,7 @@ def _online(market: Market, pool: Pool, column: Column) -> Alternative | None:
         serves="online",
         replicas=replicas,
         cost_usd=replicas * column.usd_per_hour,
-        note="USD per hour" + PREDICTED_ONLY * column.policy.rehearsed_only,
+        note="USD per hour" + UNSIMULATED + PREDICTED_ONLY * column.policy.rehearsed_only,
     )
 
 

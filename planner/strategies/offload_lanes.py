@@ -273,18 +273,8 @@ class Costs:
 
     @property
     def gpu_roof(self) -> Roof:
-        """The GPU as the kernels of offloaded experts see it.
-
-        They reach no more of the peak in decode than in prefill, where their calls are largest.
-        """
-        gpu = self.roofline.roof("gpu")
-        part = min(1.0, gpu.offload_prefill_flops_per_s / gpu.flops_per_s)
-        return replace(
-            gpu,
-            flops_per_s=part * gpu.flops_per_s,
-            flops_8bit_per_s=part * gpu.flops_8bit_per_s,
-            flops_4bit_per_s=part * gpu.flops_4bit_per_s,
-        )
+        """The GPU as the kernels of offloaded experts see it."""
+        return offloading_roof(self.roofline.roof("gpu"))
 
     @property
     def launches_s(self) -> float:
@@ -693,3 +683,15 @@ def _split(operators: tuple[Operator, ...]) -> tuple[list[Operator], list[Operat
     """Attention cores, and all others but routed experts."""
     cores = [op for op in operators if op.name in _CORES]
     return cores, [op for op in operators if op not in cores and op.name != "routed_experts"]
+
+
+def offloading_roof(gpu: Roof) -> Roof:
+    """A GPU as the kernels of offloaded experts see it: in decode they reach no more of the peak than in
+    prefill, where their calls are largest."""
+    part = min(1.0, gpu.offload_prefill_flops_per_s / gpu.flops_per_s)
+    return replace(
+        gpu,
+        flops_per_s=part * gpu.flops_per_s,
+        flops_8bit_per_s=part * gpu.flops_8bit_per_s,
+        flops_4bit_per_s=part * gpu.flops_4bit_per_s,
+    )

@@ -36,9 +36,10 @@ def busiest_part(workload: Workload, gpus: int, tokens: Array) -> tuple[Array, A
     dealt = _dealt(each, gpus)
     count, place = np.unique(tokens, return_inverse=True)
     spread = largest_of_normals(gpus) * np.sqrt(model.experts / max(1, model.experts - 1) / gpus)
-    choices = np.array([_multiple(n * dealt, n * dealt * (1 - dealt), spread) for n in count])
-    hit = [1 - (1 - dealt) ** n for n in count]
-    hits = np.array([_multiple(h, h * (1 - h), spread) for h in hit])
+    called = count[:, None, None, None]
+    choices = _multiple(called * dealt, called * (dealt * (1 - dealt)), spread)
+    hit = 1 - (1 - dealt) ** called
+    hits = _multiple(hit, hit * (1 - hit), spread)
     return np.minimum(choices, gpus)[place], np.minimum(hits, gpus)[place]
 
 
@@ -49,10 +50,12 @@ def _dealt(each: Array, gpus: int) -> Array:
     return turns
 
 
-def _multiple(mean: Array, variance: Array, spread: float) -> float:
-    """Of [layers, turns, gpus], what the busiest GPU has over what each has on average; mean of layers."""
-    most = mean.sum(axis=1).max(axis=1) + spread * np.sqrt(variance.sum(axis=(1, 2)))
-    return float((most / mean.sum(axis=1).mean(axis=1)).mean())
+def _multiple(mean: Array, variance: Array, spread: float) -> Array:
+    """Of [counts, layers, turns, gpus], what the busiest GPU has over what each has on average: [counts], the
+    mean of layers."""
+    each = mean.sum(axis=2)
+    most = each.max(axis=2) + spread * np.sqrt(variance.sum(axis=(2, 3)))
+    return np.asarray((most / each.mean(axis=2)).mean(axis=1))
 
 
 @lru_cache

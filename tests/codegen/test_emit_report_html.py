@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import ONLINE, batch_spec
 
-from moeplan.codegen.emit import report_html
+from moeplan.codegen.emit import report, report_html
 from moeplan.planner.explain.analyse import analyse
 from moeplan.planner.explain.case import Source, solve
 from moeplan.planner.ir.analysis import Analysis
 from moeplan.planner.ir.plan import Plan
 from moeplan.planner.passes.roofline import expert_intensity
 from moeplan.planner.pipeline import compile_plan
+from moeplan.planner.units import format_duration
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "examples").glob("*/*.plan/report.html"))
@@ -177,6 +178,41 @@ def test_operators_lie_where_the_published_formulas_put_them(offloaded: tuple[Pl
     assert all(point.flops_per_s <= roof(plan, point.level) for point in analysis.replicas[0].operators)
 
 
+def test_the_link_binds_below_the_p2_that_is_told(offloaded: tuple[Plan, Analysis]) -> None:
+    """The experts' bound, their intensity and the P2 in text agree: Eq. 10 for the policy's own calls."""
+    plan, analysis = offloaded
+    (replica,) = plan.replicas
+    experts = next(point for point in analysis.replicas[0].operators if point.name == "routed_experts")
+    gpu, dram = replica.roofline.roofs[:2]
+    reached = min(gpu.flops_per_s, gpu.offload_prefill_flops_per_s)  # as the pass was predicted
+    fastest = min(reached, gpu.expert_bytes_per_s * experts.flops_per_byte)
+    assert experts.link_bound_below == pytest.approx(fastest / dram.up_bytes_per_s)
+    below = experts.fetched_flops_per_byte < experts.link_bound_below
+    assert (experts.bound == "link") == below
+    page = report_html.emit(plan, analysis)["report.html"]
+    assert f"called over {replica.policy.micro_batch} tokens" in page
+    assert f"P2, {experts.link_bound_below:.4g} FLOP/byte" in page
+    assert f"alone they are bound by {experts.bound}. " in page
+
+
+def test_shares_of_two_passes_are_told_apart(offloaded: tuple[Plan, Analysis]) -> None:
+    """The same lane is busy for one share of the predicted pass and for another of the simulated one."""
+    plan, analysis = offloaded
+    (replica,) = plan.replicas
+    assert replica.pipeline
+    predicted, simulated = (
+        format_duration(s) for s in (replica.policy.decode.seconds, replica.pipeline.pass_s)
+    )
+    assert predicted != simulated
+    page = report_html.emit(plan, analysis)["report.html"]
+    text = report.emit(plan)["report.md"]
+    assert f">busy, of the predicted {predicted}</th>" in page
+    assert f">of the simulated {simulated}</th>" in page
+    assert f"the pass takes {simulated}, " in page
+    assert f"Predicted are {predicted}; speeds and latencies are of the latter" in page
+    assert f"{simulated} of the predicted {predicted}; speeds and latencies are of the latter" in text
+
+
 def roof(plan: Plan, level: str) -> float:
     roofs = {roof.level: roof.flops_per_s for roof in plan.replicas[0].roofline.roofs}
     return roofs[level]  # type: ignore[index]
@@ -213,6 +249,7 @@ def test_what_other_passes_found_gets_sections(
     zone = {"name": "gcp/r1/a", "spot": "1.5", "on_demand": "9", "spot_target": "2", "on_demand_target": "1"}
     site = {
         "name": "a-site",
+        "place": "zone",
         "rule": "Two are kept",
         "zones": [zone],
         "figures": [("promised", "99.1 %")],
