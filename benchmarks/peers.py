@@ -103,6 +103,8 @@ def main() -> None:
         Setting("small", 0, (1, 32, 128, 512), 32, 6),
         Setting("big", int(options.limit * 2**30), (32, 128, 512, 2048), 8, 4),
     ]
+    if options.only in SHAPES:
+        settings = [setting for setting in settings if setting.model == options.only]
     for setting in settings:
         _write_checkpoint(setting.shape, options)
     results = _stored() if RESULTS.exists() else []
