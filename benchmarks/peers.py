@@ -103,8 +103,8 @@ def main() -> None:
         Setting("small", 0, (1, 32, 128, 512), 32, 6),
         Setting("big", int(options.limit * 2**30), (32, 128, 512, 2048), 8, 4),
     ]
-    if options.only in SHAPES:
-        settings = [setting for setting in settings if setting.model == options.only]
+    if (model := options.only.rpartition(" ")[2]) in SHAPES:
+        settings = [setting for setting in settings if setting.model == model]
     for setting in settings:
         _write_checkpoint(setting.shape, options)
     results = _stored() if RESULTS.exists() else []
@@ -127,7 +127,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--machine", type=Path, help="a machine file; default: calibrate now")
     parser.add_argument("--limit", type=float, default=4.0, help="memory in GiB for the big model (4)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="measure systems and models whose name has this word")
+    parser.add_argument("--only", default="", help="of `system model` those with these words, as `bf16 small`")
     parser.add_argument("--reuse", action="store_true", help="take the peers' results from peers.json")
     parser.add_argument("--skip-ours", action="store_true", help="measure peers only")
     return parser.parse_args()
