@@ -127,7 +127,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--machine", type=Path, help="a machine file; default: calibrate now")
     parser.add_argument("--limit", type=float, default=4.0, help="memory in GiB for the big model (4)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="of `system model` those with these words, as `bf16 small`")
+    parser.add_argument(
+        "--only", default="", help="of `system model` those with these words, as `bf16 small`"
+    )
     parser.add_argument("--reuse", action="store_true", help="take the peers' results from peers.json")
     parser.add_argument("--skip-ours", action="store_true", help="measure peers only")
     return parser.parse_args()
