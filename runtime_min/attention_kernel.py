@@ -23,8 +23,8 @@ from moeplan.runtime_min.kernel_parts import (
     I64,
     POINTER,
     draw,
+    emits,
     fma,
-    intrinsic,
     splat,
 )
 
@@ -94,110 +94,112 @@ def _transposed_sum(builder: Any, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-def _scores(width: int, heads: int) -> Any:
+def _each_width(builder: Any, width: Any, emit: Any) -> None:
+    """What `emit` emits for the width of the cache at hand."""
+    for known in (FLOAT, BF16, INT8):
+        with builder.if_then(builder.icmp_signed("==", width, I64(known))):
+            emit(known)
+
+
+def _products(
+    builder: Any, width: int, q: Any, q_stride: Any, k: Any, lines: Any, ahead: Any, sums: Any
+) -> None:
+    """Of each head and as many rows at k: vectors whose elements' sum is the product, to `sums`."""
+    for total in itertools.chain(*sums):
+        builder.store(ir.Constant(FLOATS, [0.0] * LANES), total)
+    row_bytes = builder.mul(lines, I64(LINE))
+    with cgutils.for_range(builder, builder.udiv(lines, I64(WHOLE))) as loop:
+        first = builder.add(k, builder.mul(loop.index, I64(ROW)))
+        rows = [builder.add(first, builder.mul(row_bytes, I64(i))) for i in range(len(sums[0]))]
+        for row in rows:
+            _fetch(builder, builder.add(row, ahead))
+        start = builder.add(q, builder.mul(loop.index, I64(ROW * width)))
+        heads = [builder.add(start, builder.mul(q_stride, I64(g))) for g in range(len(sums))]
+        for line in range(0, ROW, LINE):
+            queries = [_vectors(builder, head, line * width, width) for head in heads]
+            for i, row in enumerate(rows):
+                parts = _line(builder, _at(builder, row, I64(line)), width)
+                for query, totals in zip(queries, sums, strict=True):
+                    value = builder.load(totals[i])
+                    for a, b in zip(parts, query, strict=True):
+                        value = fma(builder, a, b, value)
+                    builder.store(value, totals[i])
+
+
+def _vectors(builder: Any, base: Any, offset: int, count: int) -> list[Any]:
+    """`count` vectors of float32 from `offset` bytes behind `base` on."""
+    places = [_at(builder, base, I64(offset + LINE * part)) for part in range(count)]
+    return [builder.load(place, typ=FLOATS, align=4) for place in places]
+
+
+def _scores(heads: int) -> Any:
     at_once = LANES // heads  # keys
 
-    def compute(builder, q, q_stride, k, lines, scale, out, stride, ahead):
+    @emits(scale=types.float32)
+    def scores(builder, width, q, q_stride, k, lines, scale, out, stride, ahead):
         """out[g, i] = scale * (q[g] · k[i]) for the KEYS rows at k; q[g] lie `q_stride` bytes apart, out[g]
         `stride`. Fetches the rows `ahead` bytes further on."""
+        sums = [[cgutils.alloca_once(builder, FLOATS) for _ in range(KEYS)] for _ in range(heads)]
         row_bytes = builder.mul(lines, I64(LINE))
-        sums: list[list[Any]] = [[] for _ in range(heads)]
-        for first in range(0, KEYS, at_once):
-            rows = builder.add(k, builder.mul(row_bytes, I64(first)))
-            for all_sums, some in zip(sums, products(builder, q, q_stride, rows, lines, ahead), strict=True):
-                all_sums += some
+
+        def products(known):
+            for first in range(0, KEYS, at_once):
+                rows = builder.add(k, builder.mul(row_bytes, I64(first)))
+                some = [totals[first : first + at_once] for totals in sums]
+                _products(builder, known, q, q_stride, rows, lines, ahead, some)
+
+        _each_width(builder, width, products)
         for g, totals in enumerate(sums):
-            scores = _transposed_sum(builder, [builder.load(total) for total in totals])
+            found = _transposed_sum(builder, [builder.load(total) for total in totals])
             place = _at(builder, out, builder.mul(stride, I64(g)))
-            builder.store(builder.fmul(scores, splat(builder, scale, LANES)), place, align=4)
-
-    def products(builder, q, q_stride, k, lines, ahead):
-        """Of each head and `at_once` rows at k: vectors whose elements' sum is the product."""
-        sums = [[cgutils.alloca_once(builder, FLOATS) for _ in range(at_once)] for _ in range(heads)]
-        for total in itertools.chain(*sums):
-            builder.store(ir.Constant(FLOATS, [0.0] * LANES), total)
-        row_bytes = builder.mul(lines, I64(LINE))
-        with cgutils.for_range(builder, builder.udiv(lines, I64(WHOLE))) as loop:
-            place = builder.add(k, builder.mul(loop.index, I64(ROW)))
-            for i in range(at_once):
-                row = builder.add(place, builder.mul(row_bytes, I64(i)))
-                _fetch(builder, builder.add(row, ahead))
-            start = builder.add(q, builder.mul(loop.index, I64(ROW * width)))
-            for line in range(0, ROW, LINE):
-                queries = [
-                    loaded(builder, builder.add(start, builder.mul(q_stride, I64(g))), line)
-                    for g in range(heads)
-                ]
-                for i in range(at_once):
-                    row = builder.add(place, builder.mul(row_bytes, I64(i)))
-                    parts = _line(builder, _at(builder, row, I64(line)), width)
-                    for query, totals in zip(queries, sums, strict=True):
-                        value = builder.load(totals[i])
-                        for a, b in zip(parts, query, strict=True):
-                            value = fma(builder, a, b, value)
-                        builder.store(value, totals[i])
-        return sums
-
-    def loaded(builder, query, line):
-        """The vectors of a query that meet those of a row's line."""
-        places = [_at(builder, query, I64(line * width + LINE * part)) for part in range(width)]
-        return [builder.load(place, typ=FLOATS, align=4) for place in places]
-
-    @intrinsic
-    def scores(typingctx, q, q_stride, k, lines, scale, out, stride, ahead):
-        def codegen(context, builder, signature, args):
-            compute(builder, *args)
-            return context.get_dummy_value()
-
-        i64 = types.int64
-        return types.void(i64, i64, i64, i64, types.float32, i64, i64, i64), codegen
+            builder.store(builder.fmul(found, splat(builder, scale, LANES)), place, align=4)
 
     return scores
 
 
-def _weigh(width: int, heads: int) -> Any:
-    vectors = width * (WHOLE if width * heads * WHOLE <= LANES else 1)  # of each head at once
+def _weighed(builder, width, heads, p, stride, v, count, lines, sums, ahead):
+    """What `_weigh` makes, for one width: a few vectors of each head at once, from key to key."""
+    vectors = width * (WHOLE if width * heads * WHOLE <= LANES else 1)  # of each head
+    row_bytes = builder.mul(lines, I64(LINE))
+    head_bytes = builder.mul(lines, I64(LINE * width))
+    with cgutils.for_range(builder, builder.udiv(lines, I64(vectors // width))) as step:
+        places = []
+        for g in range(heads):
+            start = builder.add(sums, builder.mul(head_bytes, I64(g)))
+            start = builder.add(start, builder.mul(step.index, I64(LINE * vectors)))
+            places += [_at(builder, start, I64(LINE * part)) for part in range(vectors)]
+        totals = [cgutils.alloca_once(builder, FLOATS) for _ in places]
+        for place, total in zip(places, totals, strict=True):
+            builder.store(builder.load(place, typ=FLOATS, align=4), total)
+        first = builder.add(v, builder.mul(step.index, I64(LINE * vectors // width)))
+        with cgutils.for_range(builder, count) as key:
+            row = builder.add(first, builder.mul(key.index, row_bytes))
+            _fetch(builder, builder.add(row, ahead))
+            parts = []
+            for at in range(0, vectors // width * LINE, LINE):
+                parts += _line(builder, _at(builder, row, I64(at)), width)
+            for g in range(heads):
+                index = builder.add(builder.mul(stride, I64(g)), key.index)
+                weight = builder.load(_at(builder, p, builder.mul(index, I64(4))), typ=F32, align=4)
+                weights = splat(builder, weight, LANES)
+                for total, part in zip(totals[g * vectors : (g + 1) * vectors], parts, strict=True):
+                    builder.store(fma(builder, weights, part, builder.load(total)), total)
+        for place, total in zip(places, totals, strict=True):
+            builder.store(builder.load(total), place, align=4)
 
-    def compute(builder, p, stride, v, count, lines, sums, ahead):
+
+def _weigh(heads: int) -> Any:
+    @emits()
+    def weigh(builder, width, p, stride, v, count, lines, sums, ahead):
         """sums[g] += p[g, i] * v[i] over `count` rows at v; p[g] lie `stride` floats apart.
 
         Fetches the rows `ahead` bytes further on.
         """
-        row_bytes = builder.mul(lines, I64(LINE))
-        head_bytes = builder.mul(lines, I64(LINE * width))
-        with cgutils.for_range(builder, builder.udiv(lines, I64(vectors // width))) as step:
-            places = []
-            for g in range(heads):
-                start = builder.add(sums, builder.mul(head_bytes, I64(g)))
-                start = builder.add(start, builder.mul(step.index, I64(LINE * vectors)))
-                places += [_at(builder, start, I64(LINE * part)) for part in range(vectors)]
-            totals = [cgutils.alloca_once(builder, FLOATS) for _ in places]
-            for place, total in zip(places, totals, strict=True):
-                builder.store(builder.load(place, typ=FLOATS, align=4), total)
-            first = builder.add(v, builder.mul(step.index, I64(LINE * vectors // width)))
-            with cgutils.for_range(builder, count) as key:
-                place = builder.add(first, builder.mul(key.index, row_bytes))
-                _fetch(builder, builder.add(place, ahead))
-                parts = []
-                for at in range(0, vectors // width * LINE, LINE):
-                    parts += _line(builder, _at(builder, place, I64(at)), width)
-                for g in range(heads):
-                    index = builder.add(builder.mul(stride, I64(g)), key.index)
-                    weight = builder.load(_at(builder, p, builder.mul(index, I64(4))), typ=F32, align=4)
-                    weights = splat(builder, weight, LANES)
-                    for total, part in zip(totals[g * vectors : (g + 1) * vectors], parts, strict=True):
-                        builder.store(fma(builder, weights, part, builder.load(total)), total)
-            for place, total in zip(places, totals, strict=True):
-                builder.store(builder.load(total), place, align=4)
 
-    @intrinsic
-    def weigh(typingctx, p, stride, v, count, lines, sums, ahead):
-        def codegen(context, builder, signature, args):
-            compute(builder, *args)
-            return context.get_dummy_value()
+        def weighed(known):
+            _weighed(builder, known, heads, p, stride, v, count, lines, sums, ahead)
 
-        i64 = types.int64
-        return types.void(*[i64] * 7), codegen
+        _each_width(builder, width, weighed)
 
     return weigh
 
@@ -223,51 +225,37 @@ def _exp(builder: Any, x: Any) -> Any:
     return builder.bitcast(builder.add(builder.bitcast(y, INTS), exponent), FLOATS)
 
 
-@intrinsic
-def exponentials(typingctx, scores, top):
+@emits(types.float32, top=types.float32)
+def exponentials(builder, scores, top):
     """The KEYS floats at scores become e^(score - top); returns their sum."""
-
-    def codegen(context, builder, signature, args):
-        place = _at(builder, args[0])
-        x = builder.fsub(builder.load(place, typ=FLOATS, align=4), splat(builder, args[1], LANES))
-        y = _exp(builder, x)
-        builder.store(y, place, align=4)
-        kind = ir.FunctionType(F32, [F32, FLOATS])
-        add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
-        return builder.call(add, [ir.Constant(F32, 0.0), y], fastmath=("reassoc",))
-
-    return types.float32(types.int64, types.float32), codegen
+    place = _at(builder, scores)
+    x = builder.fsub(builder.load(place, typ=FLOATS, align=4), splat(builder, top, LANES))
+    y = _exp(builder, x)
+    builder.store(y, place, align=4)
+    kind = ir.FunctionType(F32, [F32, FLOATS])
+    add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
+    return builder.call(add, [ir.Constant(F32, 0.0), y], fastmath=("reassoc",))
 
 
-@intrinsic
-def maximum(typingctx, scores):
+@emits(types.float32)
+def maximum(builder, scores):
     """The greatest of the KEYS floats at scores."""
-
-    def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(F32, [FLOATS])
-        top = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fmax.v{LANES}f32")
-        return builder.call(top, [builder.load(_at(builder, args[0]), typ=FLOATS, align=4)])
-
-    return types.float32(types.int64), codegen
+    kind = ir.FunctionType(F32, [FLOATS])
+    top = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fmax.v{LANES}f32")
+    return builder.call(top, [builder.load(_at(builder, scores), typ=FLOATS, align=4)])
 
 
-def _pointer(kind: Any) -> Any:
-    @intrinsic
-    def pointer(typingctx, address):
-        def codegen(context, builder, signature, args):
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(kind)(types.int64), codegen
+def _pointer(kind: Any, held: Any) -> Any:
+    @emits(types.CPointer(kind))
+    def pointer(builder, address):
+        return builder.inttoptr(address, held.as_pointer())
 
     return pointer
 
 
-floats_at, ints_at, longs_at = _pointer(types.float32), _pointer(types.int32), _pointer(types.int64)
-_WIDTHS = FLOAT, BF16, INT8
-scores1_f32, scores1_bf16, scores1_int8 = (_scores(width, 1) for width in _WIDTHS)
-scores_f32, scores_bf16, scores_int8 = (_scores(width, SCORING) for width in _WIDTHS)
-weigh1_f32, weigh1_bf16, weigh1_int8 = (_weigh(width, 1) for width in _WIDTHS)
-weigh_f32, weigh_bf16, weigh_int8 = (_weigh(width, WEIGHING) for width in _WIDTHS)
+floats_at, ints_at = _pointer(types.float32, F32), _pointer(types.int32, I32)
+longs_at = _pointer(types.int64, I64)
+score_one, score_some, weigh_one, weigh_some = _scores(1), _scores(SCORING), _weigh(1), _weigh(WEIGHING)
 
 
 @njit(error_model="numpy")
@@ -280,8 +268,8 @@ def _place(d, width):
 @njit(error_model="numpy")
 def _score_block(a, q, keys, count, scores, ahead):
     """The scores of a block's `count` keys for all heads, the rest of a vector -inf."""
-    g_count, size, tokens = a[G], a[D], a[BLOCK_TOKENS]
-    lines = size // (LANES * a[WIDTH])
+    g_count, size, tokens, width = a[G], a[D], a[BLOCK_TOKENS], a[WIDTH]
+    lines = size // (LANES * width)
     scale = types.float32(1.0) / types.float32(size) ** types.float32(0.5)
     vectors = (count + KEYS - 1) // KEYS
     values = carray(floats_at(scores), (g_count * tokens,))
@@ -292,20 +280,10 @@ def _score_block(a, q, keys, count, scores, ahead):
             out, query = scores + 4 * (g * tokens + i * KEYS), q + 4 * g * size
             further = 0 if g else ahead
             if g + SCORING <= g_count:
-                if a[WIDTH] == BF16:
-                    scores_bf16(query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
-                elif a[WIDTH] == INT8:
-                    scores_int8(query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
-                else:
-                    scores_f32(query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
+                score_some(width, query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
                 g += SCORING
             else:
-                if a[WIDTH] == BF16:
-                    scores1_bf16(query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
-                elif a[WIDTH] == INT8:
-                    scores1_int8(query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
-                else:
-                    scores1_f32(query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
+                score_one(width, query, 4 * size, rows, lines, scale, out, 4 * tokens, further)
                 g += 1
     for g in range(g_count):
         for t in range(count, vectors * KEYS):
@@ -360,27 +338,17 @@ def _shrink(x):
 @njit(error_model="numpy")
 def _weigh_block(a, values, count, scores, sums, ahead):
     """Add the block's `count` values, weighted, to the sums of all heads."""
-    size, tokens = a[D], a[BLOCK_TOKENS]
-    lines = size // (LANES * a[WIDTH])
+    size, tokens, width = a[D], a[BLOCK_TOKENS], a[WIDTH]
+    lines = size // (LANES * width)
     g = 0
     while g < a[G]:
         p, to = scores + 4 * g * tokens, sums + 4 * g * size
         further = 0 if g else ahead
         if g + WEIGHING <= a[G]:
-            if a[WIDTH] == BF16:
-                weigh_bf16(p, tokens, values, count, lines, to, further)
-            elif a[WIDTH] == INT8:
-                weigh_int8(p, tokens, values, count, lines, to, further)
-            else:
-                weigh_f32(p, tokens, values, count, lines, to, further)
+            weigh_some(width, p, tokens, values, count, lines, to, further)
             g += WEIGHING
         else:
-            if a[WIDTH] == BF16:
-                weigh1_bf16(p, tokens, values, count, lines, to, further)
-            elif a[WIDTH] == INT8:
-                weigh1_int8(p, tokens, values, count, lines, to, further)
-            else:
-                weigh1_f32(p, tokens, values, count, lines, to, further)
+            weigh_one(width, p, tokens, values, count, lines, to, further)
             g += 1
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -17,10 +18,14 @@ INTS, FLOATS = ir.VectorType(I32, 16), ir.VectorType(F32, 16)
 intrinsic: Any = extending.intrinsic  # its calls lack the first parameter of its definitions
 
 
-def emits(result: Any = types.void) -> Any:
-    """Make an intrinsic of a function that builds its instructions; it takes int64 and returns a `result`."""
+def emits(result: Any = types.void, **kinds: Any) -> Any:
+    """Make an intrinsic of a function that builds its instructions; it takes int64, or what `kinds` says of a
+    parameter, and returns a `result`."""
 
     def intrinsic_of(build: Any) -> Any:
+        _, *names = inspect.signature(build).parameters
+        signature = result(*[kinds.get(name, types.int64) for name in names])
+
         @intrinsic
         @functools.wraps(build)
         def definition(typingctx, *given):
@@ -28,7 +33,7 @@ def emits(result: Any = types.void) -> Any:
                 built = build(builder, *args)
                 return context.get_dummy_value() if result is types.void else built
 
-            return result(*[types.int64] * len(given)), codegen
+            return signature, codegen
 
         return definition
 

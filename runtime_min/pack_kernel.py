@@ -21,7 +21,6 @@ from moeplan.runtime_min.kernel_parts import (
     INTS,
     POINTER,
     emits,
-    intrinsic,
     rounded,
     row_pointers,
     splat,
@@ -106,34 +105,28 @@ def take_columns(builder, source, count, memory):
         _store(builder, value, memory, place)
 
 
-@intrinsic
-def try_cut(typingctx, memory, cut):
+@emits(cut=types.float32)
+def try_cut(builder, memory, cut):
     """Each column keeps the grid of its range less `cut` of it at both ends, if its squared error is less."""
-
-    def codegen(context, builder, signature, args):
-        memory, cut = args
-        low, high = _load(builder, memory, LOW), _load(builder, memory, HIGH)
-        cuts = splat(builder, cut)
-        width = builder.fsub(high, low)
-        shift = builder.fmul(width, cuts)
-        inner = builder.fsub(width, builder.fmul(_constant(2.0), shift))
-        step = _as_bf16(builder, builder.fdiv(inner, _constant(15.0)))
-        least = _as_bf16(builder, builder.fadd(low, shift))
-        inverse = _inverse(builder, step)
-        squares = []
-        for i in range(32):
-            value = _load(builder, memory, i)
-            number = _number(builder, value, least, inverse)
-            off = builder.fsub(builder.fadd(builder.fmul(number, step), least), value)
-            squares.append(builder.fmul(off, off))
-        found = _halved(builder, squares, builder.fadd)
-        better = builder.fcmp_ordered("<", found, _load(builder, memory, ERROR))
-        for place, value in ((ERROR, found), (BEST_STEP, step), (BEST_LEAST, least)):
-            kept = builder.select(better, value, _load(builder, memory, place))
-            _store(builder, kept, memory, place)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32), codegen
+    low, high = _load(builder, memory, LOW), _load(builder, memory, HIGH)
+    cuts = splat(builder, cut)
+    width = builder.fsub(high, low)
+    shift = builder.fmul(width, cuts)
+    inner = builder.fsub(width, builder.fmul(_constant(2.0), shift))
+    step = _as_bf16(builder, builder.fdiv(inner, _constant(15.0)))
+    least = _as_bf16(builder, builder.fadd(low, shift))
+    inverse = _inverse(builder, step)
+    squares = []
+    for i in range(32):
+        value = _load(builder, memory, i)
+        number = _number(builder, value, least, inverse)
+        off = builder.fsub(builder.fadd(builder.fmul(number, step), least), value)
+        squares.append(builder.fmul(off, off))
+    found = _halved(builder, squares, builder.fadd)
+    better = builder.fcmp_ordered("<", found, _load(builder, memory, ERROR))
+    for place, value in ((ERROR, found), (BEST_STEP, step), (BEST_LEAST, least)):
+        kept = builder.select(better, value, _load(builder, memory, place))
+        _store(builder, kept, memory, place)
 
 
 @emits()
