@@ -171,10 +171,18 @@ class Experts:
     workload: Workload
 
     @cached_property
+    def layers(self) -> Array:
+        """[layers, experts]: the share of tokens that each expert sees, most popular first; one layer stands
+        for all where experts are alike."""
+        model = self.workload.model
+        if not self.workload.popularity:
+            return np.full((1, model.experts), model.experts_per_token / max(1, model.experts))
+        return np.array([sorted(layer.token_share, reverse=True) for layer in self.workload.popularity])
+
+    @cached_property
     def _shares(self) -> Array:
         """By rank, the share of tokens that an expert sees; empty where all see the same."""
-        layers = [sorted(layer.token_share, reverse=True) for layer in self.workload.popularity]
-        return np.asarray(layers, dtype=float).mean(axis=0) if layers else np.zeros(0)
+        return self.layers.mean(axis=0) if self.workload.popularity else np.zeros(0)
 
     def key(self, tokens: Array) -> Array:
         """What `hits` needs to know of a number of tokens."""
@@ -350,7 +358,7 @@ class Costs:
         choices, hits = np.ones_like(tokens), np.ones_like(tokens)
         for gpus in np.unique(shapes.gpus[shapes.whole]):
             some = shapes.whole & (shapes.gpus == gpus)
-            choices[some], hits[some] = busiest_part(self.workload, int(gpus), tokens[some])
+            choices[some], hits[some] = busiest_part(self.experts.layers, int(gpus), tokens[some])
         return choices, hits
 
     def prompts(self, count: Array, shapes: Shapes) -> Prompts:

@@ -18,24 +18,20 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from moeplan.planner.ir.workload import Workload
-
 Array = NDArray[np.float64]
 
 
-def busiest_part(workload: Workload, gpus: int, tokens: Array) -> tuple[Array, Array]:
+def busiest_part(shares: Array, gpus: int, tokens: Array) -> tuple[Array, Array]:
     """What the busiest of `gpus` has of calls of `tokens` tokens, as multiples of an even part: of the
     choices of experts, and of the experts that are hit. Means over layers.
 
-    Experts are dealt by popularity, forth and back: see `runtime_min.shares.own_experts`.
+    `shares` [layers, experts] of the tokens go to each expert, most popular first. Experts are dealt in that
+    order, forth and back: see `runtime_min.shares.own_experts`.
     """
-    model = workload.model
-    each = np.full((1, model.experts), model.experts_per_token / model.experts)
-    if workload.popularity:
-        each = np.array([sorted(layer.token_share, reverse=True) for layer in workload.popularity])
-    dealt = _dealt(each, gpus)
+    experts = shares.shape[1]
+    dealt = _dealt(shares, gpus)
     count, place = np.unique(tokens, return_inverse=True)
-    spread = largest_of_normals(gpus) * np.sqrt(model.experts / max(1, model.experts - 1) / gpus)
+    spread = largest_of_normals(gpus) * np.sqrt(experts / max(1, experts - 1) / gpus)
     called = count[:, None, None, None]
     choices = _multiple(called * dealt, called * (dealt * (1 - dealt)), spread)
     hit = 1 - (1 - dealt) ** called
