@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from moeplan.runtime_min.checkpoint import ITEM_BYTES, TensorRef
 from moeplan.runtime_min.errors import RunError
 from moeplan.runtime_min.model_config import ModelConfig
-from moeplan.runtime_min.models import BY_MODEL_TYPE
 from moeplan.runtime_min.models.tensors import expert_names, expert_shapes
 from moeplan.runtime_min.plan_file import ModelPlan, OffloadPlan, RuntimePlan
 
@@ -169,7 +168,7 @@ def _expert_cuts(model: ModelPlan, config: ModelConfig, share: Share) -> dict[st
         "rows": (rows, rows, rows),
         "pairs": (columns, rows, rows, _ALL),
         "halves": ((2 * model.hidden, inner, share.part(inner)), rows),
-    }[BY_MODEL_TYPE[model.architecture].experts]
+    }[model.kind.experts]
     names = (expert_names(model, *at) for at in _experts(model, config))
     return {name: cut for some in names for name, cut in zip(some, cuts, strict=True)}
 

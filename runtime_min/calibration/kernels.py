@@ -201,9 +201,9 @@ class _Bench:
     def _works(self) -> Iterator[tuple[_Key, Callable[[], tuple[float, ...]]]]:
         s = self._sizes
         for nbytes in (s.near_bytes, *s.far_bytes):
-            yield ("weights", nbytes), self._weights(nbytes, _FEW_ROWS, self._dtype.itemsize)
+            yield ("weights", nbytes), self._weights(nbytes, _FEW_ROWS)
         for rows in s.rows:
-            yield ("product", rows), self._weights(s.near_bytes, rows, 1)
+            yield ("product", rows), self._weights(s.near_bytes, rows)
         for model, probe in enumerate(self._models):
             for rows in s.rows:
                 yield ("expert", model, rows), partial(probe.experts, rows)
@@ -234,7 +234,7 @@ class _Bench:
         expert_s, self._products, expert_values = self._experts()
         flops = {prompt: self._prompt_flops_per_s(prompt) for prompt in s.prompts}
         self._score_values_per_s = _SCORE_ROWS * 2 * s.large.vocab / self._median("scores")[0]
-        head_s, kv_bytes_per_s = self._head_s, self._kv_bytes_per_s = self._decode()
+        self._head_s, self._kv_bytes_per_s = self._decode()
         attention_s, route_s, attending, decoding, routing = self._values(flops)
         row_s, pass_s, sequence_s = self._passes()
         return Kernels(
@@ -247,8 +247,8 @@ class _Bench:
             product_flops_per_s=self._products,
             far_bytes_per_s=self._far_bytes_per_s,
             attention_flops_per_s=flops,
-            kv_bytes_per_s=kv_bytes_per_s,
-            head_s=head_s,
+            kv_bytes_per_s=self._kv_bytes_per_s,
+            head_s=self._head_s,
             attention_values_per_s=attending,
             decode_values_per_s=decoding,
             route_values_per_s=routing,
@@ -276,15 +276,16 @@ class _Bench:
     def _far(self) -> Table:
         """What many bytes of weights in turn cost more than few: by their number, bytes per second."""
         (near,) = self._median("weights", self._sizes.near_bytes)
-        return {n: 1 / _left(self._median("weights", n)[0], near) for n in self._sizes.far_bytes}
+        size = self._dtype.itemsize
+        return {n: size / _left(self._median("weights", n)[0], near) for n in self._sizes.far_bytes}
 
-    def _weights(self, nbytes: int, rows: int, value_bytes: int) -> Callable[[], tuple[float, ...]]:
-        """Of products of `rows` with `nbytes` of matrices in turn: seconds per value of `value_bytes`."""
+    def _weights(self, nbytes: int, rows: int) -> Callable[[], tuple[float, ...]]:
+        """Seconds per weight of products of `rows` with `nbytes` of matrices in turn."""
         n, k = self._sizes.large.inner, self._sizes.large.hidden
         size = n * k * self._dtype.itemsize
         weights = [torch.full((n, k), 0.01, dtype=self._dtype) for _ in range(max(2, nbytes // size))]
         x = self._random(rows, k)
-        return _timed(lambda: [linear(x, w) for w in weights], len(weights) * n * k * value_bytes)
+        return _timed(lambda: [linear(x, w) for w in weights], len(weights) * n * k)
 
     def _far_s(self, shape: Shape, weights: int) -> float:
         """The part of `weights` of a pass that is due to memory, in a model of `shape`."""
