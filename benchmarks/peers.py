@@ -103,13 +103,13 @@ def main() -> None:
         Setting("small", 0, (1, 32, 128, 512), 32, 6),
         Setting("big", int(options.limit * 2**30), (32, 128, 512, 2048), 8, 4),
     ]
-    if (model := options.only.rpartition(" ")[2]) in SHAPES:
-        settings = [setting for setting in settings if setting.model == model]
+    peers = _peers(options)
+    settings = [s for s in settings if any(_wanted(options, system, s) for system in (*peers, OURS))]
     for setting in settings:
         _write_checkpoint(setting.shape, options)
     results = _stored() if RESULTS.exists() else []
     if not options.reuse:
-        results = _measure(_peers(options), settings, options, results)
+        results = _measure(peers, settings, options, results)
     if not options.skip_ours:
         machine = options.machine or calibrated(BUILD / "machine.yaml")
         results = [result for result in results if result.system != OURS]
@@ -397,13 +397,17 @@ def _measure(
     for setting in settings:
         for number in range(options.rounds):
             for system, measure in systems.items():
-                if options.only not in f"{system} {setting.model}" or _left_out(system, setting, number):
+                if not _wanted(options, system, setting) or _left_out(system, setting, number):
                     continue
                 for result in measure(setting, list(_batches(system, setting))):
                     results = [*results, result]
                     RESULTS.write_text(json.dumps([asdict(result) for result in results], indent=1))
                     print(_line(result), flush=True)
     return results
+
+
+def _wanted(options: argparse.Namespace, system: str, setting: Setting) -> bool:
+    return options.only in f"{system} {setting.model}"
 
 
 def _left_out(system: str, setting: Setting, number: int) -> bool:
