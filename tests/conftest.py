@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from moeplan.planner.catalog import Catalog, load_catalog
 from moeplan.planner.diagnostics import Span
 from moeplan.planner.ir.plan import Plan
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 BATCH = """\
 name: {name}
 model: {model}
@@ -38,6 +40,15 @@ settings.register_profile("others", _ANY_SPEED)
 settings.load_profile("same")
 
 _PLANS: dict[str, Plan] = {}  # of texts: a plan is frozen
+
+
+@functools.cache
+def example_plan(name: str) -> Plan:
+    """The plan of an example, compiled once."""
+    from moeplan.planner.pipeline import compile_plan
+
+    path = EXAMPLES / name / "spec.yaml"
+    return compile_plan(path.read_bytes(), str(path))
 
 
 @pytest.fixture(scope="session")

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from conftest import example_plan
 
 from moeplan.codegen.bill import cost_lines, deployed, deployed_usd_per_hour, token_prices
 from moeplan.codegen.emit import report
 from moeplan.codegen.summary import summary
 from moeplan.planner.ir.plan import Plan
-from moeplan.planner.pipeline import compile_plan
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def example(name: str) -> Plan:
-    path = EXAMPLES / name / "spec.yaml"
-    return compile_plan(path.read_bytes(), str(path))
 
 
 @pytest.fixture(scope="module")
 def traced() -> Plan:
     """A site that a trace placed: fewer replicas than were solved for."""
-    return example("qwen3-spot")
+    return example_plan("qwen3-spot")
 
 
 def test_deployed_expected_and_solved_are_told_apart(traced: Plan) -> None:

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from conftest import EXAMPLES, example_plan
 
 from moeplan.codegen.fleet_text import TIE_RULE, fleet_lines
 from moeplan.planner.explain.case import Source, decide
 from moeplan.planner.explain.outcomes import outcome_of
 from moeplan.planner.ir.fleet import UNSIMULATED, Fleet, Mix
 from moeplan.planner.ir.plan import Plan
-from moeplan.planner.pipeline import compile_plan
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def example(name: str) -> Plan:
-    path = EXAMPLES / name / "spec.yaml"
-    return compile_plan(path.read_bytes(), str(path))
 
 
 @pytest.fixture(scope="module")
 def tied() -> Plan:
-    return example("qwen3-online")
+    return example_plan("qwen3-online")
 
 
 def line_of(plan: Plan, start: str) -> str:
@@ -49,7 +41,7 @@ def test_a_dearer_runner_up_is_not(tied: Plan) -> None:
 
 def test_an_unsimulated_runner_up_may_fail_in_simulation() -> None:
     """By throughput two g6e.12xlarge would do; with that GPU forced, queues ask for a dearer fleet."""
-    plan = example("qwen3-aws")
+    plan = example_plan("qwen3-aws")
     assert UNSIMULATED in line_of(plan, "runner-up")
     assert line_of(plan, "best with one column per class").endswith(": this fleet")
     path = EXAMPLES / "qwen3-aws" / "spec.yaml"

@@ -91,6 +91,15 @@ def several(folder: Path, checkpoint: Path, plan: RuntimePlan, **schedule: Any) 
         yield engine
 
 
+def checked(folder: Path, checkpoint: Path, reference: Any, plan: RuntimePlan, **schedule: Any) -> list[Any]:
+    """Tokens and scores of several ranks are those of `reference`; what each rank reports."""
+    with several(folder, checkpoint, plan, **schedule) as engine:
+        batch = generations(LENGTHS)
+        engine.run(batch)
+        check(engine, reference, batch)
+        return list(engine.ranks.reports)
+
+
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixtral")
@@ -104,11 +113,8 @@ def test_scores_are_transformers(tmp_path, kind):
     reference = save_checkpoint(tmp_path / "checkpoint", SHAPES[kind])
     for gpus in (2, 4):
         plan = make_offload_plan(SHAPES[kind], gpus=gpus)
-        with several(tmp_path / str(gpus), tmp_path / "checkpoint", plan, attend=(1, 2)) as engine:
-            batch = generations(LENGTHS)
-            engine.run(batch)
-            check(engine, reference, batch)
-            assert len(engine.ranks.reports) == gpus
+        reports = checked(tmp_path / str(gpus), tmp_path / "checkpoint", reference, plan, attend=(1, 2))
+        assert len(reports) == gpus
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -117,12 +123,8 @@ def test_wherever_experts_lie(mixtral, tmp_path, name):
     folder, reference = mixtral
     plan = make_offload_plan(SHAPES["mixtral"], gpus=2, **PLANS[name])
     from_disk = 3 if plan.offload.disk_experts else 0
-    with several(tmp_path, folder, plan, attend=(2, 1), pages_from_disk=from_disk) as engine:
-        batch = generations(LENGTHS)
-        engine.run(batch)
-        check(engine, reference, batch)
-        reads = [report.bytes_read for report in engine.ranks.reports]
-        assert (min(reads) > 0) == bool(from_disk)
+    reports = checked(tmp_path, folder, reference, plan, attend=(2, 1), pages_from_disk=from_disk)
+    assert (min(report.bytes_read for report in reports) > 0) == bool(from_disk)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +137,7 @@ def test_every_form_of_a_model(tmp_path, name):
     model = plan_of(tmp_path / "checkpoint")
     cpu_experts = min(2, model.experts - 1)
     plan = make_offload_plan(Shape(), model=model, gpus=3, cpu_experts=cpu_experts)
-    with several(tmp_path, tmp_path / "checkpoint", plan, attend=(1, 2)) as engine:
-        batch = generations(LENGTHS)
-        engine.run(batch)
-        check(engine, reference, batch)
+    checked(tmp_path, tmp_path / "checkpoint", reference, plan, attend=(1, 2))
 
 
 def test_sequences_enter_as_others_leave(mixtral, tmp_path):

@@ -26,8 +26,8 @@ from moeplan.runtime_min.shares import Share, own_experts, parts_of, plan_of
 from . import architectures
 from .architectures import MODELS, Small, save
 from .folders import Shape, make_offload_plan, save_checkpoint
-from .test_offload import LENGTHS, check, generations
-from .test_ranks import SOON_S, several
+from .test_offload import LENGTHS, generations
+from .test_ranks import SOON_S, checked, several
 
 SHAPES = {
     "mixtral": Shape(layers=3, heads=8, kv_heads=4, experts=8, inner=37),
@@ -68,10 +68,8 @@ def test_scores_are_transformers(tmp_path, kind):
     reference = save_checkpoint(tmp_path / "checkpoint", SHAPES[kind])
     for gpus in (2, 4):
         plan = whole(SHAPES[kind], gpus)
-        with several(tmp_path / str(gpus), tmp_path / "checkpoint", plan, attend=(1, 2)) as engine:
-            engine.run(batch := generations(LENGTHS))
-            check(engine, reference, batch)
-            assert len(engine.ranks.reports) == gpus
+        reports = checked(tmp_path / str(gpus), tmp_path / "checkpoint", reference, plan, attend=(1, 2))
+        assert len(reports) == gpus
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -80,11 +78,8 @@ def test_wherever_experts_lie(mixtral, tmp_path, name):
     folder, reference = mixtral
     plan = whole(SHAPES["mixtral"], 2, **PLANS[name])
     from_disk = 3 if plan.offload.disk_experts else 0
-    with several(tmp_path, folder, plan, attend=(2, 1), pages_from_disk=from_disk) as engine:
-        engine.run(batch := generations(LENGTHS))
-        check(engine, reference, batch)
-        reads = [report.bytes_read for report in engine.ranks.reports]
-        assert (min(reads) > 0) == bool(from_disk)
+    reports = checked(tmp_path, folder, reference, plan, attend=(2, 1), pages_from_disk=from_disk)
+    assert (min(report.bytes_read for report in reports) > 0) == bool(from_disk)
 
 
 def six_experts(small: Small) -> Small:
@@ -104,9 +99,7 @@ def test_every_form_of_a_model(tmp_path, name):
     model = architectures.plan_of(tmp_path / "checkpoint")
     assert model.experts == 6
     plan = whole(Shape(), 3, model=model, cpu_experts=3)
-    with several(tmp_path, tmp_path / "checkpoint", plan, attend=(1, 2)) as engine:
-        engine.run(batch := generations(LENGTHS))
-        check(engine, reference, batch)
+    checked(tmp_path, tmp_path / "checkpoint", reference, plan, attend=(1, 2))
 
 
 def test_each_rank_has_its_experts_to_the_byte(mixtral, tmp_path):
