@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 """The compiled side of vectors: products of bf16 in float32 vectors. Imported only where Numba is.
 
-Tokens are packed once: of each 16, value k of all of them side by side, as float32. Rows of the weight are
-widened to float32 a few at a time, into memory that stays in a core's cache, and each of their values is
-multiplied by the 16 tokens'. Vectors are of 16, in any machine's terms.
+Many tokens are packed once: of each 16, value k of all of them side by side, as float32. Rows of the weight
+are widened to float32 a few at a time, into memory that stays in a core's cache, and each of their values is
+multiplied by the 16 tokens'. Vectors are of 16, in any machine's terms. Few tokens: see `dot_kernel`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 
+from moeplan.runtime_min.dot_kernel import STEP, dots, in_order
 from moeplan.runtime_min.kernel_parts import (
     F32,
     FLOATS,
@@ -34,10 +35,18 @@ from moeplan.runtime_min.packed_kernel import unpack_rows
 
 ROWS = 6  # of the weight, multiplied at once: their sums for 16 tokens fill the registers of AVX2
 LINE = 64  # bytes of 16 float32
+FEW = 24  # tokens that are not packed: beyond it lines of 16 are full often enough
 
 # The table of a call. CODE and FAR: of a packed weight, as packed_kernel has them; CODE is -1 for a plain
-# one. THREADS counts threads: each has room for ROWS rows of bf16 and float32, and ROWS lines, from ROOM on.
-NEXT, PARTS, X, PACKED, WEIGHT, OUT, T, INNER, OUTER, CHUNK, CODE, FAR, THREADS, ROOM, TABLE_SIZE = range(15)
+# one. THREADS counts threads: each has ROOM_BYTES from ROOM on.
+NEXT, PARTS, X, PACKED, WEIGHT, OUT, T, INNER, OUTER, CHUNK = range(10)
+CODE, FAR, THREADS, ROOM, ROOM_BYTES, TABLE_SIZE = range(10, 16)
+
+
+def room_bytes(tokens: int, inner: int) -> int:
+    """That a thread needs: ROWS rows of bf16 and float32, as many lines, and few tokens in order."""
+    return ROWS * (6 * inner + LINE) + (4 * tokens * inner if tokens <= FEW else 0)
+
 
 _SHORTS = ir.VectorType(I16, 16)
 
@@ -120,9 +129,32 @@ def _write(a, lines, row, token):
             out[i, row + r] = values[r, i]
 
 
+one, two, three, four = dots(1, ROWS), dots(2, ROWS // 2), dots(3, ROWS // 2), dots(4, ROWS // 2)
+
+
 @njit(error_model="numpy")
-def _rows_product(a, row, room):
-    """Rows `row` to `row` + ROWS of the weight with all tokens."""
+def _few_product(inner, source, tokens, count, lines):
+    """`lines` of ROWS rows of `inner` values at `source` with `count` tokens, up to 16, at `tokens`."""
+    rows_bytes = 2 * ROWS * inner
+    for first in range(0, count, 4):
+        x, out, left = tokens + 4 * first * inner, lines + 4 * first, count - first
+        if left == 1:
+            one(source, x, inner, source + rows_bytes, out, LINE)
+            return
+        for row in range(0, ROWS, ROWS // 2):
+            weight, to = source + 2 * row * inner, out + LINE * row
+            ahead = weight + rows_bytes
+            if left == 2:
+                two(weight, x, inner, ahead, to, LINE)
+            elif left == 3:
+                three(weight, x, inner, ahead, to, LINE)
+            else:
+                four(weight, x, inner, ahead, to, LINE)
+
+
+@njit(error_model="numpy")
+def _rows_product(a, row, tokens, room):
+    """Rows `row` to `row` + ROWS of the weight with all tokens, which lie at `tokens`."""
     inner = a[INNER]
     wide = room + 2 * ROWS * inner
     source = room
@@ -130,11 +162,16 @@ def _rows_product(a, row, room):
         source = a[WEIGHT] + 2 * row * inner
     else:
         unpack_rows(a[WEIGHT], a[CODE], a[OUTER], inner, a[FAR], row, row + ROWS, room)
+    lines = wide + 4 * ROWS * inner
+    if a[T] <= FEW:
+        for token in range(0, a[T], 16):
+            _few_product(inner, source, tokens + 4 * token * inner, min(16, a[T] - token), lines)
+            _write(a, lines, row, token)
+        return
     for k in range(0, ROWS * inner, 16):
         widen(source + 2 * k, wide + 4 * k)
-    lines = wide + 4 * ROWS * inner
     for token in range(0, a[T], 16):
-        multiply(wide, a[PACKED] + 4 * token * inner, inner, lines)
+        multiply(wide, tokens + 4 * token * inner, inner, lines)
         _write(a, lines, row, token)
 
 
@@ -142,11 +179,15 @@ def _rows_product(a, row, room):
 def product(table):
     """Every thread's way through a product: a part is CHUNK rows of the weight, ROWS at a time."""
     a = carray(table, (TABLE_SIZE,))
-    room = a[ROOM] + draw(a.ctypes.data + 8 * THREADS) * ROWS * (6 * a[INNER] + LINE)
+    room, tokens = a[ROOM] + draw(a.ctypes.data + 8 * THREADS) * a[ROOM_BYTES], a[PACKED]
+    if a[T] <= FEW:
+        tokens, room = room, room + 4 * a[T] * a[INNER]
+        for k in range(0, a[T] * a[INNER], STEP):
+            in_order(a[X] + 2 * k, tokens + 4 * k)
     while True:
         part = draw(a.ctypes.data + 8 * NEXT)
         if part >= a[PARTS]:
             break
         end = min(a[OUTER], (part + 1) * a[CHUNK])
         for row in range(part * a[CHUNK], end, ROWS):
-            _rows_product(a, min(row, end - ROWS), room)
+            _rows_product(a, min(row, end - ROWS), tokens, room)
