@@ -35,17 +35,25 @@ from moeplan.runtime_min.packed_kernel import unpack_rows
 
 ROWS = 6  # of the weight, multiplied at once: their sums for 16 tokens fill the registers of AVX2
 LINE = 64  # bytes of 16 float32
-FEW = 24  # tokens that are not packed: beyond it lines of 16 are full often enough
+FEW, REST = (
+    24,
+    8,
+)  # so many tokens are not packed, nor so many after full lines of 16: `dots` has no empty lanes
 
 # The table of a call. CODE and FAR: of a packed weight, as packed_kernel has them; CODE is -1 for a plain
 # one. THREADS counts threads: each has ROOM_BYTES from ROOM on.
-NEXT, PARTS, X, PACKED, WEIGHT, OUT, T, INNER, OUTER, CHUNK = range(10)
-CODE, FAR, THREADS, ROOM, ROOM_BYTES, TABLE_SIZE = range(10, 16)
+NEXT, PARTS, X, PACKED, WEIGHT, OUT, T, LAST, INNER, OUTER, CHUNK = range(11)
+CODE, FAR, THREADS, ROOM, ROOM_BYTES, TABLE_SIZE = range(11, 17)
 
 
-def room_bytes(tokens: int, inner: int) -> int:
-    """That a thread needs: ROWS rows of bf16 and float32, as many lines, and few tokens in order."""
-    return ROWS * (6 * inner + LINE) + (4 * tokens * inner if tokens <= FEW else 0)
+def last_tokens(count: int) -> int:
+    """How many of the tokens are not packed; those before them fill lines, but for the last."""
+    return count if count <= FEW else count % 16 if count % 16 <= REST else 0
+
+
+def room_bytes(last: int, inner: int) -> int:
+    """That a thread needs: ROWS rows of bf16 and float32, as many lines, and the last tokens in order."""
+    return ROWS * (6 * inner + LINE) + 4 * last * inner
 
 
 _SHORTS = ir.VectorType(I16, 16)
@@ -113,18 +121,18 @@ def pack(table):
         if part >= a[PARTS]:
             break
         source, packed = a[X] + 32 * part * a[INNER], a[PACKED] + LINE * part * a[INNER]
+        count = min(16, a[T] - a[LAST] - 16 * part)
         for k in range(0, a[INNER], 16):
-            pack_block(source + 2 * k, 2 * a[INNER], min(16, a[T] - 16 * part), packed + LINE * k)
+            pack_block(source + 2 * k, 2 * a[INNER], count, packed + LINE * k)
 
 
 @njit(error_model="numpy")
-def _write(a, lines, row, token):
-    """The lines are of `row` and the rows that follow, of 16 tokens from `token` on."""
+def _write(a, lines, row, token, count):
+    """The lines are of `row` and the rows that follow, of `count` tokens from `token` on."""
     round_lines(lines)
-    valid = min(16, a[T] - token)
     values = carray(shorts_at(lines), (ROWS, LINE // 2))
-    out = carray(shorts_at(a[OUT] + 2 * token * a[OUTER]), (valid, a[OUTER]))
-    for i in range(valid):
+    out = carray(shorts_at(a[OUT] + 2 * token * a[OUTER]), (count, a[OUTER]))
+    for i in range(count):
         for r in range(ROWS):
             out[i, row + r] = values[r, i]
 
@@ -153,41 +161,40 @@ def _few_product(inner, source, tokens, count, lines):
 
 
 @njit(error_model="numpy")
-def _rows_product(a, row, tokens, room):
-    """Rows `row` to `row` + ROWS of the weight with all tokens, which lie at `tokens`."""
-    inner = a[INNER]
+def _rows_product(a, row, last, room):
+    """Rows `row` to `row` + ROWS of the weight with all tokens, of which the last lie at `last`."""
+    inner, packed = a[INNER], a[T] - a[LAST]
     wide = room + 2 * ROWS * inner
+    lines = wide + 4 * ROWS * inner
     source = room
     if a[CODE] < 0:
         source = a[WEIGHT] + 2 * row * inner
     else:
         unpack_rows(a[WEIGHT], a[CODE], a[OUTER], inner, a[FAR], row, row + ROWS, room)
-    lines = wide + 4 * ROWS * inner
-    if a[T] <= FEW:
-        for token in range(0, a[T], 16):
-            _few_product(inner, source, tokens + 4 * token * inner, min(16, a[T] - token), lines)
-            _write(a, lines, row, token)
-        return
-    for k in range(0, ROWS * inner, 16):
-        widen(source + 2 * k, wide + 4 * k)
-    for token in range(0, a[T], 16):
-        multiply(wide, tokens + 4 * token * inner, inner, lines)
-        _write(a, lines, row, token)
+    if packed:
+        for k in range(0, ROWS * inner, 16):
+            widen(source + 2 * k, wide + 4 * k)
+    for token in range(0, packed, 16):
+        multiply(wide, a[PACKED] + 4 * token * inner, inner, lines)
+        _write(a, lines, row, token, min(16, packed - token))
+    for token in range(0, a[LAST], 16):
+        count = min(16, a[LAST] - token)
+        _few_product(inner, source, last + 4 * token * inner, count, lines)
+        _write(a, lines, row, packed + token, count)
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")
 def product(table):
     """Every thread's way through a product: a part is CHUNK rows of the weight, ROWS at a time."""
     a = carray(table, (TABLE_SIZE,))
-    room, tokens = a[ROOM] + draw(a.ctypes.data + 8 * THREADS) * a[ROOM_BYTES], a[PACKED]
-    if a[T] <= FEW:
-        tokens, room = room, room + 4 * a[T] * a[INNER]
-        for k in range(0, a[T] * a[INNER], STEP):
-            in_order(a[X] + 2 * k, tokens + 4 * k)
+    last = a[ROOM] + draw(a.ctypes.data + 8 * THREADS) * a[ROOM_BYTES]
+    first, values = a[X] + 2 * (a[T] - a[LAST]) * a[INNER], a[LAST] * a[INNER]
+    for k in range(0, values, STEP):
+        in_order(first + 2 * k, last + 4 * k)
     while True:
         part = draw(a.ctypes.data + 8 * NEXT)
         if part >= a[PARTS]:
             break
         end = min(a[OUTER], (part + 1) * a[CHUNK])
         for row in range(part * a[CHUNK], end, ROWS):
-            _rows_product(a, min(row, end - ROWS), tokens, room)
+            _rows_product(a, min(row, end - ROWS), last, last + 4 * values)

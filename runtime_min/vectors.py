@@ -58,13 +58,14 @@ def _compiled(x: Tensor, weight: Matrix) -> Tensor:
     assert kernel is not None
     x = x.contiguous()
     (count, inner), outer, threads = x.shape, weight.shape[0], torch.get_num_threads()
-    few, blocks, rows = count <= kernel.FEW, -(-count // 16), kernel.ROWS
-    packed = torch.empty(0 if few else blocks * 16 * inner)
+    last, rows = kernel.last_tokens(count), kernel.ROWS
+    blocks = -(-(count - last) // 16)
+    packed = torch.empty(blocks * 16 * inner)
     out = torch.empty(count, outer, dtype=torch.bfloat16)
     chunk = max(rows, min(outer // (4 * threads), 96) // rows * rows)
-    room_bytes = kernel.room_bytes(count, inner)
+    room_bytes = kernel.room_bytes(last, inner)
     room = torch.empty(threads * room_bytes, dtype=torch.uint8)
-    table = [0, blocks, x.data_ptr(), packed.data_ptr(), 0, out.data_ptr(), count, inner, outer, chunk]
+    table = [0, blocks, x.data_ptr(), packed.data_ptr(), 0, out.data_ptr(), count, last, inner, outer, chunk]
     if isinstance(weight, Packed):
         table += [weight.packing.code, weight.beside()]
         table[kernel.WEIGHT] = weight.data.data_ptr()
@@ -72,7 +73,7 @@ def _compiled(x: Tensor, weight: Matrix) -> Tensor:
         table += [-1, 0]
         table[kernel.WEIGHT] = weight.data_ptr()
     table += [0, room.data_ptr(), room_bytes]
-    if not few:
+    if blocks:
         team.run(kernel.pack, table)
     table[kernel.PARTS] = -(-outer // chunk)
     team.run(kernel.product, table)
