@@ -42,8 +42,8 @@ _BYTES = ir.VectorType(ir.IntType(8), LANES)
 
 # The table of a call. SCRATCH: of each part G * (2 D + block_tokens + 2) + 2 * G * (D + 2) floats.
 NEXT, DONE, PARTS, Q, K, V, TABLES, TABLE_STRIDE, LENGTHS, B = range(10)
-VALUE_HEADS, G, D, BLOCK_TOKENS, WIDTH, OUT, SCRATCH, OPEN, TOTAL = range(10, 19)  # WIDTH: a line's vectors
-STARTS, SINKS, K_SCALES, V_SCALES, TABLE_SIZE = range(19, 24)  # addresses, 0 where there are none
+VALUE_HEADS, G, D, BLOCK_TOKENS, WIDTH, OUT, SCRATCH, OPEN = range(10, 18)  # WIDTH: a line's vectors
+STARTS, SINKS, K_SCALES, V_SCALES, TABLE_SIZE = range(18, 23)  # addresses, 0 where there are none
 FLOAT, BF16, INT8 = 1, 2, 4
 
 
@@ -421,17 +421,27 @@ def _space(a):
 
 
 @njit(error_model="numpy")
+def _blocks(a, length):
+    """How many hold so many tokens."""
+    return (length + a[BLOCK_TOKENS] - 1) // a[BLOCK_TOKENS]
+
+
+@njit(error_model="numpy")
 def _part(a, part):
     """The blocks of one part: an equal share of all, counted sequence by sequence and head by head."""
-    begin, end = part * a[TOTAL] // a[PARTS], (part + 1) * a[TOTAL] // a[PARTS]
     lengths = carray(longs_at(a[LENGTHS]), (a[B],))
+    total = 0
+    for sequence in range(a[B]):
+        total += _blocks(a, lengths[sequence]) * a[VALUE_HEADS]
+    begin, end = part * total // a[PARTS], (part + 1) * total // a[PARTS]
     opened = carray(longs_at(a[OPEN]), (2 * a[PARTS],))
+    opened[2 * part] = opened[2 * part + 1] = -1
     space = a[SCRATCH] + 4 * part * _space(a)
     share = 2 * a[G] + a[G] * a[D]
     kept = 0
     start = 0
     for sequence in range(a[B]):
-        blocks = (lengths[sequence] + a[BLOCK_TOKENS] - 1) // a[BLOCK_TOKENS]
+        blocks = _blocks(a, lengths[sequence])
         if start + blocks * a[VALUE_HEADS] <= begin:
             start += blocks * a[VALUE_HEADS]
             continue
