@@ -325,6 +325,15 @@ def _weigh_block(a, values, count, scores, sums, ahead):
 
 
 @njit(error_model="numpy")
+def _first_after(a, sequence, head):
+    """The run of the first block that comes after those of a sequence and key head."""
+    if head + 1 == a[VALUE_HEADS] and sequence + 1 < a[B]:
+        sequence, head = sequence + 1, -1
+    first = carray(ints_at(a[TABLES] + 4 * sequence * a[TABLE_STRIDE]), (1,))[0]
+    return first * a[VALUE_HEADS] + min(head + 1, a[VALUE_HEADS] - 1)
+
+
+@njit(error_model="numpy")
 def _piece(a, sequence, head, first, last, space):
     """Blocks first..last of one sequence and key head; leaves tops, totals and sums in `space`."""
     g_count, size, tokens = a[G], a[D], a[BLOCK_TOKENS]
@@ -346,13 +355,14 @@ def _piece(a, sequence, head, first, last, space):
             q[g * size + _place(d, a[WIDTH])] = given[g * size + d]
     sums[:] = 0.0
     begin = carray(longs_at(a[STARTS]), (a[B],))[sequence] if a[STARTS] else 0
+    after = _first_after(a, sequence, head)
     bytes_ = tokens * size * 4 // a[WIDTH]
     for block in range(first, last):
         count = min(tokens, length - block * tokens)
         run = table[block] * a[VALUE_HEADS] + head
         offset = run * bytes_
-        following = table[min(block + 1, last - 1)]
-        ahead = (following * a[VALUE_HEADS] + head) * bytes_ - offset
+        following = table[block + 1] * a[VALUE_HEADS] + head if block + 1 < last else after
+        ahead = following * bytes_ - offset
         _score_block(a, q_at, a[K] + offset, count, scores_at, ahead)
         if a[K_SCALES]:
             _multiply(a, a[K_SCALES] + 4 * run * tokens, count, scores_at)
