@@ -349,10 +349,13 @@ def workspace_bytes(model: ModelPlan, batch: BatchPlan, pages: PagePlan) -> int:
     mask      micro_batch · context_tokens · 8 bytes
     logits    (N + micro_batch) · vocab in float32
     rope      2 · context_tokens · head_dim in float32, and as much again while it is made
-    weights   the largest page in float32: converted from the stored dtype, or packed by the kernels
+    weights   the largest page that moves, or one expert where none does, in float32: converted from the
+              stored dtype, or packed by the kernels
     loading   a block per reader, and 32 MiB for what the kernels and the allocator hold
     """
-    page = 4 * max(page_parameters(model, pages, p) for p in range(pages.pages_per_layer))
+    moves = pages.resident_pages < pages.pages_per_layer
+    expert = page_parameters(model, pages, 1) if moves else model.expert_parameters
+    page = 4 * max(page_parameters(model, pages, 0), expert)
     loading = pages.readers * (pages.block_bytes + 2 * ALIGNMENT_BYTES) + (32 << 20)
     logits = 4 * batch.sequences * model.vocab
     return scratch_bytes(model, batch, batch.pass_tokens, 4) + logits + page + loading

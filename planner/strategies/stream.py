@@ -177,11 +177,17 @@ def _point_of(
     kernels = next(k for k in kernels_of(roofline) if k.threads == policy.threads)
     workload = costs.held_as(workload, policy.weights_dtype, policy.kv_dtype).as_one_expert()
     point = _Point(workload, requests, roofline, float(limit), sequences, kernels)
-    return replace(point, routed=policy.pages.places > 0, most_guesses=policy.pages.guesses)
+    held = policy.pages.resident_pages == policy.pages.pages_per_layer
+    return replace(point, held=held, routed=policy.pages.places > 0, most_guesses=policy.pages.guesses)
 
 
 def _ways_to_read(whole: _Point) -> Iterator[_Point]:
-    """Whole layers, or the pages that routing hits where those are clearly fewer."""
+    """Nothing where memory holds all; else whole layers, or the pages that routing hits where those are
+    clearly fewer."""
+    held = replace(whole, held=True)
+    if held.fits:
+        yield held
+        return
     yield whole
     routed = replace(whole, routed=True)
     if routed.fits and 0 < routed.hit_pages < _WORTH_ROUTING * routed.moving_expert_pages:
@@ -230,8 +236,9 @@ class _PassTimes(NamedTuple):
 class _Point:
     """One candidate: `sequences` in flight within `limit` bytes of memory.
 
-    `routed`: decode reads only the pages that routing hits, up to `most_guesses` of each layer before it is
-    routed, `right_share` of which are hit.
+    `held`: all weights lie there, the experts of a layer in one page, since each page costs a row of the
+    schedule. `routed`: decode reads only the pages that routing hits, up to `most_guesses` of each layer
+    before it is routed, `right_share` of which are hit.
     """
 
     workload: Workload
@@ -240,6 +247,7 @@ class _Point:
     limit: float
     sequences: int
     kernels: Kernels
+    held: bool = False
     routed: bool = False
     most_guesses: int = 0
     right_share: float = RIGHT_SHARE
@@ -261,8 +269,8 @@ class _Point:
     @cached_property
     def experts_per_page(self) -> int:
         model = self.workload.model
-        if not model.experts:
-            return 0
+        if not model.experts or self.held:
+            return model.experts
         stored = model.expert_page_bytes(1, model.stored_bytes_per_expert_parameter)
         wanted = _ROUTED_PAGE_BYTES if self.routed else _PAGE_BYTES
         return min(model.experts, math.ceil(wanted / stored))
@@ -327,12 +335,11 @@ class _Point:
 
     @cached_property
     def resident_pages(self) -> int:
-        """The most leading pages of every layer that memory holds; all of them if it can."""
-        held = np.cumsum(self._page_bytes)
-        room = self.limit - self._fixed_bytes
-        if held[-1] <= room:
+        """The most leading pages of every layer that memory holds."""
+        if self.held:
             return self.pages_per_layer
-        return int(np.searchsorted(held, room - self._slots_bytes_if_streaming, side="right"))
+        room = self.limit - self._fixed_bytes - self._slots_bytes_if_streaming
+        return int(np.searchsorted(np.cumsum(self._page_bytes), room, side="right"))
 
     @cached_property
     def slots(self) -> int:
@@ -414,7 +421,8 @@ class _Point:
         mask = 8 * self.micro_batch * requests.context_tokens_max
         logits = 4 * (self.sequences + self.micro_batch) * model.vocab
         rope = 16 * requests.context_tokens_max * attention.head_dim
-        page = 4 * max(self.page_parameters)
+        attention, *experts = self.page_parameters
+        page = 4 * max(attention, model.expert_parameters() if self.held else max(experts, default=0))
         loading = READERS * (BLOCK_BYTES + 2 * ALIGNMENT_BYTES) + (32 << 20)
         call = 4 * (self._call_tokens * widest + expanded)
         return tokens * per_token + call + mask + logits + rope + page + loading
