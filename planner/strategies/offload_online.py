@@ -15,11 +15,12 @@ from moeplan.planner.ir.policy import BucketRate, Policy, Rejection
 from moeplan.planner.ir.profile import Figures
 from moeplan.planner.ir.workload import Bucket, RequestClass
 from moeplan.planner.strategies.common import AS_PREDICTED, Slower, estimate, keeps_slo, mixed_rate, too_slow
-from moeplan.planner.strategies.offload_lanes import Array, Costs, Layout, Point, Shapes, take
+from moeplan.planner.strategies.offload_lanes import Array, Costs, Lanes, Layout, Point, Shapes, flat, take
 from moeplan.planner.strategies.offload_search import (
     best_cpu_experts,
+    every_shape,
     extremes,
-    grid,
+    most_on_gpu,
     sharings,
 )
 
@@ -30,14 +31,18 @@ _SHARED: tuple[str, ...] = ("h2d", "disk")  # lanes on which prefill and decode 
 def fastest_online(problem: Costs) -> Point | None:
     """The point with the highest rate of the class's mix of sizes that keeps the SLO for each; if none does,
     the one that comes nearest; None where nothing fits."""
-    layout, _ = extremes(problem, problem.units(grid(sharings(problem), _MICRO_BATCHES)))
     mean = replace(problem, requests=_of_one_size(problem.requests, problem.requests.mean_bucket()))
-    layout = _again(mean, layout)
+    units = every_shape(mean, sharings(mean), _MICRO_BATCHES)
+    ends = extremes(mean, units, most_on_gpu(mean, units))
+    layout = flat(ends, ends.most_resident >= 0)
+
+    def lanes(point: Point) -> Lanes:
+        return _lanes(mean, point)
 
     def seconds(point: Point) -> Array:
-        return np.where(point.feasible, _itl_s(mean, point), np.inf)
+        return np.where(point.feasible, mean.pass_s(point, lanes(point)), np.inf)
 
-    points = best_cpu_experts(mean, layout, seconds)
+    points, _ = best_cpu_experts(mean, layout, lanes, seconds)
     points = take(points, points.feasible)
     if not points.on_gpu.size:
         return None
@@ -66,14 +71,18 @@ def _again(problem: Costs, layout: Layout) -> Layout:
 
 def _itl_s(problem: Costs, point: Point) -> Array:
     """Seconds of a pass that also takes the prompts that enter."""
+    return problem.pass_s(point, _lanes(problem, point))
+
+
+def _lanes(problem: Costs, point: Point) -> Lanes:
+    """Each lane's seconds in such a pass."""
     entering = point.sequences / problem.requests.mean_output_tokens()
     prompts = problem.prompts(entering, point.units)
     decode, prefill = problem.decode_lanes(point), problem.prefill_lanes(point, prompts)
-    lanes = {
+    return {
         lane: np.maximum(seconds, prefill[lane]) if lane in _SHARED else seconds + prefill[lane]
         for lane, seconds in decode.items()
     }
-    return problem.pass_s(point, lanes)
 
 
 def _bucket_times(problem: Costs, points: Point, bucket: Bucket) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import TypeVar
 
 import numpy as np
@@ -22,13 +22,14 @@ from moeplan.planner.strategies.common import PLATEAU, run_seconds, smallest_of_
 from moeplan.planner.strategies.offload_lanes import (
     Array,
     Costs,
+    Lanes,
     Layout,
-    Mask,
     Point,
     Shapes,
     Units,
+    flat,
     take,
-    total,
+    unfilled,
 )
 
 Index = NDArray[np.intp]
@@ -38,6 +39,7 @@ _T = TypeVar("_T")
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 23, 26, 30, 34, 39, 45, 52, 64)
 _MOST_LAYOUTS = 3000  # attention splits searched exactly, all shapes together
+_TRIES = np.linspace(0.0, 1.0, 9)  # of an interval, at once: 128 experts take three rounds
 _FIRST = 100  # of them, by their bound, before the others are pruned by the best
 
 
@@ -71,46 +73,48 @@ def can_share(model: Model, way: Sharing) -> bool:
     return not any(part % gpus for part in parts) and 0 in (kv_heads % gpus, gpus % kv_heads)
 
 
-def shapes(ways: Sequence[Sharing], requests: int) -> Shapes:
-    """Every way to share, μ and n_ub that `requests` can fill; one at least."""
-    found = grid(ways, MICRO_BATCHES)
-    return take(found, found.micro_batch * found.micro_batches <= max(requests, 1))
-
-
-def grid(ways: Sequence[Sharing], counts: Sequence[int]) -> Shapes:
-    """Every way to share with every μ and each n_ub of `counts`."""
-    grids = np.meshgrid(range(len(ways)), MICRO_BATCH_SIZES, counts, indexing="ij")
-    way, micro, count = (grid.ravel() for grid in grids)
-    gpus, whole = (np.array([getattr(w, name) for w in ways])[way] for name in ("gpus", "whole"))
-    return Shapes(gpus.astype(float), whole, micro.astype(float), count.astype(float))
+def every_shape(
+    problem: Costs,
+    ways: Sequence[Sharing],
+    counts: Sequence[int] = MICRO_BATCHES,
+    most_sequences: float = np.inf,
+) -> Units:
+    """Every way to share with every μ and each n_ub of `counts`, of no more than so many sequences."""
+    gpus, whole = (np.array([getattr(w, name) for w in ways])[:, None, None] for name in ("gpus", "whole"))
+    micro, count = np.array(MICRO_BATCH_SIZES, dtype=float)[:, None], np.array(counts, dtype=float)
+    units = problem.units(Shapes(gpus.astype(float), whole, micro, count))
+    return flat(units, (micro * count <= most_sequences) & np.ones_like(whole))
 
 
 def fastest(problem: Costs, units: Units) -> Point | None:
     """The fastest point of all shapes for a batch class, on a plateau the one with the fewest sequences;
     None where nothing fits."""
 
+    def searched(which: Index) -> tuple[Point, Array]:
+        return best_cpu_experts(problem, take(layout, which), problem.decode_lanes, seconds)
+
     def seconds(point: Point) -> Array:
         return batch_seconds(problem, point)
 
     layout = _promising(problem, units)
     bounds = bound(problem, layout)
-    layout, bounds = take(layout, order := np.argsort(bounds, kind="stable")), bounds[order]
-    first = best_cpu_experts(problem, take(layout, slice(0, _FIRST)), seconds)
-    slowest = seconds(first).min(initial=np.inf) * (1.0 + PLATEAU)
-    open_ones = np.flatnonzero(bounds[_FIRST:] <= slowest) + _FIRST
-    both = joined(first, best_cpu_experts(problem, take(layout, open_ones), seconds))
-    times = seconds(both)
-    if not np.isfinite(times).any():
+    order = np.argsort(bounds, kind="stable")[: np.isfinite(bounds).sum()]
+    if not order.size:
         return None
-    best = smallest_of_best(1.0 / times, both.sequences)
-    return take(both, slice(best, best + 1))
+    points, times = searched(order[:_FIRST])
+    others = order[_FIRST:]
+    others = others[bounds[others] <= times.min() * (1.0 + PLATEAU)]
+    if others.size:
+        more, their_times = searched(others)
+        points, times = joined(points, more), np.concatenate([times, their_times])
+    best = smallest_of_best(1.0 / times, points.sequences)
+    return take(points, slice(best, best + 1))
 
 
 def _promising(problem: Costs, units: Units) -> Layout:
     """All attention splits of the shapes with the lowest bounds, as many as can be searched."""
-    ends, shape = extremes(problem, units)
-    least = np.full(len(units.gpus), np.inf)
-    np.minimum.at(least, shape, bound(problem, ends))
+    on_gpu = most_on_gpu(problem, units)
+    least = bound(problem, extremes(problem, units, on_gpu)).min(axis=(0, 1, 2))
     size = units.micro_batch * units.micro_batches
     on_plateau = np.where(least <= least.min() * (1.0 + PLATEAU), size, np.inf)
     order = np.lexsort((least, on_plateau))
@@ -118,35 +122,31 @@ def _promising(problem: Costs, units: Units) -> Layout:
     count = units.micro_batches[order]
     room = np.cumsum((count + 1) * (count + 2)) <= _MOST_LAYOUTS
     room[:1] = True
-    return every_split(problem, take(units, order[room]))
+    return every_split(problem, take(units, order[room]), on_gpu[order[room]])
 
 
-def extremes(problem: Costs, units: Units) -> tuple[Layout, Index]:
+def extremes(problem: Costs, units: Units, most_on_gpu: Array) -> Layout:
     """Attention on the GPU as far as memory goes or not at all, the rest on the CPU or copied up, experts
-    streamed or not; and the shape of each. What comes to the same is there once."""
-    shape = np.tile(np.arange(len(units.gpus)), 8)
-    way = np.repeat(np.arange(8), len(units.gpus))
-    on_gpu = np.where(way & 1, most_on_gpu(problem, units)[shape], 0.0)
-    cache_up = np.where(way & 2, units.micro_batches[shape] - on_gpu, 0.0)
-    new = ((way & 1 == 0) | (on_gpu > 0)) & ((way & 2 == 0) | (cache_up > 0))
-    own = take(units, shape[new])
-    return problem.layout(own, on_gpu[new], cache_up[new], (way[new] & 4) == 0), shape[new]
+    streamed or not. Its arrays broadcast to [not streamed, copied up, on the GPU, shapes]."""
+    yes = np.array([0.0, 1.0])[:, None]
+    on_gpu = yes * most_on_gpu
+    cache_up = yes[:, None] * (units.micro_batches - on_gpu)
+    return problem.layout(units, on_gpu, cache_up, yes[:, None, None] == 0)
 
 
 def most_on_gpu(problem: Costs, units: Units) -> Array:
     """The most micro-batches whose cache GPU memory holds, experts aside."""
     none = np.zeros_like(units.gpus)
-    empty = problem.layout(units, none, none, none > 0)
-    free = problem.gpu_limit_bytes(units.gpus) - total(problem.gpu_items(empty))
+    free = problem.free_gpu_bytes(unfilled(units, none, none, none > 0))
     return np.clip(np.floor(free / units.longest_cache_bytes), 0.0, units.micro_batches)
 
 
-def every_split(problem: Costs, units: Units) -> Layout:
+def every_split(problem: Costs, units: Units, most_on_gpu: Array) -> Layout:
     """Every split of every shape's micro-batches, with experts streamed and not."""
     splits = [_splits(int(count)) for count in units.micro_batches]
     shape = np.repeat(np.arange(len(splits)), [len(split) for split in splits])
     on_gpu, cache_up, streams = np.concatenate([*splits, np.zeros((0, 3))]).T
-    fits = on_gpu <= most_on_gpu(problem, units)[shape]
+    fits = on_gpu <= most_on_gpu[shape]
     return problem.layout(take(units, shape[fits]), on_gpu[fits], cache_up[fits], streams[fits] > 0)
 
 
@@ -180,7 +180,7 @@ def bound(problem: Costs, layout: Layout) -> Array:
     on_cpu, u = lanes["cpu"], layout.units
     linked = _balanced(lanes["h2d"], problem.outside_link_s(none), on_cpu, problem.outside_cpu_s(none))
     computed = _balanced(lanes["gpu"], u.gpu_experts_s, on_cpu, u.cpu_experts_s)
-    least = np.maximum.reduce([linked, computed, lanes["d2h"], lanes["disk"]])
+    least = reduce(np.maximum, [linked, computed, lanes["d2h"], lanes["disk"]])
     decode_s = np.where(layout.streams, least, problem.pass_s(none, lanes))
     return _requests_s(problem, none, decode_s)
 
@@ -192,29 +192,63 @@ def _balanced(one: Array, movable: Array, other: Array, moved: Array) -> Array:
     return np.maximum(other + share * moved, one - share * movable)
 
 
-def best_cpu_experts(problem: Costs, layout: Layout, seconds: Seconds) -> Point:
-    """Each candidate with the number of experts on the CPU that takes least time, counted as they are dealt.
+def best_cpu_experts(
+    problem: Costs, layout: Layout, lanes: Callable[[Point], Lanes], seconds: Seconds
+) -> tuple[Point, Array]:
+    """Each candidate with the number of experts on the CPU that takes least time, counted as they are dealt,
+    and its seconds. `lanes` are those on which that number tells most: they say where to look first.
 
-    Time is convex in that number from 1 on (each lane is a line or bends upwards), so its slope is bisected;
-    at 0 the routed hidden states' way to the CPU falls away.
+    Where nothing streams there is no choice. Else time is convex in that number from 1 on (each lane is a
+    line or bends upwards); at 0 the routed hidden states' way to the CPU falls away.
     """
-    count = len(layout.on_gpu)
-    twice = take(layout, np.tile(np.arange(count), 2))
+    dealt = layout.units.dealt
+    some = np.ones_like(layout.on_gpu)
+    most = np.where(layout.streams, problem.workload.model.experts / dealt, some)
 
-    dealt = np.tile(layout.units.dealt, 2)
+    def seconds_of(which: Index, counts: Array) -> Array:
+        return seconds(problem.point(take(layout, which), dealt[which] * counts))
 
-    def faster(one: Array, other: Array) -> Mask:
-        both = seconds(problem.point(twice, dealt * np.concatenate([one, other])))
-        return np.asarray(both[:count] < both[count:])
+    free = np.flatnonzero(some < most)
+    expected = _where_lanes_balance(problem, take(layout, free), lanes)
+    some[free] = lowest_point(lambda which, n: seconds_of(free[which], n), some[free], most[free], expected)
+    times = seconds(problem.point(layout, dealt * np.stack([0.0 * some, some])))
+    return problem.point(layout, dealt * np.where(times[1] < times[0], some, 0.0)), times.min(axis=0)
 
-    low = np.ones(count)
-    high = problem.workload.model.experts / layout.units.dealt
-    while (low < high).any():
-        middle = np.floor((low + high) / 2)
-        falls = faster(middle + 1, middle)
-        low, high = np.where(falls, middle + 1, low), np.where(falls, high, middle)
-    some = faster(low, np.zeros_like(low))
-    return problem.point(layout, np.where(some, layout.units.dealt * low, 0.0))
+
+def _where_lanes_balance(problem: Costs, layout: Layout, lanes: Callable[[Point], Lanes]) -> Array:
+    """About how many experts on the CPU, as they are dealt, make the sum of squares of the lanes least.
+
+    Each lane is taken as a line until all that is not resident is on the CPU, and as another one from there.
+    """
+    dealt, experts = layout.units.dealt, problem.workload.model.experts
+    one, most = np.ones_like(dealt), experts / dealt
+    ends = np.stack([one, np.clip((experts - layout.most_resident) / dealt, 1.0, most), most])
+    found = lanes(problem.point(layout, dealt * ends)).values()
+    at = np.stack([np.broadcast_to(lane, ends.shape) for lane in found])
+    start, rise = at[:, :-1], np.diff(at, axis=1)
+    steepness = np.maximum((rise**2).sum(axis=0), 1e-300)
+    part = np.clip(-(start * rise).sum(axis=0) / steepness, 0.0, 1.0)
+    least = ((start + part * rise) ** 2).sum(axis=0)
+    first, second = np.ceil(ends[:-1] + part * np.diff(ends, axis=0) - 0.5)
+    return np.where(least[0] <= least[1], first, second)
+
+
+def lowest_point(values: Callable[[Index, Array], Array], low: Array, high: Array, expected: Array) -> Array:
+    """Per element, the first whole number from `low` to `high` at which a convex function is least.
+
+    `values` maps some elements and [tries, these] numbers to values there. The neighbours of `expected` are
+    tried first, then numbers at equal distances: the least is between the neighbours of the best.
+    """
+    low, high, which = low.copy(), high.copy(), np.arange(len(low))
+    tried = np.clip(expected + np.array([[-1.0], [0.0], [1.0]]), low, high)
+    while which.size:
+        best = values(which, tried).argmin(axis=0) + np.array([[0], [1], [2]])
+        ends = np.concatenate([[low[which] - 1], tried, [high[which] + 1]])
+        before, found, after = np.take_along_axis(ends, best, axis=0)
+        low[which], high[which] = np.minimum(before + 1, found), np.maximum(after - 1, found)
+        which = np.flatnonzero(low < high)
+        tried = np.floor(low[which] + (high - low)[which] * _TRIES[:, None])
+    return low
 
 
 def joined(first: _T, second: _T) -> _T:

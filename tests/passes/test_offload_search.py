@@ -16,13 +16,16 @@ from moeplan.planner.passes.workload import build_workload
 from moeplan.planner.spec import parse_spec
 from moeplan.planner.strategies.offload_lanes import Costs, Layout, Point, Shapes, take, total
 from moeplan.planner.strategies.offload_search import (
+    MICRO_BATCH_SIZES,
+    MICRO_BATCHES,
     Sharing,
     batch_seconds,
     best_cpu_experts,
     bound,
+    every_shape,
     every_split,
     fastest,
-    shapes,
+    most_on_gpu,
     sharings,
 )
 from moeplan.runtime_min.shares import whole_heads
@@ -63,8 +66,8 @@ def every_point(problem: Costs, layout: Layout) -> list[Point]:
 def test_search_finds_what_brute_force_finds(catalog: Catalog, case: tuple[str, str, int, int]) -> None:
     """Every shape, split and number of CPU experts; the plateau rule may give half a percent away."""
     problem = costs_of(catalog, *case)
-    units = problem.units(shapes(sharings(problem), case[2]))
-    points = every_point(problem, every_split(problem, units))
+    units = every_shape(problem, sharings(problem), most_sequences=case[2])
+    points = every_point(problem, every_split(problem, units, most_on_gpu(problem, units)))
     best = min(batch_seconds(problem, point).min() for point in points)
     found = fastest(problem, units)
     assert found is not None
@@ -75,7 +78,8 @@ def test_search_finds_what_brute_force_finds(catalog: Catalog, case: tuple[str, 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bound_is_never_above_the_time(catalog: Catalog, case: tuple[str, str, int, int]) -> None:
     problem = costs_of(catalog, *case)
-    layout = every_split(problem, problem.units(shapes(sharings(problem), case[2])))
+    units = every_shape(problem, sharings(problem), most_sequences=case[2])
+    layout = every_split(problem, units, most_on_gpu(problem, units))
     least = bound(problem, layout)
     for point in every_point(problem, layout):
         assert (least <= batch_seconds(problem, point) * (1 + 1e-9)).all()
@@ -91,7 +95,7 @@ def test_decode_equals_a_milp(
     problem = costs_of(catalog, "mixtral-8x7b", machine, micro_batch * count, prompt)
     one = np.ones(1)
     units = problem.units(Shapes(one, one < 1, micro_batch * one, count * one))
-    layout = every_split(problem, units)
+    layout = every_split(problem, units, most_on_gpu(problem, units))
 
     def decode_s(point: Point) -> np.ndarray:
         seconds = problem.decode_lanes(point)
@@ -100,7 +104,7 @@ def test_decode_equals_a_milp(
             point.feasible & point.streams & (point.disk_experts == 0) & ~point.staged, busy, np.inf
         )
 
-    ours = decode_s(best_cpu_experts(problem, layout, decode_s)).min()
+    ours = best_cpu_experts(problem, layout, problem.decode_lanes, decode_s)[1].min()
     assert ours == pytest.approx(_milp(problem, units), rel=1e-4)
 
 
@@ -154,12 +158,16 @@ def _milp(problem: Costs, units: object) -> float:
     return float(busiest.value())
 
 
-def test_shapes_never_exceed_the_requests() -> None:
-    for requests in (1, 7, 500):
-        ways = [Sharing(1, False), Sharing(2, False), Sharing(4, True)]
-        found = shapes(ways, requests)
-        assert (found.micro_batch * found.micro_batches <= requests).all()
-        assert set(zip(found.gpus, found.whole, strict=True)) == {(w.gpus, w.whole) for w in ways}
+@pytest.mark.parametrize("requests", [1, 7, 500])
+def test_shapes_never_exceed_the_requests(catalog: Catalog, requests: int) -> None:
+    problem = costs_of(catalog, "dbrx", "n1-custom-64-425984+4xT4", requests, 40)
+    ways = [Sharing(1, False), Sharing(2, False), Sharing(4, True)]
+    found = every_shape(problem, ways, most_sequences=requests)
+    assert (found.micro_batch * found.micro_batches <= requests).all()
+    assert set(zip(found.gpus, found.whole, strict=True)) == {(w.gpus, w.whole) for w in ways}
+    wanted = {(m, n) for m in MICRO_BATCH_SIZES for n in MICRO_BATCHES if m * n <= requests}
+    assert set(zip(found.micro_batch, found.micro_batches, strict=True)) == wanted
+    assert len(found.gpus) == len(wanted) * len(ways)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +194,8 @@ def test_what_each_form_of_sharing_places(catalog: Catalog, share: str) -> None:
     """Whole experts lie at each place in as many copies as there are GPUs, and never more than fit."""
     problem = costs_of(catalog, "dbrx", "n1-custom-64-425984+4xT4", 8, 3000)
     ways = [way for way in sharings(problem) if way.gpus == 4 and way.whole == (share == "whole")]
-    layout = every_split(problem, problem.units(shapes(ways, 8)))
+    units = every_shape(problem, ways, most_sequences=8)
+    layout = every_split(problem, units, most_on_gpu(problem, units))
     together, counts = 4 if share == "whole" else 1, set()
     for point in every_point(problem, layout):
         fits = take(point, point.feasible)
