@@ -26,7 +26,7 @@ from moeplan.planner.ir.roofline import Roof, Roofline
 from moeplan.planner.ir.workload import Operator, OperatorName, RequestClass, Workload
 from moeplan.planner.serving import ALL_REDUCE_S, PEER_EFFICIENCY, exchange_s, kv_copies
 from moeplan.planner.strategies.common import GPU_SHARE
-from moeplan.planner.strategies.whole_experts import busiest_part
+from moeplan.planner.strategies.whole_experts import busiest_choices, busiest_hits
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -355,7 +355,9 @@ class Costs:
         """Seconds of a call of all layers' routed experts, which hits so many of one, if the GPUs compute all
         and if the CPU does. Whole experts take as long as the busiest GPU's; a part of them counts as uneven
         as all are."""
-        choices, hits = self._busiest_part(shapes, shapes.micro_batch)
+        choices, hits = (
+            self._busiest(part, shapes, shapes.micro_batch) for part in (busiest_choices, busiest_hits)
+        )
         experts = self.workload.operator("routed_experts")
 
         def seconds(roof: Roof) -> Array:
@@ -366,21 +368,21 @@ class Costs:
         on_gpu, on_cpu = seconds(self.gpu_roof) / shapes.gpus, seconds(self.roofline.roof("dram"))
         return on_gpu + called_s, on_cpu + called_s
 
-    def _busiest_part(self, shapes: Shapes, tokens: Array) -> tuple[Array, Array]:
-        """`whole_experts.busiest_part` of calls of `tokens`; 1 where experts are cut, and all do the same."""
+    def _busiest(self, part: Callable[[Array, int, Array], Array], shapes: Shapes, tokens: Array) -> Array:
+        """A `part` of `whole_experts` of calls of `tokens`; 1 where experts are cut, and all do the same."""
         whole, gpus, tokens = np.broadcast_arrays(shapes.whole, shapes.gpus, tokens)
-        choices, hits = np.ones_like(gpus), np.ones_like(gpus)
+        found = np.ones_like(gpus)
         for degree in np.unique(shapes.gpus[shapes.whole]):
             some = whole & (gpus == degree)
-            choices[some], hits[some] = busiest_part(self.experts.layers, int(degree), tokens[some])
-        return choices, hits
+            found[some] = part(self.experts.layers, int(degree), tokens[some])
+        return found
 
     def prompts(self, count: Array, shapes: Shapes) -> Prompts:
         """`count` prompts of the mean size on the GPUs of `shapes`, in pieces of `prefill_tokens`."""
         prompt = self.requests.mean_prompt_tokens()
         tokens = count * prompt
         key = self.experts.key(tokens)
-        choices, _ = self._busiest_part(shapes, np.minimum(tokens, self.prefill_tokens))
+        choices = self._busiest(busiest_choices, shapes, np.minimum(tokens, self.prefill_tokens))
         return Prompts(
             tokens=tokens,
             flops=np.asarray(costs.prefill_flops(self.workload, count, prompt)),
