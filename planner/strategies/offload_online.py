@@ -42,7 +42,9 @@ def fastest_online(problem: Costs) -> Point | None:
     def seconds(point: Point) -> Array:
         return np.where(point.feasible, mean.pass_s(point, lanes(point)), np.inf)
 
-    points, _ = best_cpu_experts(mean, layout, lanes, seconds)
+    none_s = seconds(mean.point(layout, np.zeros_like(layout.on_gpu)))
+    counts, _ = best_cpu_experts(mean, layout, lanes, seconds, none_s)
+    points = mean.point(layout, counts)
     points = take(points, points.feasible)
     if not points.on_gpu.size:
         return None

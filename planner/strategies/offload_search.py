@@ -10,9 +10,8 @@ are searched exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +33,6 @@ from moeplan.planner.strategies.offload_lanes import (
 
 Index = NDArray[np.intp]
 Seconds = Callable[[Point], Array]
-_T = TypeVar("_T")
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 23, 26, 30, 34, 39, 45, 52, 64)
@@ -91,26 +89,25 @@ def fastest(problem: Costs, units: Units) -> Point | None:
     """The fastest point of all shapes for a batch class, on a plateau the one with the fewest sequences;
     None where nothing fits."""
 
-    def searched(which: Index) -> tuple[Point, Array]:
-        return best_cpu_experts(problem, take(layout, which), problem.decode_lanes, seconds)
-
     def seconds(point: Point) -> Array:
         return batch_seconds(problem, point)
 
     _keep_freed_memory()
     layout = _promising(problem, units)
-    bounds = bound(problem, layout)
+    bounds, times = bound(problem, layout)
     order = np.argsort(bounds, kind="stable")[: np.isfinite(bounds).sum()]
     if not order.size:
         return None
-    points, times = searched(order[:_FIRST])
-    others = order[_FIRST:]
-    others = others[bounds[others] <= times.min() * (1.0 + PLATEAU)]
-    if others.size:
-        more, their_times = searched(others)
-        points, times = joined(points, more), np.concatenate([times, their_times])
-    best = smallest_of_best(1.0 / times, points.sequences)
-    return take(points, slice(best, best + 1))
+    counts, open_ones = np.zeros_like(times), order[:0]
+    for some in np.split(order, [_FIRST]):
+        near = some[bounds[some] <= times.min() / (1.0 - PLATEAU)]
+        counts[near], times[near] = best_cpu_experts(
+            problem, take(layout, near), problem.decode_lanes, seconds, times[near]
+        )
+        open_ones = np.concatenate([open_ones, near])
+    sequences = layout.units.micro_batch * layout.units.micro_batches
+    best = open_ones[[smallest_of_best(1.0 / times[open_ones], sequences[open_ones])]]
+    return problem.point(take(layout, best), counts[best])
 
 
 def _keep_freed_memory() -> None:
@@ -125,7 +122,7 @@ def _keep_freed_memory() -> None:
 def _promising(problem: Costs, units: Units) -> Layout:
     """All attention splits of the shapes with the lowest bounds, as many as can be searched."""
     on_gpu = most_on_gpu(problem, units)
-    least = bound(problem, extremes(problem, units, on_gpu)).min(axis=(0, 1, 2))
+    least = bound(problem, extremes(problem, units, on_gpu))[0].min(axis=(0, 1, 2))
     size = units.micro_batch * units.micro_batches
     on_plateau = np.where(least <= least.min() * (1.0 + PLATEAU), size, np.inf)
     order = np.lexsort((least, on_plateau))
@@ -171,17 +168,17 @@ def _splits(count: int) -> Array:
 
 def batch_seconds(problem: Costs, point: Point) -> Array:
     """Seconds for all requests of a batch class; infinite where a point does not fit."""
-    return _requests_s(problem, point, problem.pass_s(point, problem.decode_lanes(point)))
-
-
-def _requests_s(problem: Costs, point: Point, decode_s: Array) -> Array:
     prefill_s = problem.pass_s(point, problem.prefill_lanes(point, point.units.prompts))
+    return _requests_s(problem, point, prefill_s, problem.pass_s(point, problem.decode_lanes(point)))
+
+
+def _requests_s(problem: Costs, point: Point, prefill_s: Array, decode_s: Array) -> Array:
     seconds = run_seconds(problem.requests, point.sequences, prefill_s, decode_s)
     return np.where(point.feasible, seconds, np.inf)
 
 
-def bound(problem: Costs, layout: Layout) -> Array:
-    """A lower bound of `batch_seconds` over every share of experts on the CPU.
+def bound(problem: Costs, layout: Layout) -> tuple[Array, Array]:
+    """A lower bound of `batch_seconds` over every share of experts on the CPU, and those of none there.
 
     An expert outside the GPU takes time of the CPU or of the link, and any expert of the CPU or of the GPU.
     Both end no earlier than they would together if experts could be divided.
@@ -192,8 +189,11 @@ def bound(problem: Costs, layout: Layout) -> Array:
     linked = _balanced(lanes["h2d"], problem.outside_link_s(none), on_cpu, problem.outside_cpu_s(none))
     computed = _balanced(lanes["gpu"], u.gpu_experts_s, on_cpu, u.cpu_experts_s)
     least = reduce(np.maximum, [linked, computed, lanes["d2h"], lanes["disk"]])
-    decode_s = np.where(layout.streams, least, problem.pass_s(none, lanes))
-    return _requests_s(problem, none, decode_s)
+    decode_s = problem.pass_s(none, lanes)
+    least_s = np.where(layout.streams, least, decode_s)
+    prefill_s = problem.pass_s(none, problem.prefill_lanes(none, u.prompts))
+    bounds, times = (_requests_s(problem, none, prefill_s, s) for s in (least_s, decode_s))
+    return bounds, times
 
 
 def _balanced(one: Array, movable: Array, other: Array, moved: Array) -> Array:
@@ -204,26 +204,29 @@ def _balanced(one: Array, movable: Array, other: Array, moved: Array) -> Array:
 
 
 def best_cpu_experts(
-    problem: Costs, layout: Layout, lanes: Callable[[Point], Lanes], seconds: Seconds
-) -> tuple[Point, Array]:
-    """Each candidate with the number of experts on the CPU that takes least time, counted as they are dealt,
-    and its seconds. `lanes` are those on which that number tells most: they say where to look first.
+    problem: Costs, layout: Layout, lanes: Callable[[Point], Lanes], seconds: Seconds, none_s: Array
+) -> tuple[Array, Array]:
+    """For each candidate the number of experts on the CPU that takes least time, and its seconds.
 
-    Where nothing streams there is no choice. Else time is convex in that number from 1 on (each lane is a
-    line or bends upwards); at 0 the routed hidden states' way to the CPU falls away.
+    `lanes` are those on which that number tells most: they say where to look first. `none_s` are seconds with
+    none there. Where nothing streams there is no choice. Else time is convex in that number, counted as they
+    are dealt, from 1 on (each lane is a line or bends upwards); at 0 the routed hidden states' way to the CPU
+    falls away.
     """
-    dealt = layout.units.dealt
-    some = np.ones_like(layout.on_gpu)
-    most = np.where(layout.streams, problem.workload.model.experts / dealt, some)
+    free = np.flatnonzero(layout.streams)
+    if not free.size:
+        return np.zeros_like(none_s), none_s
+    streaming, dealt = take(layout, free), layout.units.dealt[free]
 
     def seconds_of(which: Index, counts: Array) -> Array:
-        return seconds(problem.point(take(layout, which), dealt[which] * counts))
+        return seconds(problem.point(take(streaming, which), dealt[which] * counts))
 
-    free = np.flatnonzero(some < most)
-    expected = _where_lanes_balance(problem, take(layout, free), lanes)
-    some[free] = lowest_point(lambda which, n: seconds_of(free[which], n), some[free], most[free], expected)
-    times = seconds(problem.point(layout, dealt * np.stack([0.0 * some, some])))
-    return problem.point(layout, dealt * np.where(times[1] < times[0], some, 0.0)), times.min(axis=0)
+    most, expected = problem.workload.model.experts / dealt, _where_lanes_balance(problem, streaming, lanes)
+    some, some_s = lowest_point(seconds_of, np.ones_like(dealt), most, expected)
+    counts, times = np.zeros_like(none_s), none_s.copy()
+    counts[free] = np.where(some_s < none_s[free], dealt * some, 0.0)
+    times[free] = np.minimum(some_s, none_s[free])
+    return counts, times
 
 
 def _where_lanes_balance(problem: Costs, layout: Layout, lanes: Callable[[Point], Lanes]) -> Array:
@@ -244,29 +247,23 @@ def _where_lanes_balance(problem: Costs, layout: Layout, lanes: Callable[[Point]
     return np.where(least[0] <= least[1], first, second)
 
 
-def lowest_point(values: Callable[[Index, Array], Array], low: Array, high: Array, expected: Array) -> Array:
-    """Per element, the first whole number from `low` to `high` at which a convex function is least.
+def lowest_point(
+    values: Callable[[Index, Array], Array], low: Array, high: Array, expected: Array
+) -> tuple[Array, Array]:
+    """Per element, the first whole number from `low` to `high` at which a convex function is least, and its
+    value there.
 
     `values` maps some elements and [tries, these] numbers to values there. The neighbours of `expected` are
     tried first, then numbers at equal distances: the least is between the neighbours of the best.
     """
-    low, high, which = low.copy(), high.copy(), np.arange(len(low))
+    low, high, least, which = low.copy(), high.copy(), np.zeros_like(low), np.arange(len(low))
     tried = np.clip(expected + np.array([[-1.0], [0.0], [1.0]]), low, high)
     while which.size:
-        best = values(which, tried).argmin(axis=0) + np.array([[0], [1], [2]])
+        found = values(which, tried)
+        least[which], best = found.min(axis=0), found.argmin(axis=0)
         ends = np.concatenate([[low[which] - 1], tried, [high[which] + 1]])
-        before, found, after = np.take_along_axis(ends, best, axis=0)
-        low[which], high[which] = np.minimum(before + 1, found), np.maximum(after - 1, found)
+        before, at, after = np.take_along_axis(ends, best + np.array([[0], [1], [2]]), axis=0)
+        low[which], high[which] = np.minimum(before + 1, at), np.maximum(after - 1, at)
         which = np.flatnonzero(low < high)
         tried = np.floor(low[which] + (high - low)[which] * _TRIES[:, None])
-    return low
-
-
-def joined(first: _T, second: _T) -> _T:
-    """One record of arrays with the elements of both."""
-
-    def stack(a: object, b: object) -> object:
-        return np.concatenate([a, b]) if isinstance(a, np.ndarray) else joined(a, b)
-
-    values = {f.name: stack(getattr(first, f.name), getattr(second, f.name)) for f in fields(first)}  # type: ignore[arg-type]
-    return type(first)(**values)
+    return low, least

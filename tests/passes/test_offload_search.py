@@ -80,7 +80,7 @@ def test_bound_is_never_above_the_time(catalog: Catalog, case: tuple[str, str, i
     problem = costs_of(catalog, *case)
     units = every_shape(problem, sharings(problem), most_sequences=case[2])
     layout = every_split(problem, units, most_on_gpu(problem, units))
-    least = bound(problem, layout)
+    least, _ = bound(problem, layout)
     for point in every_point(problem, layout):
         assert (least <= batch_seconds(problem, point) * (1 + 1e-9)).all()
 
@@ -104,8 +104,9 @@ def test_decode_equals_a_milp(
             point.feasible & point.streams & (point.disk_experts == 0) & ~point.staged, busy, np.inf
         )
 
-    ours = best_cpu_experts(problem, layout, problem.decode_lanes, decode_s)[1].min()
-    assert ours == pytest.approx(_milp(problem, units), rel=1e-4)
+    none_s = decode_s(problem.point(layout, np.zeros_like(layout.on_gpu)))
+    _, ours = best_cpu_experts(problem, layout, problem.decode_lanes, decode_s, none_s)
+    assert ours.min() == pytest.approx(_milp(problem, units), rel=1e-4)
 
 
 def _milp(problem: Costs, units: object) -> float:

@@ -30,8 +30,7 @@ def workload_of(model: str, skew: float = 0.0) -> Workload:
 
 def drawn(workload: Workload, gpus: int, tokens: int, rounds: int = 400) -> tuple[float, float]:
     """What `busiest_choices` and `busiest_hits` return, of calls drawn: the best k of E random keys a token
-    (Gumbel's, so
-    without replacement)."""
+    (Gumbel's, so without replacement)."""
     random, model = np.random.default_rng(tokens), workload.model
     shares = np.ones(model.experts)
     if workload.popularity:
