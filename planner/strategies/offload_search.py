@@ -257,7 +257,7 @@ def lowest_point(
     tried first, then numbers at equal distances: the least is between the neighbours of the best.
     """
     low, high, least, which = low.copy(), high.copy(), np.zeros_like(low), np.arange(len(low))
-    tried = np.clip(expected + np.array([[-1.0], [0.0], [1.0]]), low, high)
+    tried = np.clip(np.clip(expected, low, high) + np.array([[-1.0], [0.0], [1.0]]), low, high)
     while which.size:
         found = values(which, tried)
         least[which], best = found.min(axis=0), found.argmin(axis=0)

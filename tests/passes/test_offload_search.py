@@ -8,13 +8,15 @@ import numpy as np
 import pulp
 import pytest
 from conftest import batch_spec
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moeplan.planner.catalog import Catalog
 from moeplan.planner.inputs import load_inputs
 from moeplan.planner.passes.roofline import find_roofline
 from moeplan.planner.passes.workload import build_workload
 from moeplan.planner.spec import parse_spec
-from moeplan.planner.strategies.offload_lanes import Costs, Layout, Point, Shapes, take, total
+from moeplan.planner.strategies.offload_lanes import Costs, Lanes, Layout, Point, Shapes, take, total
 from moeplan.planner.strategies.offload_search import (
     MICRO_BATCH_SIZES,
     MICRO_BATCHES,
@@ -25,6 +27,7 @@ from moeplan.planner.strategies.offload_search import (
     every_shape,
     every_split,
     fastest,
+    lowest_point,
     most_on_gpu,
     sharings,
 )
@@ -83,6 +86,53 @@ def test_bound_is_never_above_the_time(catalog: Catalog, case: tuple[str, str, i
     least, _ = bound(problem, layout)
     for point in every_point(problem, layout):
         assert (least <= batch_seconds(problem, point) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("near", [True, False])
+def test_shares_on_the_cpu_are_the_best_of_all(
+    catalog: Catalog, case: tuple[str, str, int, int], near: bool
+) -> None:
+    """Every number of experts on the CPU, wherever the search begins."""
+    problem = costs_of(catalog, *case)
+    units = every_shape(problem, sharings(problem), most_sequences=case[2])
+    layout = every_split(problem, units, most_on_gpu(problem, units))
+
+    def lanes(point: Point) -> Lanes:
+        return {lane: s if near else s[::-1] for lane, s in problem.decode_lanes(point).items()}
+
+    tried = every_point(problem, layout)
+    times = np.array([batch_seconds(problem, point) for point in tried])
+    none_s = batch_seconds(problem, problem.point(layout, np.zeros_like(layout.on_gpu)))
+    counts, seconds = best_cpu_experts(
+        problem, layout, lanes, lambda point: batch_seconds(problem, point), none_s
+    )
+    assert seconds == pytest.approx(times.min(axis=0), rel=1e-12)
+    assert (seconds == batch_seconds(problem, problem.point(layout, counts))).all()
+
+
+@given(
+    lines=st.lists(st.tuples(st.integers(-50, 50), st.integers(-500, 500)), min_size=1, max_size=4),
+    bend=st.integers(0, 3),
+    span=st.tuples(st.integers(0, 40), st.integers(0, 300)),
+    expected=st.integers(-20, 400),
+    fits=st.integers(0, 300),
+)
+def test_lowest_point_is_the_first_of_the_least(
+    lines: list[tuple[int, int]], bend: int, span: tuple[int, int], expected: int, fits: int
+) -> None:
+    """Against every whole number: convex functions that may be flat, and infinite from some number on."""
+    low, high = span[0], span[0] + span[1]
+
+    def values(which: np.ndarray, tried: np.ndarray) -> np.ndarray:
+        assert tried.shape[1] == len(which)
+        convex = np.max([slope * tried + height for slope, height in lines], axis=0)
+        return np.where(tried <= low + fits, convex + bend * (tried - 20) ** 2, np.inf)
+
+    every = values(np.arange(1), np.arange(low, high + 1.0)[:, None])[:, 0]
+    one = np.ones(1)
+    at, least = lowest_point(values, low * one, high * one, expected * one)
+    assert (at[0], least[0]) == (low + every.argmin(), every.min())
 
 
 @pytest.mark.parametrize("machine", ["gr6.8xlarge", "g4dn.16xlarge"])
