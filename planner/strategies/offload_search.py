@@ -37,9 +37,9 @@ Seconds = Callable[[Point], Array]
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 23, 26, 30, 34, 39, 45, 52, 64)
 _MOST_LAYOUTS = 3000  # attention splits searched exactly, all shapes together
+_FIRST = 100  # of them, by their bound, before the others are pruned by the best
 _TRIES = np.linspace(0.0, 1.0, 9)  # of an interval, at once: 128 experts take three rounds
 _KEPT_BYTES = 8 << 20
-_FIRST = 100  # of them, by their bound, before the others are pruned by the best
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,10 @@ def fastest(problem: Costs, units: Units) -> Point | None:
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep what arrays free: glibc takes the size of a block that it mapped, once that is
-    freed, for the size from which it maps blocks and half of what it keeps (mallopt(3), M_MMAP_THRESHOLD).
+    """Have the C library keep what arrays free, or a fifth of a search over eight GPUs goes to page faults.
 
-    At its first limits, 128 KiB, a fifth of a search over eight GPUs goes to page faults.
+    glibc maps blocks of 128 KiB or more and gives them back once freed. To free one raises that limit to its
+    size, and what is kept of other blocks to twice that (mallopt(3), M_MMAP_THRESHOLD).
     """
     np.empty(_KEPT_BYTES, dtype=np.uint8)
 
@@ -133,11 +133,12 @@ def _promising(problem: Costs, units: Units) -> Layout:
     return every_split(problem, take(units, order[room]), on_gpu[order[room]])
 
 
-def extremes(problem: Costs, units: Units, most_on_gpu: Array) -> Layout:
-    """Attention on the GPU as far as memory goes or not at all, the rest on the CPU or copied up, experts
-    streamed or not. Its arrays broadcast to [not streamed, copied up, on the GPU, shapes]."""
+def extremes(problem: Costs, units: Units, most: Array) -> Layout:
+    """Attention on the GPU for the `most` micro-batches that memory holds or for none, the rest on the CPU or
+    copied up, experts streamed or not. Its arrays broadcast to [not streamed, copied up, on the GPU, shapes].
+    """
     yes = np.array([0.0, 1.0])[:, None]
-    on_gpu = yes * most_on_gpu
+    on_gpu = yes * most
     cache_up = yes[:, None] * (units.micro_batches - on_gpu)
     return problem.layout(units, on_gpu, cache_up, yes[:, None, None] == 0)
 
@@ -149,12 +150,12 @@ def most_on_gpu(problem: Costs, units: Units) -> Array:
     return np.clip(np.floor(free / units.longest_cache_bytes), 0.0, units.micro_batches)
 
 
-def every_split(problem: Costs, units: Units, most_on_gpu: Array) -> Layout:
-    """Every split of every shape's micro-batches, with experts streamed and not."""
+def every_split(problem: Costs, units: Units, most: Array) -> Layout:
+    """Every split of every shape's micro-batches, `most` on the GPU, with experts streamed and not."""
     splits = [_splits(int(count)) for count in units.micro_batches]
     shape = np.repeat(np.arange(len(splits)), [len(split) for split in splits])
     on_gpu, cache_up, streams = np.concatenate([*splits, np.zeros((0, 3))]).T
-    fits = on_gpu <= most_on_gpu[shape]
+    fits = on_gpu <= most[shape]
     return problem.layout(take(units, shape[fits]), on_gpu[fits], cache_up[fits], streams[fits] > 0)
 
 
@@ -208,10 +209,9 @@ def best_cpu_experts(
 ) -> tuple[Array, Array]:
     """For each candidate the number of experts on the CPU that takes least time, and its seconds.
 
-    `lanes` are those on which that number tells most: they say where to look first. `none_s` are seconds with
-    none there. Where nothing streams there is no choice. Else time is convex in that number, counted as they
-    are dealt, from 1 on (each lane is a line or bends upwards); at 0 the routed hidden states' way to the CPU
-    falls away.
+    Where nothing streams there is no choice. Else time is convex in that number, counted as they are dealt,
+    from 1 on (each lane is a line or bends upwards); at 0, which takes `none_s`, the routed hidden states'
+    way to the CPU falls away. Numbers at which `lanes` balance are tried first.
     """
     free = np.flatnonzero(layout.streams)
     if not free.size:
