@@ -64,7 +64,7 @@ def _multiple(mean: Array, variance: Array) -> Array:
     spread = largest_of_normals(gpus) * np.sqrt(turns * gpus / max(1, turns * gpus - 1) / gpus)
     each = mean.sum(axis=2)
     most = each.max(axis=2) + spread * np.sqrt(variance.sum(axis=(2, 3)))
-    return np.minimum((most / each.mean(axis=2)).mean(axis=1), gpus)
+    return np.asarray(np.minimum((most / each.mean(axis=2)).mean(axis=1), gpus))
 
 
 @lru_cache
