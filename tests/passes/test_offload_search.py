@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moeplan.planner.catalog import Catalog
 from moeplan.planner.inputs import load_inputs
+from moeplan.planner.ir.workload import ExpertPopularity
 from moeplan.planner.passes.roofline import find_roofline
 from moeplan.planner.passes.workload import build_workload
 from moeplan.planner.spec import parse_spec
@@ -94,21 +95,40 @@ def test_shares_on_the_cpu_are_the_best_of_all(
     catalog: Catalog, case: tuple[str, str, int, int], near: bool
 ) -> None:
     """Every number of experts on the CPU, wherever the search begins."""
-    problem = costs_of(catalog, *case)
-    units = every_shape(problem, sharings(problem), most_sequences=case[2])
+    assert_best_of_all(costs_of(catalog, *case), case[2], near)
+
+
+@pytest.mark.parametrize("skew", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("machine", ["n1-standard-16+1xT4", "g6.8xlarge"])
+def test_shares_on_the_cpu_are_the_best_where_some_are_popular(
+    catalog: Catalog, machine: str, skew: float
+) -> None:
+    """Experts whose popularity is a power of their rank: lanes are no lines."""
+    problem = costs_of(catalog, "qwen3-30b-a3b", machine, 8, 77)
+    model = problem.workload.model
+    weights = (1.0 + np.arange(model.experts)) ** -skew
+    shares = np.minimum(1.0, model.experts_per_token * weights / weights.sum())
+    popular = (ExpertPopularity(layer=0, token_share=tuple(shares)),)
+    problem = replace(problem, workload=replace(problem.workload, popularity=popular))
+    assert_best_of_all(problem, 8, near=True)
+
+
+def assert_best_of_all(problem: Costs, requests: int, near: bool) -> None:
+    units = every_shape(problem, sharings(problem), most_sequences=requests)
     layout = every_split(problem, units, most_on_gpu(problem, units))
 
     def lanes(point: Point) -> Lanes:
         return {lane: s if near else s[::-1] for lane, s in problem.decode_lanes(point).items()}
 
-    tried = every_point(problem, layout)
-    times = np.array([batch_seconds(problem, point) for point in tried])
-    none_s = batch_seconds(problem, problem.point(layout, np.zeros_like(layout.on_gpu)))
-    counts, seconds = best_cpu_experts(
-        problem, layout, lanes, lambda point: batch_seconds(problem, point), none_s
-    )
-    assert seconds == pytest.approx(times.min(axis=0), rel=1e-12)
-    assert (seconds == batch_seconds(problem, problem.point(layout, counts))).all()
+    def seconds(point: Point) -> np.ndarray:
+        return batch_seconds(problem, point)
+
+    times = np.array([seconds(point) for point in every_point(problem, layout)])
+    none_s = seconds(problem.point(layout, np.zeros_like(layout.on_gpu)))
+    counts, found = best_cpu_experts(problem, layout, lanes, seconds, none_s)
+    assert np.isfinite(times).any()
+    assert found == pytest.approx(times.min(axis=0), rel=1e-12)
+    assert (found == seconds(problem.point(layout, counts))).all()
 
 
 @given(
