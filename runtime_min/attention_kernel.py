@@ -21,11 +21,13 @@ from moeplan.runtime_min.kernel_parts import (
     F32,
     I32,
     I64,
-    POINTER,
     draw,
     emits,
+    fetch,
     fma,
+    pointer_at,
     splat,
+    transposed_sum,
 )
 
 # AVX-512 has 32 registers of 16 floats, other CPUs 16 of eight. LANES of them hold scores of SCORING heads
@@ -36,25 +38,13 @@ LINE, ROW = 4 * LANES, 64  # bytes that a step takes of a row, and that rows are
 WHOLE = ROW // LINE
 KEYS = LANES  # whose scores are one vector
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
 
 # The table of a call. SCRATCH: of each part G * (2 D + block_tokens + 2) + 2 * G * (D + 2) floats.
 NEXT, DONE, PARTS, Q, K, V, TABLES, TABLE_STRIDE, LENGTHS, B = range(10)
-VALUE_HEADS, G, D, BLOCK_TOKENS, WIDTH, OUT, SCRATCH, OPEN, TOTAL = range(10, 19)  # WIDTH: a line's vectors
-STARTS, SINKS, K_SCALES, V_SCALES, TABLE_SIZE = range(19, 24)  # addresses, 0 where there are none
+VALUE_HEADS, G, D, BLOCK_TOKENS, WIDTH, OUT, SCRATCH, OPEN = range(10, 18)  # WIDTH: a line's vectors
+STARTS, SINKS, K_SCALES, V_SCALES, TABLE_SIZE = range(18, 23)  # addresses, 0 where there are none
 FLOAT, BF16, INT8 = 1, 2, 4
-
-
-def _at(builder: Any, base: Any, offset: Any = None) -> Any:
-    """The pointer `offset` bytes behind the address `base`."""
-    address = base if offset is None else builder.add(base, offset)
-    return builder.inttoptr(address, POINTER)
-
-
-def _fetch(builder: Any, address: Any) -> None:
-    """Ask for the line at `address`: blocks lie anywhere, so that no hardware foresees the next."""
-    kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [_at(builder, address), I32(0), I32(3), I32(1)])
 
 
 def _line(builder: Any, pointer: Any, width: int) -> list[Any]:
@@ -64,7 +54,9 @@ def _line(builder: Any, pointer: Any, width: int) -> list[Any]:
     if width == INT8:
         start = builder.ptrtoint(pointer, I64)
         parts = [
-            builder.load(_at(builder, start, I64(at)), typ=ir.VectorType(ir.IntType(8), LANES), align=1)
+            builder.load(
+                pointer_at(builder, start, I64(at)), typ=ir.VectorType(ir.IntType(8), LANES), align=1
+            )
             for at in range(0, LINE, LANES)
         ]
         return [builder.sitofp(builder.sext(part, INTS), FLOATS) for part in parts]
@@ -72,26 +64,6 @@ def _line(builder: Any, pointer: Any, width: int) -> list[Any]:
     even = builder.shl(pairs, ir.Constant(INTS, [16] * LANES))
     odd = builder.and_(pairs, ir.Constant(INTS, [-65536] * LANES))
     return [builder.bitcast(even, FLOATS), builder.bitcast(odd, FLOATS)]
-
-
-def _transposed_sum(builder: Any, vectors: list[Any]) -> Any:
-    """One vector whose element i is the sum of the elements of vectors[i]."""
-    half = LANES // 2
-    while len(vectors) > 1:
-        count, merged = len(vectors) // 2, []
-        for i in range(count):
-            a, b = vectors[i], vectors[i + count]
-            # Lanes with the bit `half` unset keep a's sums, those with it b's.
-            low = [lane if not lane & half else LANES + lane - half for lane in range(LANES)]
-            high = [lane + half if not lane & half else LANES + lane for lane in range(LANES)]
-            merged.append(
-                builder.fadd(
-                    builder.shuffle_vector(a, b, ir.Constant(INTS, low)),
-                    builder.shuffle_vector(a, b, ir.Constant(INTS, high)),
-                )
-            )
-        vectors, half = merged, half // 2
-    return vectors[0]
 
 
 def _each_width(builder: Any, width: Any, emit: Any) -> None:
@@ -112,13 +84,13 @@ def _products(
         first = builder.add(k, builder.mul(loop.index, I64(ROW)))
         rows = [builder.add(first, builder.mul(row_bytes, I64(i))) for i in range(len(sums[0]))]
         for row in rows:
-            _fetch(builder, builder.add(row, ahead))
+            fetch(builder, builder.add(row, ahead))
         start = builder.add(q, builder.mul(loop.index, I64(ROW * width)))
         heads = [builder.add(start, builder.mul(q_stride, I64(g))) for g in range(len(sums))]
         for line in range(0, ROW, LINE):
             queries = [_vectors(builder, head, line * width, width) for head in heads]
             for i, row in enumerate(rows):
-                parts = _line(builder, _at(builder, row, I64(line)), width)
+                parts = _line(builder, pointer_at(builder, row, I64(line)), width)
                 for query, totals in zip(queries, sums, strict=True):
                     value = builder.load(totals[i])
                     for a, b in zip(parts, query, strict=True):
@@ -128,7 +100,7 @@ def _products(
 
 def _vectors(builder: Any, base: Any, offset: int, count: int) -> list[Any]:
     """`count` vectors of float32 from `offset` bytes behind `base` on."""
-    places = [_at(builder, base, I64(offset + LINE * part)) for part in range(count)]
+    places = [pointer_at(builder, base, I64(offset + LINE * part)) for part in range(count)]
     return [builder.load(place, typ=FLOATS, align=4) for place in places]
 
 
@@ -150,8 +122,8 @@ def _scores(heads: int) -> Any:
 
         _each_width(builder, width, products)
         for g, totals in enumerate(sums):
-            found = _transposed_sum(builder, [builder.load(total) for total in totals])
-            place = _at(builder, out, builder.mul(stride, I64(g)))
+            found = transposed_sum(builder, [builder.load(total) for total in totals])
+            place = pointer_at(builder, out, builder.mul(stride, I64(g)))
             builder.store(builder.fmul(found, splat(builder, scale, LANES)), place, align=4)
 
     return scores
@@ -167,20 +139,20 @@ def _weighed(builder, width, heads, p, stride, v, count, lines, sums, ahead):
         for g in range(heads):
             start = builder.add(sums, builder.mul(head_bytes, I64(g)))
             start = builder.add(start, builder.mul(step.index, I64(LINE * vectors)))
-            places += [_at(builder, start, I64(LINE * part)) for part in range(vectors)]
+            places += [pointer_at(builder, start, I64(LINE * part)) for part in range(vectors)]
         totals = [cgutils.alloca_once(builder, FLOATS) for _ in places]
         for place, total in zip(places, totals, strict=True):
             builder.store(builder.load(place, typ=FLOATS, align=4), total)
         first = builder.add(v, builder.mul(step.index, I64(LINE * vectors // width)))
         with cgutils.for_range(builder, count) as key:
             row = builder.add(first, builder.mul(key.index, row_bytes))
-            _fetch(builder, builder.add(row, ahead))
+            fetch(builder, builder.add(row, ahead))
             parts = []
             for at in range(0, vectors // width * LINE, LINE):
-                parts += _line(builder, _at(builder, row, I64(at)), width)
+                parts += _line(builder, pointer_at(builder, row, I64(at)), width)
             for g in range(heads):
                 index = builder.add(builder.mul(stride, I64(g)), key.index)
-                weight = builder.load(_at(builder, p, builder.mul(index, I64(4))), typ=F32, align=4)
+                weight = builder.load(pointer_at(builder, p, builder.mul(index, I64(4))), typ=F32, align=4)
                 weights = splat(builder, weight, LANES)
                 for total, part in zip(totals[g * vectors : (g + 1) * vectors], parts, strict=True):
                     builder.store(fma(builder, weights, part, builder.load(total)), total)
@@ -228,7 +200,7 @@ def _exp(builder: Any, x: Any) -> Any:
 @emits(types.float32, top=types.float32)
 def exponentials(builder, scores, top):
     """The KEYS floats at scores become e^(score - top); returns their sum."""
-    place = _at(builder, scores)
+    place = pointer_at(builder, scores)
     x = builder.fsub(builder.load(place, typ=FLOATS, align=4), splat(builder, top, LANES))
     y = _exp(builder, x)
     builder.store(y, place, align=4)
@@ -242,7 +214,7 @@ def maximum(builder, scores):
     """The greatest of the KEYS floats at scores."""
     kind = ir.FunctionType(F32, [FLOATS])
     top = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fmax.v{LANES}f32")
-    return builder.call(top, [builder.load(_at(builder, scores), typ=FLOATS, align=4)])
+    return builder.call(top, [builder.load(pointer_at(builder, scores), typ=FLOATS, align=4)])
 
 
 def _pointer(kind: Any, held: Any) -> Any:
@@ -353,6 +325,15 @@ def _weigh_block(a, values, count, scores, sums, ahead):
 
 
 @njit(error_model="numpy")
+def _first_after(a, sequence, head):
+    """The run of the first block that comes after those of a sequence and key head."""
+    if head + 1 == a[VALUE_HEADS] and sequence + 1 < a[B]:
+        sequence, head = sequence + 1, -1
+    first = carray(ints_at(a[TABLES] + 4 * sequence * a[TABLE_STRIDE]), (1,))[0]
+    return first * a[VALUE_HEADS] + min(head + 1, a[VALUE_HEADS] - 1)
+
+
+@njit(error_model="numpy")
 def _piece(a, sequence, head, first, last, space):
     """Blocks first..last of one sequence and key head; leaves tops, totals and sums in `space`."""
     g_count, size, tokens = a[G], a[D], a[BLOCK_TOKENS]
@@ -374,13 +355,14 @@ def _piece(a, sequence, head, first, last, space):
             q[g * size + _place(d, a[WIDTH])] = given[g * size + d]
     sums[:] = 0.0
     begin = carray(longs_at(a[STARTS]), (a[B],))[sequence] if a[STARTS] else 0
+    after = _first_after(a, sequence, head)
     bytes_ = tokens * size * 4 // a[WIDTH]
     for block in range(first, last):
         count = min(tokens, length - block * tokens)
         run = table[block] * a[VALUE_HEADS] + head
         offset = run * bytes_
-        following = table[min(block + 1, last - 1)]
-        ahead = (following * a[VALUE_HEADS] + head) * bytes_ - offset
+        following = table[block + 1] * a[VALUE_HEADS] + head if block + 1 < last else after
+        ahead = following * bytes_ - offset
         _score_block(a, q_at, a[K] + offset, count, scores_at, ahead)
         if a[K_SCALES]:
             _multiply(a, a[K_SCALES] + 4 * run * tokens, count, scores_at)
@@ -449,17 +431,27 @@ def _space(a):
 
 
 @njit(error_model="numpy")
+def _blocks(a, length):
+    """How many hold so many tokens."""
+    return (length + a[BLOCK_TOKENS] - 1) // a[BLOCK_TOKENS]
+
+
+@njit(error_model="numpy")
 def _part(a, part):
     """The blocks of one part: an equal share of all, counted sequence by sequence and head by head."""
-    begin, end = part * a[TOTAL] // a[PARTS], (part + 1) * a[TOTAL] // a[PARTS]
     lengths = carray(longs_at(a[LENGTHS]), (a[B],))
+    total = 0
+    for sequence in range(a[B]):
+        total += _blocks(a, lengths[sequence]) * a[VALUE_HEADS]
+    begin, end = part * total // a[PARTS], (part + 1) * total // a[PARTS]
     opened = carray(longs_at(a[OPEN]), (2 * a[PARTS],))
+    opened[2 * part] = opened[2 * part + 1] = -1
     space = a[SCRATCH] + 4 * part * _space(a)
     share = 2 * a[G] + a[G] * a[D]
     kept = 0
     start = 0
     for sequence in range(a[B]):
-        blocks = (lengths[sequence] + a[BLOCK_TOKENS] - 1) // a[BLOCK_TOKENS]
+        blocks = _blocks(a, lengths[sequence])
         if start + blocks * a[VALUE_HEADS] <= begin:
             start += blocks * a[VALUE_HEADS]
             continue

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -120,14 +119,13 @@ def _compiled(
     out = torch.empty_like(given)
     begins = None if starts is None else starts.to(torch.int64).contiguous()
     extra = None if sinks is None else sinks.float().contiguous()
-    total = int((-(-lengths.numpy() // block_tokens)).sum()) * heads
-    parts = min(total, PARTS_PER_THREAD * torch.get_num_threads())
+    parts = PARTS_PER_THREAD * torch.get_num_threads()
     space = group * (2 * size + block_tokens + 2) + 2 * group * (size + 2)
-    scratch, opened = np.empty(parts * space, np.float32), np.full(2 * parts, -1)
+    scratch, opened = torch.empty(parts * space), torch.empty(2 * parts, dtype=torch.int64)
     table = [
         *(0, 0, parts, given.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()),
         *(tables.data_ptr(), tables.shape[1], lengths.data_ptr(), len(q), heads, group, size, block_tokens),
-        *(WIDTHS[k_cache.dtype], out.data_ptr(), scratch.ctypes.data, opened.ctypes.data, total),
+        *(WIDTHS[k_cache.dtype], out.data_ptr(), scratch.data_ptr(), opened.data_ptr()),
         *(0 if given is None else given.data_ptr() for given in (begins, extra, *(scales or (None, None)))),
     ]
     team.run(kernel.attend, table)

@@ -46,6 +46,19 @@ def draw(builder, address):
     return builder.atomic_rmw("add", builder.inttoptr(address, POINTER), I64(1), "seq_cst")
 
 
+def pointer_at(builder: Any, base: Any, offset: Any = None) -> Any:
+    """The pointer `offset` bytes behind the address `base`."""
+    address = base if offset is None else builder.add(base, offset)
+    return builder.inttoptr(address, POINTER)
+
+
+def fetch(builder: Any, address: Any) -> None:
+    """Ask for the line at `address`, for what lies where no hardware foresees it."""
+    kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer_at(builder, address), I32(0), I32(3), I32(1)])
+
+
 def splat(builder: Any, value: Any, count: int = 16) -> Any:
     """A vector of `count` times the value."""
     kind = ir.VectorType(value.type, count)
@@ -73,6 +86,28 @@ def transposed(builder: Any, rows: list[Any]) -> list[Any]:
                 swapped[i + distance] = builder.shuffle_vector(*pair, ir.Constant(INTS, high))
         rows = swapped
     return rows
+
+
+def transposed_sum(builder: Any, vectors: list[Any]) -> Any:
+    """One vector whose element i is the sum of the elements of vectors[i], of as many as there are lanes."""
+    lanes = len(vectors)
+    half = lanes // 2
+    indices = ir.VectorType(I32, lanes)
+    while len(vectors) > 1:
+        count, merged = len(vectors) // 2, []
+        for i in range(count):
+            a, b = vectors[i], vectors[i + count]
+            # Lanes with the bit `half` unset keep a's sums, those with it b's.
+            low = [lane if not lane & half else lanes + lane - half for lane in range(lanes)]
+            high = [lane + half if not lane & half else lanes + lane for lane in range(lanes)]
+            merged.append(
+                builder.fadd(
+                    builder.shuffle_vector(a, b, ir.Constant(indices, low)),
+                    builder.shuffle_vector(a, b, ir.Constant(indices, high)),
+                )
+            )
+        vectors, half = merged, half // 2
+    return vectors[0]
 
 
 def row_pointers(builder: Any, base: Any, stride: Any, valid: Any) -> list[Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -107,8 +108,8 @@ def sort_by_expert(weights: Tensor, experts: Tensor, count: int) -> Routing:
         return Routing(every, weights.flatten(), [0, len(experts)])
     chosen = experts.flatten()
     order = chosen.argsort(stable=True)
-    ends = torch.bincount(chosen, minlength=count).cumsum(0).tolist()
-    return Routing(order // experts.shape[1], weights.flatten()[order], [0, *ends])
+    ends = accumulate(torch.bincount(chosen, minlength=count).tolist())
+    return Routing(order // experts.shape[1], weights.take(order), [0, *ends])
 
 
 def rope_frequencies(dim: int, theta: float, scaling: Scaling | None) -> Tensor:
@@ -161,17 +162,26 @@ class Rope:
         factor: float = 1.0,
         neighbours: bool = False,
     ) -> None:
-        angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies).repeat(1, 2)
-        self._cos = (angles.cos() * factor).to(dtype)  # [context, dim]
-        self._sin = (angles.sin() * factor).to(dtype)
+        angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
+        self._cos = (angles.cos() * factor).to(dtype).repeat(1, 2)  # [context, dim]
+        sin = (angles.sin() * factor).to(dtype)
+        self._sin = torch.cat((-sin, sin), dim=1)  # [context, dim]
         self._neighbours = neighbours
+        self._last: tuple[Tensor, ...] = ()
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x [T, heads, D] to its positions [T]."""
         dim = self._cos.shape[1]
         if dim < x.shape[2]:
             return torch.cat((self(x[..., :dim], positions), x[..., dim:]), dim=-1)
-        low, high = (x[..., ::2], x[..., 1::2]) if self._neighbours else x.chunk(2, dim=-1)
-        cos, sin = self._cos[positions, None], self._sin[positions, None]  # [T, 1, dim]
-        straight = torch.cat((low, high), dim=-1) if self._neighbours else x
-        return straight * cos + torch.cat((-high, low), dim=-1) * sin
+        if self._neighbours:
+            x = torch.cat((x[..., ::2], x[..., 1::2]), dim=-1)
+        cos, sin = self._at(positions)
+        return (x * cos).addcmul_(x.roll(dim // 2, dims=-1), sin)
+
+    def _at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, 1, dim]; the layers of a pass ask for the same."""
+        last = self._last
+        if not last or last[0] is not positions:
+            last = self._last = (positions, self._cos[positions, None], self._sin[positions, None])
+        return last[1], last[2]

@@ -44,7 +44,7 @@ class PagedBatch:
     blocks: Tensor  # [T]
     offsets: Tensor  # [T], within the block
     tables: Tensor  # [B, M] int32
-    lengths: Tensor  # [B] int32
+    lengths: Tensor  # [B]
     spans: tuple[Span, ...]
 
 
@@ -143,12 +143,13 @@ def whole_numbers(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def decode_batch(first_row: int, tables: Sequence[Tensor], lengths: Sequence[int]) -> PagedBatch:
     """The newest token of each sequence, whose length counts that token."""
-    positions = torch.tensor(lengths) - 1
+    all_tokens = torch.tensor(lengths)
+    positions = all_tokens - 1
     padded = torch.nn.utils.rnn.pad_sequence(list(tables), batch_first=True)
     blocks = padded.gather(1, (positions // KV_BLOCK_TOKENS)[:, None]).squeeze(1).long()
     rows = slice(first_row, first_row + len(lengths))
     offsets = positions % KV_BLOCK_TOKENS
-    return PagedBatch(rows, positions, blocks, offsets, padded, torch.tensor(lengths).int(), ())
+    return PagedBatch(rows, positions, blocks, offsets, padded, all_tokens, ())
 
 
 def prompt_batch(first_row: int, pieces: Sequence[Piece]) -> PagedBatch:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import threading
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,12 @@ def digest(*names: str) -> str:
 
 def run(kernel: Kernel, table: list[int]) -> None:
     """Execute `kernel` over `table` on torch's threads; returns when all have finished."""
-    values = (ctypes.c_int64 * len(table))(*table)
-    address = ctypes.cast(values, ctypes.c_void_p)
-    _parallel()(ctypes.c_void_p(kernel.address), address, torch.get_num_threads())
+    values = array("q", table)
+    _parallel()(kernel.address, values.buffer_info()[0], torch.get_num_threads())
 
 
 @functools.cache
-def _parallel() -> Callable[[ctypes.c_void_p, ctypes.c_void_p, int], None]:
+def _parallel() -> Callable[[int, int, int], None]:
     """GOMP_parallel of the libgomp that torch has loaded; plain threads where there is none."""
     for path in sorted(Path(torch.__file__).parent.rglob("libgomp*.so*")):
         try:
@@ -65,8 +65,8 @@ def _parallel() -> Callable[[ctypes.c_void_p, ctypes.c_void_p, int], None]:
     return _plain_threads
 
 
-def _plain_threads(kernel: ctypes.c_void_p, table: ctypes.c_void_p, threads: int) -> None:
-    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.value or 0)
+def _plain_threads(kernel: int, table: int, threads: int) -> None:
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)
     others = [threading.Thread(target=function, args=(table,)) for _ in range(threads - 1)]
     for thread in others:
         thread.start()

@@ -16,7 +16,7 @@ from moeplan.runtime_min import team
 from moeplan.runtime_min.cpu import cpu_flags
 from moeplan.runtime_min.packing import Matrix, Packed, lies_ready
 
-_LEAST_ROWS = 4  # torch reads a plain weight as fast for fewer
+_LEAST_WORK = 1 << 16  # values of a plain weight times tokens: below it a call of torch takes less time
 _LEAST_OUTER = 6  # rows of the weight that the kernel takes at once
 _KNOWS_BF16 = {"avx512_bf16", "amx_bf16", "avx512f"}  # oneDNN helps itself with any AVX-512
 
@@ -41,7 +41,7 @@ def usable() -> bool:
 
 @functools.cache
 def _kernel() -> Any | None:
-    return team.module("vector_kernel", "kernel_parts", "packed_kernel")
+    return team.module("vector_kernel", "dot_kernel", "kernel_parts", "packed_kernel")
 
 
 def _fits(x: Tensor, weight: Matrix) -> bool:
@@ -49,7 +49,7 @@ def _fits(x: Tensor, weight: Matrix) -> bool:
         lies_ready(x, weight)
         and x.shape[1] % 16 == 0
         and weight.shape[0] >= _LEAST_OUTER
-        and (isinstance(weight, Packed) or x.shape[0] >= _LEAST_ROWS)
+        and (isinstance(weight, Packed) or x.shape[0] * weight.numel() >= _LEAST_WORK)
     )
 
 
@@ -58,19 +58,23 @@ def _compiled(x: Tensor, weight: Matrix) -> Tensor:
     assert kernel is not None
     x = x.contiguous()
     (count, inner), outer, threads = x.shape, weight.shape[0], torch.get_num_threads()
-    blocks, rows = -(-count // 16), kernel.ROWS
+    last, rows = kernel.last_tokens(count), kernel.ROWS
+    blocks = -(-(count - last) // 16)
     packed = torch.empty(blocks * 16 * inner)
     out = torch.empty(count, outer, dtype=torch.bfloat16)
     chunk = max(rows, min(outer // (4 * threads), 96) // rows * rows)
-    room = torch.empty(threads * rows * (6 * inner + 64), dtype=torch.uint8)
-    table = [0, blocks, x.data_ptr(), packed.data_ptr(), 0, out.data_ptr(), count, inner, outer, chunk]
+    room_bytes = kernel.room_bytes(last, inner)
+    room = torch.empty(threads * room_bytes, dtype=torch.uint8)
+    table = [0, blocks, x.data_ptr(), packed.data_ptr(), 0, out.data_ptr(), count, last, inner, outer, chunk]
     if isinstance(weight, Packed):
-        table += [weight.packing.code, weight.beside(), 0, room.data_ptr()]
+        table += [weight.packing.code, weight.beside()]
         table[kernel.WEIGHT] = weight.data.data_ptr()
     else:
-        table += [-1, 0, 0, room.data_ptr()]
+        table += [-1, 0]
         table[kernel.WEIGHT] = weight.data_ptr()
-    team.run(kernel.pack, table)
+    table += [0, room.data_ptr(), room_bytes]
+    if blocks:
+        team.run(kernel.pack, table)
     table[kernel.PARTS] = -(-outer // chunk)
     team.run(kernel.product, table)
     return out

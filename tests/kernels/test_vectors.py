@@ -19,7 +19,7 @@ def seeded() -> None:
 @pytest.mark.parametrize("offset", [0, 1])
 def test_products_are_those_of_float64(outer: int, inner: int, offset: int) -> None:
     weight = torch.randn(offset + outer * inner).bfloat16()[offset:].view(outer, inner)
-    for rows in (1, 2, 15, 16, 17, 40):
+    for rows in (*range(1, 9), 15, 16, 17, 24, 25, 40):
         x = torch.randn(rows, inner).bfloat16()
         wanted = x.double() @ weight.double().T
         got = vectors._compiled(x, weight)
@@ -28,39 +28,47 @@ def test_products_are_those_of_float64(outer: int, inner: int, offset: int) -> N
 
 
 def test_a_token_does_not_depend_on_the_others_nor_on_the_threads() -> None:
-    weight, x = torch.randn(200, 96).bfloat16(), torch.randn(40, 96).bfloat16()
-    every, before = vectors._compiled(x, weight), torch.get_num_threads()
+    """Few tokens are summed in another order than many; each of either kind in one order."""
+    weight, x = torch.randn(200, 96).bfloat16(), torch.randn(56, 96).bfloat16()
+    few, many = vectors._compiled(x[:24], weight), vectors._compiled(x, weight)
+    before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            for rows in (1, 5, 16, 23):
-                assert torch.equal(vectors._compiled(x[:rows], weight), every[:rows])
+            for rows in (1, 2, 3, 5, 16, 23):
+                assert torch.equal(vectors._compiled(x[:rows], weight), few[:rows])
+            for rows in (25, 32, 43):
+                assert torch.equal(vectors._compiled(x[:rows], weight), many[:rows])
     finally:
         torch.set_num_threads(before)
 
 
 def test_what_is_not_finite_stays_in_its_row() -> None:
-    weight, x = torch.randn(64, 64).bfloat16(), torch.randn(20, 64).bfloat16()
-    clean = vectors._compiled(x, weight)
-    x[3, 5] = torch.nan
-    got = vectors._compiled(x, weight)
-    others = [i for i in range(20) if i != 3]
-    assert got[3].isnan().all()
-    assert torch.equal(got[others], clean[others])
+    weight = torch.randn(64, 64).bfloat16()
+    for rows in (20, 40):
+        x = torch.randn(rows, 64).bfloat16()
+        clean = vectors._compiled(x, weight)
+        x[3, 5] = torch.nan
+        got = vectors._compiled(x, weight)
+        others = [i for i in range(rows) if i != 3]
+        assert got[3].isnan().all()
+        assert torch.equal(got[others], clean[others])
 
 
 @pytest.mark.parametrize("name", PACKINGS)
 def test_a_packed_weight_gives_what_it_stands_for(name: str) -> None:
     packed = packing.packed(torch.randn(70, 192).bfloat16(), PACKINGS[name])
-    x = torch.randn(33, 192).bfloat16()
-    assert torch.equal(vectors._compiled(x, packed), vectors._compiled(x, packing.plain(packed)))
+    for rows in (5, 33):
+        x = torch.randn(rows, 192).bfloat16()
+        assert torch.equal(vectors._compiled(x, packed), vectors._compiled(x, packing.plain(packed)))
 
 
 @pytest.mark.parametrize("name", SCALED)
 def test_a_weight_with_scales_apart_gives_what_it_stands_for(name: str) -> None:
     small = some_scaled(name, 70, 192)
-    x = torch.randn(33, 192).bfloat16()
-    assert torch.equal(vectors._compiled(x, small), vectors._compiled(x, packing.plain(small)))
+    for rows in (5, 33):
+        x = torch.randn(rows, 192).bfloat16()
+        assert torch.equal(vectors._compiled(x, small), vectors._compiled(x, packing.plain(small)))
 
 
 @pytest.mark.parametrize("flags", [{"avx2", "fma"}, {"avx2", "fma", "avx512f"}, {"sse4_2"}])
