@@ -244,7 +244,7 @@ def _where_lanes_balance(problem: Costs, layout: Layout, lanes: Callable[[Point]
     part = np.clip(-(start * rise).sum(axis=0) / steepness, 0.0, 1.0)
     least = ((start + part * rise) ** 2).sum(axis=0)
     first, second = np.ceil(ends[:-1] + part * np.diff(ends, axis=0) - 0.5)
-    return np.where(least[0] <= least[1], first, second)
+    return np.asarray(np.where(least[0] <= least[1], first, second))
 
 
 def lowest_point(
