@@ -49,7 +49,7 @@ from moeplan.planner.strategies.offload_lanes import (
     total,
 )
 from moeplan.planner.strategies.offload_online import fastest_online, online_figures, online_policy
-from moeplan.planner.strategies.offload_search import Sharing, fastest, shapes, sharings
+from moeplan.planner.strategies.offload_search import Sharing, every_shape, fastest, sharings
 from moeplan.planner.units import format_bytes
 
 _ROOMY_BYTES = 1e18
@@ -66,7 +66,8 @@ def offload_policy(
     if requests.name == "online":
         point = fastest_online(problem)
         return too_big(problem) if point is None else online_policy(problem, point, policy_of(problem, point))
-    best = fastest(problem, problem.units(shapes(sharings(problem), requests.requests)))
+    units = every_shape(problem, sharings(problem), most_sequences=max(requests.requests, 1))
+    best = fastest(problem, units)
     return too_big(problem) if best is None else policy_of(problem, best)
 
 

@@ -12,9 +12,10 @@ their faults mended: PV counts, attention is charged at mean length, residency i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from moeplan.planner.ir.roofline import Roof, Roofline
 from moeplan.planner.ir.workload import Operator, OperatorName, RequestClass, Workload
 from moeplan.planner.serving import ALL_REDUCE_S, PEER_EFFICIENCY, exchange_s, kv_copies
 from moeplan.planner.strategies.common import GPU_SHARE
-from moeplan.planner.strategies.whole_experts import busiest_part
+from moeplan.planner.strategies.whole_experts import busiest_choices, busiest_hits
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -58,7 +59,7 @@ _CORES: tuple[OperatorName, ...] = ("attention_core", "windowed_attention_core")
 @dataclass(frozen=True)
 class Shapes:
     """Per element: the GPUs that share the model, whether each has `whole` experts, not a part of every
-    one's width, μ and n_ub."""
+    one's width, μ and n_ub. Arrays of all records here may be of other shapes that broadcast."""
 
     gpus: Array
     whole: Mask
@@ -134,6 +135,9 @@ class Layout:
     room_bytes: Array
 
 
+_LAYOUT = fields(Layout)
+
+
 @dataclass(frozen=True)
 class Point(Layout):
     """Candidates in full: experts of a layer that are resident, on the CPU, and streamed from disk."""
@@ -157,9 +161,18 @@ class Point(Layout):
 
 def take(record: _T, index: NDArray[np.intp] | slice | Mask) -> _T:
     """A record of arrays at `index`, nested records included."""
-    values = {f.name: getattr(record, f.name) for f in fields(record)}  # type: ignore[arg-type]
+    return _changed(record, lambda array: array[index])
+
+
+def flat(record: _T, where: Mask) -> _T:
+    """The elements at which `where` is true, of a record of arrays that broadcast to it."""
+    return _changed(record, lambda array: np.broadcast_to(array, where.shape)[where])
+
+
+def _changed(record: _T, change: Callable[[NDArray[Any]], NDArray[Any]]) -> _T:
+    values = vars(record).items()
     return type(record)(
-        **{k: v[index] if isinstance(v, np.ndarray) else take(v, index) for k, v in values.items()}
+        **{k: change(v) if isinstance(v, np.ndarray) else _changed(v, change) for k, v in values}
     )
 
 
@@ -242,7 +255,7 @@ class Costs:
         model = self.workload.model
         return model.expert_parameters() * model.moe_layers * model.stored_bytes_per_expert_parameter
 
-    @property
+    @cached_property
     def _disk_holds_the_model(self) -> bool:
         size = self.workload.model.weight_bytes()
         return self.roofline.has("disk") and size <= self.roofline.roof("disk").bytes
@@ -342,7 +355,9 @@ class Costs:
         """Seconds of a call of all layers' routed experts, which hits so many of one, if the GPUs compute all
         and if the CPU does. Whole experts take as long as the busiest GPU's; a part of them counts as uneven
         as all are."""
-        choices, hits = self._busiest_part(shapes, shapes.micro_batch)
+        choices, hits = (
+            self._busiest(part, shapes, shapes.micro_batch) for part in (busiest_choices, busiest_hits)
+        )
         experts = self.workload.operator("routed_experts")
 
         def seconds(roof: Roof) -> Array:
@@ -353,20 +368,21 @@ class Costs:
         on_gpu, on_cpu = seconds(self.gpu_roof) / shapes.gpus, seconds(self.roofline.roof("dram"))
         return on_gpu + called_s, on_cpu + called_s
 
-    def _busiest_part(self, shapes: Shapes, tokens: Array) -> tuple[Array, Array]:
-        """`whole_experts.busiest_part` of calls of `tokens`; 1 where experts are cut, and all do the same."""
-        choices, hits = np.ones_like(tokens), np.ones_like(tokens)
-        for gpus in np.unique(shapes.gpus[shapes.whole]):
-            some = shapes.whole & (shapes.gpus == gpus)
-            choices[some], hits[some] = busiest_part(self.experts.layers, int(gpus), tokens[some])
-        return choices, hits
+    def _busiest(self, part: Callable[[Array, int, Array], Array], shapes: Shapes, tokens: Array) -> Array:
+        """A `part` of `whole_experts` of calls of `tokens`; 1 where experts are cut, and all do the same."""
+        whole, gpus, tokens = np.broadcast_arrays(shapes.whole, shapes.gpus, tokens)
+        found = np.ones_like(gpus)
+        for degree in np.unique(shapes.gpus[shapes.whole]):
+            some = whole & (gpus == degree)
+            found[some] = part(self.experts.layers, int(degree), tokens[some])
+        return found
 
     def prompts(self, count: Array, shapes: Shapes) -> Prompts:
         """`count` prompts of the mean size on the GPUs of `shapes`, in pieces of `prefill_tokens`."""
         prompt = self.requests.mean_prompt_tokens()
         tokens = count * prompt
         key = self.experts.key(tokens)
-        choices, _ = self._busiest_part(shapes, np.minimum(tokens, self.prefill_tokens))
+        choices = self._busiest(busiest_choices, shapes, np.minimum(tokens, self.prefill_tokens))
         return Prompts(
             tokens=tokens,
             flops=np.asarray(costs.prefill_flops(self.workload, count, prompt)),
@@ -500,11 +516,15 @@ class Costs:
         layer = (self.workload.model.experts - resident) * self._layer_expert_bytes
         return layer * (1.0 + SPARE_SLOTS / units.micro_batches)
 
+    def free_gpu_bytes(self, layout: Layout) -> Array:
+        """What is left of GPU memory for experts; below 0 where even the rest does not fit."""
+        return self.gpu_limit_bytes(layout.units.gpus) - total(self.gpu_items(layout))
+
     def layout(self, units: Units, on_gpu: Array, cache_up: Array, streams: Mask) -> Layout:
         """Candidates with the room that is left for experts on the GPU and in the host."""
         model = self.workload.model
-        empty = Layout(units, on_gpu, cache_up, streams, np.zeros_like(on_gpu), np.zeros_like(on_gpu))
-        free = self.gpu_limit_bytes(units.gpus) - total(self.gpu_items(empty))
+        empty = unfilled(units, on_gpu, cache_up, streams)
+        free = self.free_gpu_bytes(empty)
         pages = np.where(streams, 2.0 * self._layer_expert_bytes, 0.0)
         # r resident take r·(one expert of all layers) + (E - r)·(two pages): linear, so closed form.
         slope = np.maximum(self.expert_bytes - pages, 1.0)
@@ -536,7 +556,7 @@ class Costs:
             (layout.most_resident >= 0) & (left >= 0) & readable & (cpu_experts <= held) & (resident >= 0)
         )
         return Point(
-            **{f.name: getattr(layout, f.name) for f in fields(Layout)},
+            **{f.name: getattr(layout, f.name) for f in _LAYOUT},
             resident=resident,
             cpu_experts=cpu_experts,
             disk_experts=disk,
@@ -546,26 +566,32 @@ class Costs:
 
     # Times
 
-    def _link_s(self, point: Point, streamed: Array, hidden: Array) -> Array:
+    def _link_s(self, point: Point, streamed: Array, hidden: Array | float) -> Array:
         """Each GPU has its own link; together they cannot outrun host memory (the dram lane)."""
         link = self.roofline.roof("dram").up_bytes_per_s * point.units.gpus
         return np.asarray(streamed / (link * np.where(point.staged, _STAGED_LINK_SHARE, 1.0)) + hidden / link)
 
     def outside_link_s(self, point: Point) -> Array:
         """The link's seconds for all streamed experts of a decode pass."""
-        return self.weight_seconds(point, decode=True)[0]
+        key = point.units.pass_key
+        upto = self.experts.hits(key, self.workload.model.experts - point.cpu_experts)
+        return self._link_s(point, self._streamed_bytes(point, key, upto), 0.0)
 
     def outside_cpu_s(self, point: Point) -> Array:
         """The CPU's seconds if it computed all experts that are not resident, in one decode pass."""
         resident = self.experts.hits(point.units.call_key, point.resident) / point.units.call_hits
         return point.units.cpu_experts_s * (1.0 - resident)
 
+    def _streamed_bytes(self, point: Point, key: Array, upto: Array) -> Array:
+        """Bytes to the GPU, where tokens of `key` hit `upto` experts that the CPU does not compute."""
+        return (upto - self.experts.hits(key, point.resident)) * self.expert_bytes
+
     def _moved(self, point: Point, key: Array, cpu_experts: Array) -> tuple[Array, Array, Array]:
         """Of the experts that tokens of `key` hit: bytes to the GPU, bytes from disk, and the bytes of DRAM
         traffic that both cause."""
         first_cpu = self.workload.model.experts - cpu_experts
         upto = self.experts.hits(key, first_cpu)
-        streamed = (upto - self.experts.hits(key, point.resident)) * self.expert_bytes
+        streamed = self._streamed_bytes(point, key, upto)
         from_disk = upto - self.experts.hits(key, first_cpu - point.disk_experts)
         touches = np.where(point.staged, STAGED_TOUCHES, 1)
         in_dram = streamed - from_disk * self.expert_bytes
@@ -652,7 +678,7 @@ class Costs:
             streamed, from_disk, touched = self._moved(point, point.units.pass_key, point.cpu_experts)
         else:
             streamed, from_disk, touched = self._prefill_moved(point, point.units.prompts)
-        link_s = self._link_s(point, streamed, 0.0 * streamed)
+        link_s = self._link_s(point, streamed, 0.0)
         return link_s, self._disk_s(from_disk), touched / self.roofline.roof("dram").bytes_per_s
 
     def serial_s(self, point: Point, lanes: Lanes) -> Array:
@@ -665,6 +691,12 @@ class Costs:
         in_turn = lanes["gpu"] + lanes["cpu"]
         alone = point.units.micro_batches == 1
         return np.maximum(together(lanes), np.where(alone, in_turn, 0.0))
+
+
+def unfilled(units: Units, on_gpu: Array, cache_up: Array, streams: Mask) -> Layout:
+    """Candidates without what room they leave."""
+    none = np.zeros(1)
+    return Layout(units, on_gpu, cache_up, streams, none, none)
 
 
 def busiest(lanes: Lanes) -> Array:

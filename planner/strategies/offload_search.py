@@ -10,9 +10,8 @@ are searched exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
-from typing import TypeVar
+from dataclasses import dataclass
+from functools import lru_cache, reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,23 +21,25 @@ from moeplan.planner.strategies.common import PLATEAU, run_seconds, smallest_of_
 from moeplan.planner.strategies.offload_lanes import (
     Array,
     Costs,
+    Lanes,
     Layout,
-    Mask,
     Point,
     Shapes,
     Units,
+    flat,
     take,
-    total,
+    unfilled,
 )
 
 Index = NDArray[np.intp]
 Seconds = Callable[[Point], Array]
-_T = TypeVar("_T")
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 23, 26, 30, 34, 39, 45, 52, 64)
 _MOST_LAYOUTS = 3000  # attention splits searched exactly, all shapes together
 _FIRST = 100  # of them, by their bound, before the others are pruned by the best
+_TRIES = np.linspace(0.0, 1.0, 9)  # of an interval, at once: 128 experts take three rounds
+_KEPT_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,17 @@ def can_share(model: Model, way: Sharing) -> bool:
     return not any(part % gpus for part in parts) and 0 in (kv_heads % gpus, gpus % kv_heads)
 
 
-def shapes(ways: Sequence[Sharing], requests: int) -> Shapes:
-    """Every way to share, μ and n_ub that `requests` can fill; one at least."""
-    found = grid(ways, MICRO_BATCHES)
-    return take(found, found.micro_batch * found.micro_batches <= max(requests, 1))
-
-
-def grid(ways: Sequence[Sharing], counts: Sequence[int]) -> Shapes:
-    """Every way to share with every μ and each n_ub of `counts`."""
-    grids = np.meshgrid(range(len(ways)), MICRO_BATCH_SIZES, counts, indexing="ij")
-    way, micro, count = (grid.ravel() for grid in grids)
-    gpus, whole = (np.array([getattr(w, name) for w in ways])[way] for name in ("gpus", "whole"))
-    return Shapes(gpus.astype(float), whole, micro.astype(float), count.astype(float))
+def every_shape(
+    problem: Costs,
+    ways: Sequence[Sharing],
+    counts: Sequence[int] = MICRO_BATCHES,
+    most_sequences: float = np.inf,
+) -> Units:
+    """Every way to share with every μ and each n_ub of `counts`, of no more than so many sequences."""
+    gpus, whole = (np.array([getattr(w, name) for w in ways])[:, None, None] for name in ("gpus", "whole"))
+    micro, count = np.array(MICRO_BATCH_SIZES, dtype=float)[:, None], np.array(counts, dtype=float)
+    units = problem.units(Shapes(gpus.astype(float), whole, micro, count))
+    return flat(units, (micro * count <= most_sequences) & np.ones_like(whole))
 
 
 def fastest(problem: Costs, units: Units) -> Point | None:
@@ -92,25 +92,37 @@ def fastest(problem: Costs, units: Units) -> Point | None:
     def seconds(point: Point) -> Array:
         return batch_seconds(problem, point)
 
+    _keep_freed_memory()
     layout = _promising(problem, units)
-    bounds = bound(problem, layout)
-    layout, bounds = take(layout, order := np.argsort(bounds, kind="stable")), bounds[order]
-    first = best_cpu_experts(problem, take(layout, slice(0, _FIRST)), seconds)
-    slowest = seconds(first).min(initial=np.inf) * (1.0 + PLATEAU)
-    open_ones = np.flatnonzero(bounds[_FIRST:] <= slowest) + _FIRST
-    both = joined(first, best_cpu_experts(problem, take(layout, open_ones), seconds))
-    times = seconds(both)
-    if not np.isfinite(times).any():
+    bounds, times = bound(problem, layout)
+    order = np.argsort(bounds, kind="stable")[: np.isfinite(bounds).sum()]
+    if not order.size:
         return None
-    best = smallest_of_best(1.0 / times, both.sequences)
-    return take(both, slice(best, best + 1))
+    counts, open_ones = np.zeros_like(times), order[:0]
+    for some in np.split(order, [_FIRST]):
+        near = some[bounds[some] <= times.min() / (1.0 - PLATEAU)]
+        counts[near], times[near] = best_cpu_experts(
+            problem, take(layout, near), problem.decode_lanes, seconds, times[near]
+        )
+        open_ones = np.concatenate([open_ones, near])
+    sequences = layout.units.micro_batch * layout.units.micro_batches
+    best = open_ones[[smallest_of_best(1.0 / times[open_ones], sequences[open_ones])]]
+    return problem.point(take(layout, best), counts[best])
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep what arrays free, or a fifth of a search over eight GPUs goes to page faults.
+
+    glibc maps blocks of 128 KiB or more and gives them back once freed. To free one raises that limit to its
+    size, and what is kept of other blocks to twice that (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    np.empty(_KEPT_BYTES, dtype=np.uint8)
 
 
 def _promising(problem: Costs, units: Units) -> Layout:
     """All attention splits of the shapes with the lowest bounds, as many as can be searched."""
-    ends, shape = extremes(problem, units)
-    least = np.full(len(units.gpus), np.inf)
-    np.minimum.at(least, shape, bound(problem, ends))
+    on_gpu = most_on_gpu(problem, units)
+    least = bound(problem, extremes(problem, units, on_gpu))[0].min(axis=(0, 1, 2))
     size = units.micro_batch * units.micro_batches
     on_plateau = np.where(least <= least.min() * (1.0 + PLATEAU), size, np.inf)
     order = np.lexsort((least, on_plateau))
@@ -118,35 +130,32 @@ def _promising(problem: Costs, units: Units) -> Layout:
     count = units.micro_batches[order]
     room = np.cumsum((count + 1) * (count + 2)) <= _MOST_LAYOUTS
     room[:1] = True
-    return every_split(problem, take(units, order[room]))
+    return every_split(problem, take(units, order[room]), on_gpu[order[room]])
 
 
-def extremes(problem: Costs, units: Units) -> tuple[Layout, Index]:
-    """Attention on the GPU as far as memory goes or not at all, the rest on the CPU or copied up, experts
-    streamed or not; and the shape of each. What comes to the same is there once."""
-    shape = np.tile(np.arange(len(units.gpus)), 8)
-    way = np.repeat(np.arange(8), len(units.gpus))
-    on_gpu = np.where(way & 1, most_on_gpu(problem, units)[shape], 0.0)
-    cache_up = np.where(way & 2, units.micro_batches[shape] - on_gpu, 0.0)
-    new = ((way & 1 == 0) | (on_gpu > 0)) & ((way & 2 == 0) | (cache_up > 0))
-    own = take(units, shape[new])
-    return problem.layout(own, on_gpu[new], cache_up[new], (way[new] & 4) == 0), shape[new]
+def extremes(problem: Costs, units: Units, most: Array) -> Layout:
+    """Attention on the GPU for the `most` micro-batches that memory holds or for none, the rest on the CPU or
+    copied up, experts streamed or not. Its arrays broadcast to [not streamed, copied up, on the GPU, shapes].
+    """
+    yes = np.array([0.0, 1.0])[:, None]
+    on_gpu = yes * most
+    cache_up = yes[:, None] * (units.micro_batches - on_gpu)
+    return problem.layout(units, on_gpu, cache_up, yes[:, None, None] == 0)
 
 
 def most_on_gpu(problem: Costs, units: Units) -> Array:
     """The most micro-batches whose cache GPU memory holds, experts aside."""
     none = np.zeros_like(units.gpus)
-    empty = problem.layout(units, none, none, none > 0)
-    free = problem.gpu_limit_bytes(units.gpus) - total(problem.gpu_items(empty))
+    free = problem.free_gpu_bytes(unfilled(units, none, none, none > 0))
     return np.clip(np.floor(free / units.longest_cache_bytes), 0.0, units.micro_batches)
 
 
-def every_split(problem: Costs, units: Units) -> Layout:
-    """Every split of every shape's micro-batches, with experts streamed and not."""
+def every_split(problem: Costs, units: Units, most: Array) -> Layout:
+    """Every split of every shape's micro-batches, `most` on the GPU, with experts streamed and not."""
     splits = [_splits(int(count)) for count in units.micro_batches]
     shape = np.repeat(np.arange(len(splits)), [len(split) for split in splits])
     on_gpu, cache_up, streams = np.concatenate([*splits, np.zeros((0, 3))]).T
-    fits = on_gpu <= most_on_gpu(problem, units)[shape]
+    fits = on_gpu <= most[shape]
     return problem.layout(take(units, shape[fits]), on_gpu[fits], cache_up[fits], streams[fits] > 0)
 
 
@@ -160,17 +169,17 @@ def _splits(count: int) -> Array:
 
 def batch_seconds(problem: Costs, point: Point) -> Array:
     """Seconds for all requests of a batch class; infinite where a point does not fit."""
-    return _requests_s(problem, point, problem.pass_s(point, problem.decode_lanes(point)))
-
-
-def _requests_s(problem: Costs, point: Point, decode_s: Array) -> Array:
     prefill_s = problem.pass_s(point, problem.prefill_lanes(point, point.units.prompts))
+    return _requests_s(problem, point, prefill_s, problem.pass_s(point, problem.decode_lanes(point)))
+
+
+def _requests_s(problem: Costs, point: Point, prefill_s: Array, decode_s: Array) -> Array:
     seconds = run_seconds(problem.requests, point.sequences, prefill_s, decode_s)
     return np.where(point.feasible, seconds, np.inf)
 
 
-def bound(problem: Costs, layout: Layout) -> Array:
-    """A lower bound of `batch_seconds` over every share of experts on the CPU.
+def bound(problem: Costs, layout: Layout) -> tuple[Array, Array]:
+    """A lower bound of `batch_seconds` over every share of experts on the CPU, and those of none there.
 
     An expert outside the GPU takes time of the CPU or of the link, and any expert of the CPU or of the GPU.
     Both end no earlier than they would together if experts could be divided.
@@ -180,9 +189,12 @@ def bound(problem: Costs, layout: Layout) -> Array:
     on_cpu, u = lanes["cpu"], layout.units
     linked = _balanced(lanes["h2d"], problem.outside_link_s(none), on_cpu, problem.outside_cpu_s(none))
     computed = _balanced(lanes["gpu"], u.gpu_experts_s, on_cpu, u.cpu_experts_s)
-    least = np.maximum.reduce([linked, computed, lanes["d2h"], lanes["disk"]])
-    decode_s = np.where(layout.streams, least, problem.pass_s(none, lanes))
-    return _requests_s(problem, none, decode_s)
+    least = reduce(np.maximum, [linked, computed, lanes["d2h"], lanes["disk"]])
+    decode_s = problem.pass_s(none, lanes)
+    least_s = np.where(layout.streams, least, decode_s)
+    prefill_s = problem.pass_s(none, problem.prefill_lanes(none, u.prompts))
+    bounds, times = (_requests_s(problem, none, prefill_s, s) for s in (least_s, decode_s))
+    return bounds, times
 
 
 def _balanced(one: Array, movable: Array, other: Array, moved: Array) -> Array:
@@ -192,36 +204,66 @@ def _balanced(one: Array, movable: Array, other: Array, moved: Array) -> Array:
     return np.maximum(other + share * moved, one - share * movable)
 
 
-def best_cpu_experts(problem: Costs, layout: Layout, seconds: Seconds) -> Point:
-    """Each candidate with the number of experts on the CPU that takes least time, counted as they are dealt.
+def best_cpu_experts(
+    problem: Costs, layout: Layout, lanes: Callable[[Point], Lanes], seconds: Seconds, none_s: Array
+) -> tuple[Array, Array]:
+    """For each candidate the number of experts on the CPU that takes least time, and its seconds.
 
-    Time is convex in that number from 1 on (each lane is a line or bends upwards), so its slope is bisected;
-    at 0 the routed hidden states' way to the CPU falls away.
+    Where nothing streams there is no choice. Else time is convex in that number, counted as they are dealt,
+    from 1 on (each lane is a line or bends upwards); at 0, which takes `none_s`, the routed hidden states'
+    way to the CPU falls away. Numbers at which `lanes` balance are tried first.
     """
-    count = len(layout.on_gpu)
-    twice = take(layout, np.tile(np.arange(count), 2))
+    free = np.flatnonzero(layout.streams)
+    if not free.size:
+        return np.zeros_like(none_s), none_s
+    streaming, dealt = take(layout, free), layout.units.dealt[free]
 
-    dealt = np.tile(layout.units.dealt, 2)
+    def seconds_of(which: Index, counts: Array) -> Array:
+        return seconds(problem.point(take(streaming, which), dealt[which] * counts))
 
-    def faster(one: Array, other: Array) -> Mask:
-        both = seconds(problem.point(twice, dealt * np.concatenate([one, other])))
-        return np.asarray(both[:count] < both[count:])
-
-    low = np.ones(count)
-    high = problem.workload.model.experts / layout.units.dealt
-    while (low < high).any():
-        middle = np.floor((low + high) / 2)
-        falls = faster(middle + 1, middle)
-        low, high = np.where(falls, middle + 1, low), np.where(falls, high, middle)
-    some = faster(low, np.zeros_like(low))
-    return problem.point(layout, np.where(some, layout.units.dealt * low, 0.0))
+    most, expected = problem.workload.model.experts / dealt, _where_lanes_balance(problem, streaming, lanes)
+    some, some_s = lowest_point(seconds_of, np.ones_like(dealt), most, expected)
+    counts, times = np.zeros_like(none_s), none_s.copy()
+    counts[free] = np.where(some_s < none_s[free], dealt * some, 0.0)
+    times[free] = np.minimum(some_s, none_s[free])
+    return counts, times
 
 
-def joined(first: _T, second: _T) -> _T:
-    """One record of arrays with the elements of both."""
+def _where_lanes_balance(problem: Costs, layout: Layout, lanes: Callable[[Point], Lanes]) -> Array:
+    """About how many experts on the CPU, as they are dealt, make the sum of squares of the lanes least.
 
-    def stack(a: object, b: object) -> object:
-        return np.concatenate([a, b]) if isinstance(a, np.ndarray) else joined(a, b)
+    Each lane is taken as a line until all that is not resident is on the CPU, and as another one from there.
+    """
+    dealt, experts = layout.units.dealt, problem.workload.model.experts
+    one, most = np.ones_like(dealt), experts / dealt
+    ends = np.stack([one, np.clip((experts - layout.most_resident) / dealt, 1.0, most), most])
+    found = lanes(problem.point(layout, dealt * ends)).values()
+    at = np.stack([np.broadcast_to(lane, ends.shape) for lane in found])
+    start, rise = at[:, :-1], np.diff(at, axis=1)
+    steepness = np.maximum((rise**2).sum(axis=0), 1e-300)
+    part = np.clip(-(start * rise).sum(axis=0) / steepness, 0.0, 1.0)
+    least = ((start + part * rise) ** 2).sum(axis=0)
+    first, second = np.ceil(ends[:-1] + part * np.diff(ends, axis=0) - 0.5)
+    return np.asarray(np.where(least[0] <= least[1], first, second))
 
-    values = {f.name: stack(getattr(first, f.name), getattr(second, f.name)) for f in fields(first)}  # type: ignore[arg-type]
-    return type(first)(**values)
+
+def lowest_point(
+    values: Callable[[Index, Array], Array], low: Array, high: Array, expected: Array
+) -> tuple[Array, Array]:
+    """Per element, the first whole number from `low` to `high` at which a convex function is least, and its
+    value there.
+
+    `values` maps some elements and [tries, these] numbers to values there. The neighbours of `expected` are
+    tried first, then numbers at equal distances: the least is between the neighbours of the best.
+    """
+    low, high, least, which = low.copy(), high.copy(), np.zeros_like(low), np.arange(len(low))
+    tried = np.clip(np.clip(expected, low, high) + np.array([[-1.0], [0.0], [1.0]]), low, high)
+    while which.size:
+        found = values(which, tried)
+        least[which], best = found.min(axis=0), found.argmin(axis=0)
+        ends = np.concatenate([[low[which] - 1], tried, [high[which] + 1]])
+        before, at, after = np.take_along_axis(ends, best + np.array([[0], [1], [2]]), axis=0)
+        low[which], high[which] = np.minimum(before + 1, at), np.maximum(after - 1, at)
+        which = np.flatnonzero(low < high)
+        tried = np.floor(low[which] + (high - low)[which] * _TRIES[:, None])
+    return low, least

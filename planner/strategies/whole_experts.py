@@ -12,6 +12,7 @@ routing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -21,22 +22,32 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def busiest_part(shares: Array, gpus: int, tokens: Array) -> tuple[Array, Array]:
-    """What the busiest of `gpus` has of calls of `tokens` tokens, as multiples of an even part: of the
-    choices of experts, and of the experts that are hit. Means over layers.
+def busiest_choices(shares: Array, gpus: int, tokens: Array) -> Array:
+    """What the busiest of `gpus` has of the choices of experts in calls of `tokens` tokens, as a multiple of
+    an even part: mean over layers.
 
     `shares` [layers, experts] of the tokens go to each expert, most popular first. Experts are dealt in that
     order, forth and back: see `runtime_min.shares.own_experts`.
     """
-    experts = shares.shape[1]
     dealt = _dealt(shares, gpus)
+    return _of_each(tokens, lambda called: _multiple(called * dealt, called * (dealt * (1 - dealt))))
+
+
+def busiest_hits(shares: Array, gpus: int, tokens: Array) -> Array:
+    """The same of the experts that are hit."""
+    missed = 1 - _dealt(shares, gpus)
+
+    def multiple(called: Array) -> Array:
+        hit = 1 - missed**called
+        return _multiple(hit, hit * (1 - hit))
+
+    return _of_each(tokens, multiple)
+
+
+def _of_each(tokens: Array, multiple: Callable[[Array], Array]) -> Array:
+    """`multiple` of each number of tokens, asked once for those that are alike."""
     count, place = np.unique(tokens, return_inverse=True)
-    spread = largest_of_normals(gpus) * np.sqrt(experts / max(1, experts - 1) / gpus)
-    called = count[:, None, None, None]
-    choices = _multiple(called * dealt, called * (dealt * (1 - dealt)), spread)
-    hit = 1 - (1 - dealt) ** called
-    hits = _multiple(hit, hit * (1 - hit), spread)
-    return np.minimum(choices, gpus)[place], np.minimum(hits, gpus)[place]
+    return multiple(count[:, None, None, None])[place]
 
 
 def _dealt(each: Array, gpus: int) -> Array:
@@ -46,12 +57,14 @@ def _dealt(each: Array, gpus: int) -> Array:
     return turns
 
 
-def _multiple(mean: Array, variance: Array, spread: float) -> Array:
+def _multiple(mean: Array, variance: Array) -> Array:
     """Of [counts, layers, turns, gpus], what the busiest GPU has over what each has on average: [counts], the
     mean of layers."""
+    turns, gpus = mean.shape[2:]
+    spread = largest_of_normals(gpus) * np.sqrt(turns * gpus / max(1, turns * gpus - 1) / gpus)
     each = mean.sum(axis=2)
     most = each.max(axis=2) + spread * np.sqrt(variance.sum(axis=(2, 3)))
-    return np.asarray((most / each.mean(axis=2)).mean(axis=1))
+    return np.asarray(np.minimum((most / each.mean(axis=2)).mean(axis=1), gpus))
 
 
 @lru_cache

@@ -8,21 +8,28 @@ import numpy as np
 import pulp
 import pytest
 from conftest import batch_spec
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moeplan.planner.catalog import Catalog
 from moeplan.planner.inputs import load_inputs
+from moeplan.planner.ir.workload import ExpertPopularity
 from moeplan.planner.passes.roofline import find_roofline
 from moeplan.planner.passes.workload import build_workload
 from moeplan.planner.spec import parse_spec
-from moeplan.planner.strategies.offload_lanes import Costs, Layout, Point, Shapes, take, total
+from moeplan.planner.strategies.offload_lanes import Costs, Lanes, Layout, Point, Shapes, take, total
 from moeplan.planner.strategies.offload_search import (
+    MICRO_BATCH_SIZES,
+    MICRO_BATCHES,
     Sharing,
     batch_seconds,
     best_cpu_experts,
     bound,
+    every_shape,
     every_split,
     fastest,
-    shapes,
+    lowest_point,
+    most_on_gpu,
     sharings,
 )
 from moeplan.runtime_min.shares import whole_heads
@@ -63,8 +70,8 @@ def every_point(problem: Costs, layout: Layout) -> list[Point]:
 def test_search_finds_what_brute_force_finds(catalog: Catalog, case: tuple[str, str, int, int]) -> None:
     """Every shape, split and number of CPU experts; the plateau rule may give half a percent away."""
     problem = costs_of(catalog, *case)
-    units = problem.units(shapes(sharings(problem), case[2]))
-    points = every_point(problem, every_split(problem, units))
+    units = every_shape(problem, sharings(problem), most_sequences=case[2])
+    points = every_point(problem, every_split(problem, units, most_on_gpu(problem, units)))
     best = min(batch_seconds(problem, point).min() for point in points)
     found = fastest(problem, units)
     assert found is not None
@@ -75,10 +82,77 @@ def test_search_finds_what_brute_force_finds(catalog: Catalog, case: tuple[str, 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bound_is_never_above_the_time(catalog: Catalog, case: tuple[str, str, int, int]) -> None:
     problem = costs_of(catalog, *case)
-    layout = every_split(problem, problem.units(shapes(sharings(problem), case[2])))
-    least = bound(problem, layout)
+    units = every_shape(problem, sharings(problem), most_sequences=case[2])
+    layout = every_split(problem, units, most_on_gpu(problem, units))
+    least, _ = bound(problem, layout)
     for point in every_point(problem, layout):
         assert (least <= batch_seconds(problem, point) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("near", [True, False])
+def test_shares_on_the_cpu_are_the_best_of_all(
+    catalog: Catalog, case: tuple[str, str, int, int], near: bool
+) -> None:
+    """Every number of experts on the CPU, wherever the search begins."""
+    assert_best_of_all(costs_of(catalog, *case), case[2], near)
+
+
+@pytest.mark.parametrize("skew", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("machine", ["n1-standard-16+1xT4", "g6.8xlarge"])
+def test_shares_on_the_cpu_are_the_best_where_some_are_popular(
+    catalog: Catalog, machine: str, skew: float
+) -> None:
+    """Experts whose popularity is a power of their rank: lanes are no lines."""
+    problem = costs_of(catalog, "qwen3-30b-a3b", machine, 8, 77)
+    model = problem.workload.model
+    weights = (1.0 + np.arange(model.experts)) ** -skew
+    shares = np.minimum(1.0, model.experts_per_token * weights / weights.sum())
+    popular = (ExpertPopularity(layer=0, token_share=tuple(shares)),)
+    problem = replace(problem, workload=replace(problem.workload, popularity=popular))
+    assert_best_of_all(problem, 8, near=True)
+
+
+def assert_best_of_all(problem: Costs, requests: int, near: bool) -> None:
+    units = every_shape(problem, sharings(problem), most_sequences=requests)
+    layout = every_split(problem, units, most_on_gpu(problem, units))
+
+    def lanes(point: Point) -> Lanes:
+        return {lane: s if near else s[::-1] for lane, s in problem.decode_lanes(point).items()}
+
+    def seconds(point: Point) -> np.ndarray:
+        return batch_seconds(problem, point)
+
+    times = np.array([seconds(point) for point in every_point(problem, layout)])
+    none_s = seconds(problem.point(layout, np.zeros_like(layout.on_gpu)))
+    counts, found = best_cpu_experts(problem, layout, lanes, seconds, none_s)
+    assert np.isfinite(times).any()
+    assert found == pytest.approx(times.min(axis=0), rel=1e-12)
+    assert (found == seconds(problem.point(layout, counts))).all()
+
+
+@given(
+    lines=st.lists(st.tuples(st.integers(-50, 50), st.integers(-500, 500)), min_size=1, max_size=4),
+    bend=st.integers(0, 3),
+    span=st.tuples(st.integers(0, 40), st.integers(0, 300)),
+    expected=st.integers(-20, 400),
+    fits=st.integers(0, 300),
+)
+def test_lowest_point_is_the_first_of_the_least(
+    lines: list[tuple[int, int]], bend: int, span: tuple[int, int], expected: int, fits: int
+) -> None:
+    """Against every whole number: convex functions that may be flat, and infinite from some number on."""
+    low, high = span[0], span[0] + span[1]
+
+    def values(which: np.ndarray, tried: np.ndarray) -> np.ndarray:
+        assert tried.shape[1] == len(which)
+        convex = np.max([slope * tried + height for slope, height in lines], axis=0)
+        return np.where(tried <= low + fits, convex + bend * (tried - 20) ** 2, np.inf)
+
+    every = values(np.arange(1), np.arange(low, high + 1.0)[:, None])[:, 0]
+    one = np.ones(1)
+    at, least = lowest_point(values, low * one, high * one, expected * one)
+    assert (at[0], least[0]) == (low + every.argmin(), every.min())
 
 
 @pytest.mark.parametrize("machine", ["gr6.8xlarge", "g4dn.16xlarge"])
@@ -91,7 +165,7 @@ def test_decode_equals_a_milp(
     problem = costs_of(catalog, "mixtral-8x7b", machine, micro_batch * count, prompt)
     one = np.ones(1)
     units = problem.units(Shapes(one, one < 1, micro_batch * one, count * one))
-    layout = every_split(problem, units)
+    layout = every_split(problem, units, most_on_gpu(problem, units))
 
     def decode_s(point: Point) -> np.ndarray:
         seconds = problem.decode_lanes(point)
@@ -100,8 +174,9 @@ def test_decode_equals_a_milp(
             point.feasible & point.streams & (point.disk_experts == 0) & ~point.staged, busy, np.inf
         )
 
-    ours = decode_s(best_cpu_experts(problem, layout, decode_s)).min()
-    assert ours == pytest.approx(_milp(problem, units), rel=1e-4)
+    none_s = decode_s(problem.point(layout, np.zeros_like(layout.on_gpu)))
+    _, ours = best_cpu_experts(problem, layout, problem.decode_lanes, decode_s, none_s)
+    assert ours.min() == pytest.approx(_milp(problem, units), rel=1e-4)
 
 
 def _milp(problem: Costs, units: object) -> float:
@@ -154,12 +229,16 @@ def _milp(problem: Costs, units: object) -> float:
     return float(busiest.value())
 
 
-def test_shapes_never_exceed_the_requests() -> None:
-    for requests in (1, 7, 500):
-        ways = [Sharing(1, False), Sharing(2, False), Sharing(4, True)]
-        found = shapes(ways, requests)
-        assert (found.micro_batch * found.micro_batches <= requests).all()
-        assert set(zip(found.gpus, found.whole, strict=True)) == {(w.gpus, w.whole) for w in ways}
+@pytest.mark.parametrize("requests", [1, 7, 500])
+def test_shapes_never_exceed_the_requests(catalog: Catalog, requests: int) -> None:
+    problem = costs_of(catalog, "dbrx", "n1-custom-64-425984+4xT4", requests, 40)
+    ways = [Sharing(1, False), Sharing(2, False), Sharing(4, True)]
+    found = every_shape(problem, ways, most_sequences=requests)
+    assert (found.micro_batch * found.micro_batches <= requests).all()
+    assert set(zip(found.gpus, found.whole, strict=True)) == {(w.gpus, w.whole) for w in ways}
+    wanted = {(m, n) for m in MICRO_BATCH_SIZES for n in MICRO_BATCHES if m * n <= requests}
+    assert set(zip(found.micro_batch, found.micro_batches, strict=True)) == wanted
+    assert len(found.gpus) == len(wanted) * len(ways)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +265,8 @@ def test_what_each_form_of_sharing_places(catalog: Catalog, share: str) -> None:
     """Whole experts lie at each place in as many copies as there are GPUs, and never more than fit."""
     problem = costs_of(catalog, "dbrx", "n1-custom-64-425984+4xT4", 8, 3000)
     ways = [way for way in sharings(problem) if way.gpus == 4 and way.whole == (share == "whole")]
-    layout = every_split(problem, problem.units(shapes(ways, 8)))
+    units = every_shape(problem, ways, most_sequences=8)
+    layout = every_split(problem, units, most_on_gpu(problem, units))
     together, counts = 4 if share == "whole" else 1, set()
     for point in every_point(problem, layout):
         fits = take(point, point.feasible)

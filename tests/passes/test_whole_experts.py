@@ -13,7 +13,7 @@ from moeplan.planner.ir.workload import ExpertPopularity, Workload
 from moeplan.planner.passes.workload import build_workload
 from moeplan.planner.spec import parse_spec
 from moeplan.planner.strategies.offload_lanes import Experts
-from moeplan.planner.strategies.whole_experts import busiest_part, largest_of_normals
+from moeplan.planner.strategies.whole_experts import busiest_choices, busiest_hits, largest_of_normals
 
 
 def workload_of(model: str, skew: float = 0.0) -> Workload:
@@ -29,8 +29,8 @@ def workload_of(model: str, skew: float = 0.0) -> Workload:
 
 
 def drawn(workload: Workload, gpus: int, tokens: int, rounds: int = 400) -> tuple[float, float]:
-    """What `busiest_part` returns, of `rounds` calls drawn: the best k of E random keys a token (Gumbel's, so
-    without replacement)."""
+    """What `busiest_choices` and `busiest_hits` return, of calls drawn: the best k of E random keys a token
+    (Gumbel's, so without replacement)."""
     random, model = np.random.default_rng(tokens), workload.model
     shares = np.ones(model.experts)
     if workload.popularity:
@@ -54,7 +54,8 @@ def drawn(workload: Workload, gpus: int, tokens: int, rounds: int = 400) -> tupl
 def test_alike_experts_are_as_uneven_as_when_drawn(model: str, gpus: int) -> None:
     workload = workload_of(model)
     for tokens in (1, 4, 16, 64, 512):
-        choices, hits = busiest_part(Experts(workload).layers, gpus, np.array([float(tokens)]))
+        called = Experts(workload).layers, gpus, np.array([float(tokens)])
+        choices, hits = busiest_choices(*called), busiest_hits(*called)
         expected = drawn(workload, gpus, tokens)
         few = tokens < 64  # what falls to a GPU is not normal yet
         assert choices[0] == pytest.approx(expected[0], rel=0.08 if few else 0.02)
@@ -67,7 +68,8 @@ def test_popular_experts_make_one_gpu_busier(model: str, gpus: int) -> None:
     """The most popular of 8 experts sees twice the tokens of the least: above the truth, but not by much."""
     workload = workload_of(model, skew=0.4)
     for tokens in (1, 16, 512):
-        choices, hits = busiest_part(Experts(workload).layers, gpus, np.array([float(tokens)]))
+        called = Experts(workload).layers, gpus, np.array([float(tokens)])
+        choices, hits = busiest_choices(*called), busiest_hits(*called)
         expected = drawn(workload, gpus, tokens)
         assert expected[0] * 0.98 <= choices[0] <= expected[0] * 1.12
         assert expected[1] * 0.98 <= hits[0] <= expected[1] * 1.12
@@ -76,7 +78,8 @@ def test_popular_experts_make_one_gpu_busier(model: str, gpus: int) -> None:
 def test_many_tokens_are_even_and_a_part_is_no_more_than_all() -> None:
     workload = workload_of("dbrx")
     tokens = np.array([1.0, 10.0, 100.0, 1e6])
-    for parts in busiest_part(Experts(workload).layers, 4, tokens):
+    for busiest in (busiest_choices, busiest_hits):
+        parts = busiest(Experts(workload).layers, 4, tokens)
         assert (np.diff(parts) < 1e-12).all()
         assert (parts >= 1.0 - 1e-12).all()
         assert (parts <= 4.0).all()
