@@ -421,8 +421,8 @@ class _Point:
         mask = 8 * self.micro_batch * requests.context_tokens_max
         logits = 4 * (self.sequences + self.micro_batch) * model.vocab
         rope = 16 * requests.context_tokens_max * attention.head_dim
-        attention, *experts = self.page_parameters
-        page = 4 * max(attention, model.expert_parameters() if self.held else max(experts, default=0))
+        first, *others = self.page_parameters
+        page = 4 * max(first, model.expert_parameters() if self.held else max(others, default=0))
         loading = READERS * (BLOCK_BYTES + 2 * ALIGNMENT_BYTES) + (32 << 20)
         call = 4 * (self._call_tokens * widest + expanded)
         return tokens * per_token + call + mask + logits + rope + page + loading
