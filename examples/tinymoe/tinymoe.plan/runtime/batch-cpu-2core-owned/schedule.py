@@ -41,8 +41,8 @@ class Constants(NamedTuple):
 
 SCHEDULE = Constants(
     layers=4,
-    pages=3,
-    resident=3,
+    pages=2,
+    resident=2,
     slots=0,
     places=0,
     guesses=0,
