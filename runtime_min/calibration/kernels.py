@@ -39,7 +39,8 @@ _LONG = 5
 _FEW_ROWS, _UNPACKED_ROWS = 4, 16
 _LEAST_SHARE = 0.05  # of a time that is left when known parts are taken off: no noise makes it negative
 
-_SCORE_ROWS = 16
+# Scores of so many sequences over so many times the large model's vocabulary, more than a core's cache holds.
+_SCORE_ROWS, _VOCABULARIES = 16, 32
 _CONTEXT = 16  # of decode passes
 
 Table = dict[int, float]
@@ -233,7 +234,7 @@ class _Bench:
         self._far_bytes_per_s = self._far()
         expert_s, self._products, expert_values = self._experts()
         flops = {prompt: self._prompt_flops_per_s(prompt) for prompt in s.prompts}
-        self._score_values_per_s = _SCORE_ROWS * 2 * s.large.vocab / self._median("scores")[0]
+        self._score_values_per_s = _SCORE_ROWS * _VOCABULARIES * s.large.vocab / self._median("scores")[0]
         self._head_s, self._kv_bytes_per_s = self._decode()
         attention_s, route_s, attending, decoding, routing = self._values(flops)
         row_s, pass_s, sequence_s = self._passes()
@@ -385,9 +386,11 @@ class _Bench:
         return _left(taken[0], nbytes[0] / rate) / heads, rate
 
     def _decode_work(self, context: int) -> Callable[[], tuple[float, ...]]:
-        """Of decode attention alone, one layer's cache after the other."""
-        shape, sequences, layers = self._sizes.large, max(self._sizes.sequences), 4
+        """Of decode attention alone, one layer's cache after the other: more than the CPU's holds."""
+        shape, sequences = self._sizes.large, max(self._sizes.sequences)
         tokens = sequences * kv_blocks(context) * KV_BLOCK_TOKENS
+        layer_bytes = 2 * tokens * shape.kv_heads * shape.head_dim * self._dtype.itemsize
+        layers = max(2, self._sizes.far_bytes[0] // layer_bytes)
         cache = PagedCache(layers, shape.kv_heads, shape.head_dim, tokens, self._dtype)
         for number in range(sequences):
             cache.take(number, context)
@@ -416,7 +419,7 @@ class _Bench:
         return _timed(lambda: prompt_attention(q, k, k, prompt), count)
 
     def _scores_work(self) -> Callable[[], tuple[float, ...]]:
-        rows, vocab = _SCORE_ROWS, 2 * self._sizes.large.vocab
+        rows, vocab = _SCORE_ROWS, _VOCABULARIES * self._sizes.large.vocab
         product, kept = self._random(rows, vocab), torch.empty(rows, vocab)
 
         def work() -> None:
