@@ -36,7 +36,7 @@ from tables import show
 HERE = Path(__file__).parent
 RESULTS = BUILD / "peers.json"
 CGROUP = Path("/sys/fs/cgroup/memory")
-OURS = "moeplan"
+OURS, OURS_PACKED = "moeplan", "moeplan bf12"  # the latter: the same values in 12 bits
 UBATCH = 512  # tokens that llama.cpp takes in one pass, its default
 LLAMA_SEQUENCES = 256  # llama.cpp's LLAMA_MAX_SEQ
 MARGIN = 0.93  # of the limit: what our plan is given, since a plan may be exceeded by 5 %
@@ -104,7 +104,9 @@ def main() -> None:
         Setting("big", int(options.limit * 2**30), (32, 128, 512, 2048), 8, 4),
     ]
     peers = _peers(options)
-    settings = [s for s in settings if any(_wanted(options, system, s) for system in (*peers, OURS))]
+    settings = [
+        s for s in settings if any(_wanted(options, system, s) for system in (*peers, OURS, OURS_PACKED))
+    ]
     for setting in settings:
         _write_checkpoint(setting.shape, options)
     results = _stored() if RESULTS.exists() else []
@@ -112,8 +114,11 @@ def main() -> None:
         results = _measure(peers, settings, options, results)
     if not options.skip_ours:
         machine = options.machine or calibrated(BUILD / "machine.yaml")
-        results = [result for result in results if result.system != OURS]
-        results = _measure({OURS: _ours(machine)}, settings, options, results)
+        ours = [name for name in (OURS, OURS_PACKED) if any(_wanted(options, name, s) for s in settings)]
+        systems = {name: _ours(name, machine) for name in ours}
+        models = {setting.model for setting in settings}
+        results = [r for r in results if r.system not in systems or r.model not in models]
+        results = _measure(systems, settings, options, results)
     for setting in settings:
         _print(setting, results)
 
@@ -229,11 +234,12 @@ def _quantised(folder: Path, shape: Shape) -> Path:
     return to
 
 
-def _ours(machine: Path) -> Measure:
+def _ours(system: str, machine: Path) -> Measure:
     """`runtime_min bench` of a plan for this setting; its report, not its text, is read."""
 
     def measure_one(setting: Setting, batch: int) -> Result:
-        folder, sequences = _compile(setting, batch, machine)
+        checkpoint = setting.shape.folder if system == OURS else _packed(setting.shape)
+        folder, sequences = _compile(setting, checkpoint, batch, machine)
         code = (
             "import json, sys; from pathlib import Path; from dataclasses import asdict\n"
             "from moeplan.runtime_min.run import bench_plan\n"
@@ -243,23 +249,32 @@ def _ours(machine: Path) -> Measure:
         )
         batches = 1 if setting.limit_bytes else 2  # the second is warm
         sizes = [str(n) for n in (setting.prompt, setting.tokens, batches)]
-        command = [sys.executable, "-c", code, str(folder), str(setting.shape.folder), *sizes]
+        command = [sys.executable, "-c", code, str(folder), str(checkpoint), *sizes]
         ended = _run(command, setting)
         figures = {}
         if ended.outcome == "ok":
             report = json.loads(ended.output.splitlines()[-1])
             passes = report["stats"]["decode_passes"] + batches
             figures = {**report["rates"], "pass_bytes": report["bytes_read"] / passes}
-        return _result(OURS, setting, sequences, figures, ended, ["runtime_min", "bench", *command[3:]])
+        return _result(system, setting, sequences, figures, ended, ["runtime_min", "bench", *command[3:]])
 
     return lambda setting, batches: (measure_one(setting, batch) for batch in batches)
 
 
-def _compile(setting: Setting, batch: int, machine: Path) -> tuple[Path, int]:
+def _packed(shape: Shape) -> Path:
+    """The checkpoint with experts in 12 bits, written where it is not there."""
+    to = shape.folder.with_name(f"{shape.name}-bf12")
+    if not (to / "config.json").exists():
+        command = [sys.executable, "-m", "moeplan.runtime_min", "quantize", str(shape.folder), str(to)]
+        subprocess.run([*command, "--to", "bf12"], check=True, stdout=subprocess.DEVNULL)
+    return to
+
+
+def _compile(setting: Setting, checkpoint: Path, batch: int, machine: Path) -> tuple[Path, int]:
     """The runtime folder, and how many sequences it runs together."""
-    home = BUILD / f"{setting.model}-{setting.limit_bytes}-{batch}"
+    home = BUILD / f"{checkpoint.name}-{setting.limit_bytes}-{batch}"
     sizes = batch, setting.prompt, setting.tokens
-    folder = compiled(home, setting.shape.folder, "bf16", sizes, machine, MARGIN * setting.limit_bytes)
+    folder = compiled(home, checkpoint, "bf16", sizes, machine, MARGIN * setting.limit_bytes)
     return folder, json.loads((folder / "runtime.json").read_text())["batch"]["sequences"]
 
 
@@ -413,13 +428,16 @@ def _wanted(options: argparse.Namespace, system: str, setting: Setting) -> bool:
 def _left_out(system: str, setting: Setting, number: int) -> bool:
     """Under the limit minutes go by with each run of a peer: one round, in the checkpoint's own dtype."""
     if not setting.limit_bytes:
-        return system.endswith("-kvu")
-    return (number > 0 and system != OURS) or system in ("transformers grouped_mm", "llama.cpp q8_0")
+        return system.endswith("-kvu") or system == OURS_PACKED
+    return (number > 0 and not system.startswith(OURS)) or system in (
+        "transformers grouped_mm",
+        "llama.cpp q8_0",
+    )
 
 
 def _batches(system: str, setting: Setting) -> Iterator[int]:
     for batch in setting.batches:
-        if system == OURS or not setting.limit_bytes:
+        if system.startswith(OURS) or not setting.limit_bytes:
             yield min(batch, LLAMA_SEQUENCES) if system.startswith("llama") else batch
         elif batch <= 128:
             yield batch
@@ -465,7 +483,7 @@ def _summarised(rows: Sequence[Result]) -> list[Result]:
         some = sorted(
             (r for r in rows if (r.batch, r.system) == (batch, system)), key=lambda r: r.decode_tokens_per_s
         )
-        kept.append(some[(len(some) - 1) // 2] if system == OURS else some[-1])
+        kept.append(some[(len(some) - 1) // 2] if system.startswith(OURS) else some[-1])
     return kept
 
 
