@@ -19,6 +19,7 @@ def machine_figures(machine: Machine) -> dict[str, float]:
         "disk.bytes": float(disk.bytes),
         "disk.bytes_per_s": disk.bytes_per_s * disk.up_efficiency,
         "disk.while_computing": machine.disk_kept,
+        "disk.sigma": machine.disk_sigma,
         "cpu.cores": float(machine.cpu_cores),
     }
     figures |= {f"cpu.flops_per_s.{k}": v * dram.compute_efficiency for k, v in dram.flops_per_s.items()}

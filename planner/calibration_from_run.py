@@ -99,6 +99,7 @@ def _figures(machine: _Json, slower: float) -> Figures:
             "bytes": disk["bytes"],
             "bytes_per_s": disk["bytes_per_s"] * disk["up_efficiency"],
             "while_computing": machine["disk_kept"],
+            "sigma": machine.get("disk_sigma", 0.0),
         },
     }
 

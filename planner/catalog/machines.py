@@ -232,6 +232,7 @@ def read_machine(
         kernels=kernels,
         compute_kept=cpu.figure("while_reading", *_SHARE, COMPUTE_KEPT) if cpu else COMPUTE_KEPT,
         disk_kept=disk.figure("while_computing", *_SHARE, DISK_KEPT) if disk else DISK_KEPT,
+        disk_sigma=disk.figure("sigma", 0.0, 10.0, 0.0) if disk else 0.0,
     )
     if disk_level.bytes_per_s > dram_level.bytes_per_s:
         where = disk if disk and "bytes_per_s" in disk else fields

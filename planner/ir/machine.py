@@ -83,7 +83,8 @@ class Machine:
     `sigma` is the relative standard error of predictions made from these figures.
     `kernels` are measured figures of the bundled runtime's operators, none where the machine is not
     calibrated. While the disk is read, arithmetic keeps `compute_kept` of its speed; while the cores compute,
-    reading keeps `disk_kept` of its own.
+    reading keeps `disk_kept` of its own. From one time to another its rate differs by the relative standard
+    deviation `disk_sigma`.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Machine:
     kernels: tuple[Kernels, ...] = ()
     compute_kept: float = COMPUTE_KEPT
     disk_kept: float = DISK_KEPT
+    disk_sigma: float = 0.0
 
     def level(self, name: LevelName) -> Level:
         """The level called `name`; raises KeyError where the machine has none."""

@@ -693,15 +693,24 @@ class _Point:
         more = max(0.0, entering_passes(passes, self.sequences, mean) - charged)
         return more * max(0.0, whole.seconds - self.decode.seconds)
 
-    def _less_sure(self, prediction: Estimate, slowest: float) -> Estimate:
-        """With an interval that reaches as far down again as to `slowest`: what no right guess would give."""
-        further = math.log(prediction.value / slowest) / Z90
-        return replace(prediction, sigma=math.hypot(prediction.sigma, further))
+    def _estimate(self, value: float, passes: Sequence[tuple[float, PassTime]], slowest: float) -> Estimate:
+        """A prediction from so many of each of `passes`, the less sure the longer the disk is read in them.
+
+        Its interval reaches as far down again as to `slowest`: what no right guess would give.
+        """
+        seconds = sum(count * one.seconds for count, one in passes)
+        disk = (count * lane.seconds for count, one in passes for lane in one.lanes if lane.lane == "disk")
+        unsteady = self.roofline.machine.disk_sigma * sum(disk) / seconds
+        prediction = estimate(self.roofline, value)
+        further = math.log(value / slowest) / Z90
+        return replace(prediction, sigma=math.hypot(prediction.sigma, unsteady, further))
 
     def policy(self) -> Policy:
         roofline, requests = self.roofline, self.requests
         blind = replace(self, right_share=0.0) if self.guesses else self
         prefill, decode = self.prefill, self.decode
+        prompt_rate = self.sequences * requests.mean_prompt_tokens() / prefill.seconds
+        batches, passes = requests.requests / self.sequences, float(decode_passes(requests, self.sequences))
         streamed = self.streamed_bytes > 0
         return Policy(
             machine=roofline.machine,
@@ -738,14 +747,14 @@ class _Point:
             limits=(MemoryLimit(level="dram", bytes=int(self.limit)),),
             prefill=prefill,
             decode=decode,
-            prefill_tokens_per_s=estimate(
-                roofline, self.sequences * requests.mean_prompt_tokens() / prefill.seconds
+            prefill_tokens_per_s=self._estimate(prompt_rate, [(1, prefill)], prompt_rate),
+            decode_tokens_per_s=self._estimate(
+                self.decode_tokens_per_s, [(1, decode)], blind.decode_tokens_per_s
             ),
-            decode_tokens_per_s=self._less_sure(
-                estimate(roofline, self.decode_tokens_per_s), blind.decode_tokens_per_s
-            ),
-            generated_tokens_per_s=self._less_sure(
-                estimate(roofline, self.generated_tokens_per_s), blind.generated_tokens_per_s
+            generated_tokens_per_s=self._estimate(
+                self.generated_tokens_per_s,
+                [(batches, prefill), (passes, decode)],
+                blind.generated_tokens_per_s,
             ),
             rates=batch_rates(
                 roofline, requests, self.sequences, prefill, decode, 0, entering_s=self.entering_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import mmap
 import os
 import shutil
@@ -10,7 +11,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,22 +49,25 @@ def measure(folder: Path, sizes: Sizes | None = None) -> dict[str, Any]:
     torch.set_num_threads(cores)
     keep_freed_memory()
     dtypes = ("float32", "bf16")
-    by_dtype = kernels.measure_kernels(sorted({1, cores}), dtypes, sizes)
+    with _reading(folder, sizes) as read_file:
+        rates = _rates(read_file)
+        by_dtype = kernels.measure_kernels(sorted({1, cores}), dtypes, sizes)
+        rates += _rates(read_file)
+        kept, kept_rate = _beside(read_file, sizes)
     peaks = {name: max(found[cores].product_flops_per_s.values()) for name, found in by_dtype.items()}
-    disk = _disk(folder, sizes)
     figures = {
         "cpu": {
             "cores": cores,
             "flops_per_s": peaks,
             "launch_s": by_dtype["float32"][1].attention_s / CALLS_PER_ATTENTION,
-            "while_reading": disk.pop("compute_kept"),
+            "while_reading": _as_share(kept),
             "kernels": {
                 name: {threads: dataclasses.asdict(k) for threads, k in found.items()}
                 for name, found in by_dtype.items()
             },
         },
         "dram": {"bytes": memory_bytes(), "bytes_per_s": _dram(sizes)},
-        "disk": disk,
+        "disk": _disk(folder, rates, kept_rate),
     }
     accelerator = measure_accelerator()
     if accelerator:
@@ -123,8 +127,31 @@ def _dram(sizes: Sizes) -> float:
     return values.nbytes / seconds(values.sum, 8 * sizes.seconds)
 
 
-def _disk(folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """Size and rate of the disk, and what reads and products keep of their speed beside each other."""
+def _disk(folder: Path, rates: Sequence[float], while_computing: float) -> dict[str, Any]:
+    """Size and rate of the disk, how much that differs between readings, and what is left beside products."""
+    rate = statistics.median(rates)
+    return {
+        "bytes": shutil.disk_usage(folder).total,
+        "bytes_per_s": rate,
+        "while_computing": _as_share(while_computing / rate),
+        "sigma": statistics.stdev(map(math.log, rates)),
+    }
+
+
+def _as_share(kept: float) -> float:
+    return min(1.0, max(0.1, kept))
+
+
+ReadFile = Callable[[], float]  # reads a file once; bytes per second
+
+
+def _rates(read_file: ReadFile) -> list[float]:
+    return [read_file() for _ in range(3)]
+
+
+@contextmanager
+def _reading(folder: Path, sizes: Sizes) -> Iterator[ReadFile]:
+    """A function that reads a new file on the disk of `folder`."""
     file_bytes = min(FILE_BYTES, sizes.far_bytes[-1])
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".moeplan-calibrate-") as file:
         piece = os.urandom(min(file_bytes, 16 << 20))
@@ -133,15 +160,7 @@ def _disk(folder: Path, sizes: Sizes) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
         with _readers(Path(file.name), file_bytes) as read_file:
-            alone = [_timed(read_file) for _ in range(3)]
-            kept, together = _beside(read_file, sizes)
-    rate = file_bytes / statistics.median(alone)
-    return {
-        "bytes": shutil.disk_usage(folder).total,
-        "bytes_per_s": rate,
-        "while_computing": min(1.0, max(0.1, file_bytes / together / rate)),
-        "compute_kept": min(1.0, max(0.1, kept)),
-    }
+            yield lambda: file_bytes / _timed(read_file)
 
 
 @contextmanager
@@ -161,8 +180,8 @@ def _readers(path: Path, nbytes: int) -> Iterator[Callable[[], object]]:
         shard.close()
 
 
-def _beside(read_file: Callable[[], object], sizes: Sizes) -> tuple[float, float]:
-    """The share of its speed that a product keeps while the file is read, and seconds of a reading then."""
+def _beside(read_file: ReadFile, sizes: Sizes) -> tuple[float, float]:
+    """The share of its speed that a product keeps while the file is read, and the rate of reading then."""
     import torch
 
     from moeplan.runtime_min.layers import linear
@@ -170,10 +189,10 @@ def _beside(read_file: Callable[[], object], sizes: Sizes) -> tuple[float, float
     x, weight = torch.randn(64, sizes.large.hidden), torch.randn(sizes.large.inner, sizes.large.hidden)
     alone = statistics.median(_timed(lambda: linear(x, weight)) for _ in range(50))
     reading = threading.Event()
-    taken: list[float] = []
+    rates: list[float] = []
 
     def read() -> None:
-        taken.extend(_timed(read_file) for _ in range(3))
+        rates.extend(_rates(read_file))
         reading.set()
 
     thread = threading.Thread(target=read)
@@ -184,7 +203,7 @@ def _beside(read_file: Callable[[], object], sizes: Sizes) -> tuple[float, float
         count += 1
     elapsed = time.perf_counter() - start
     thread.join()
-    return count * alone / elapsed, statistics.median(taken)
+    return count * alone / elapsed, statistics.median(rates)
 
 
 def _timed(work: Callable[[], object]) -> float:

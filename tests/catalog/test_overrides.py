@@ -137,6 +137,7 @@ def test_machine_file_with_kernels(tmp_path: Path) -> None:
     assert (kernels.dtype, kernels.threads, kernels.head_s) == ("float32", 2, 2.7e-8)
     assert kernels.product_flops_per_s == ((1, 7.9e10), (16, 1.6e11))
     assert (machine.sigma, machine.compute_kept, machine.disk_kept) == (0.15, 0.8, 0.92)
+    assert machine.disk_sigma == 0.0
 
 
 @pytest.mark.parametrize(

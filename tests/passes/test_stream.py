@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -98,6 +99,24 @@ def test_faster_operators_are_never_slower(catalog: Catalog) -> None:
             faster = tuple((at, 2 * r) for at, r in value) if isinstance(value, tuple) else 2 * value
         changed = replace(machine, kernels=(replace(kernels, **{name: faster}),))
         assert policy_of(changed).generated_tokens_per_s.value >= base * 0.995, name
+
+
+def test_experts_that_never_move_are_one_page(catalog: Catalog) -> None:
+    machine = catalog.machines["cpu-2core"]
+    held, streamed = policy_of(machine, 60), policy_of(machine, 3)
+    assert (held.pages.pages_per_layer, held.pages.resident_pages, held.pages.slots) == (2, 2, 0)
+    assert streamed.pages.pages_per_layer > 2
+    assert streamed.pages.resident_pages < streamed.pages.pages_per_layer
+
+
+def test_an_unsteady_disk_widens_what_it_is_read_for(catalog: Catalog) -> None:
+    """Intervals of a plan that streams, by the part of its time that the disk works; of no other plan."""
+    machine = catalog.machines["cpu-2core"]
+    unsteady = replace(machine, disk_sigma=0.4)
+    for gib, streams in ((3, True), (60, False)):
+        steady, wide = (policy_of(m, gib).decode_tokens_per_s for m in (machine, unsteady))
+        assert (wide.value, wide.sigma > steady.sigma) == (steady.value, streams)
+        assert wide.sigma <= math.hypot(steady.sigma, 0.4) + 1e-9
 
 
 def test_slower_overlap_is_never_faster(catalog: Catalog) -> None:
