@@ -291,6 +291,7 @@ def _one_kernels(fields: Fields, dtype: str, threads: int) -> Kernels:
         route_values_per_s=_table(fields, "route_values_per_s", _KERNEL_RATE),
         expert_values_per_s=_table(fields, "expert_values_per_s", _KERNEL_RATE),
         score_values_per_s=fields.figure("score_values_per_s", *_KERNEL_RATE),
+        decode_s=_table(fields, "decode_s", _SECONDS) if "decode_s" in fields else (),
         unpack_values_per_s=_unpacking(fields),
     )
     fields.done()

@@ -46,8 +46,8 @@ class Kernels:
     """How fast the bundled runtime's operators run on `threads` of the cores, for one dtype.
 
     `unpack_values_per_s`, by packing, is what products of weights packed so take longer; empty where that was
-    not measured. Tables map rows or prompt tokens to a rate, ascending; between two entries seconds are
-    interpolated, see `strategies/runtime_costs.py`. What each figure counts:
+    not measured. Tables map rows or tokens to a rate, or to seconds, ascending; between two entries seconds
+    are interpolated, see `strategies/runtime_costs.py`. What each figure counts:
     `runtime_min/calibration/kernels.py`, which measures them.
     """
 
@@ -69,6 +69,7 @@ class Kernels:
     route_values_per_s: Table
     expert_values_per_s: Table
     score_values_per_s: float
+    decode_s: Table = ()
     unpack_values_per_s: tuple[tuple[str, float], ...] = ()
 
 

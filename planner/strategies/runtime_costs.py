@@ -65,7 +65,8 @@ class RuntimeCosts:
         weights = self.model.parameters.attention / self.model.layers
         rows = step.tokens / step.calls
         values = self.model.hidden + (a.heads + 2 * a.kv_heads) * a.head_dim
-        fixed_s = (step.calls + _SPAN_SHARE * (step.spans - step.calls)) * k.attention_s
+        call_s = k.attention_s if step.prefill or not k.decode_s else _between(k.decode_s, rows)
+        fixed_s = (step.calls + _SPAN_SHARE * (step.spans - step.calls)) * call_s
         rates = k.attention_values_per_s if step.prefill else k.decode_values_per_s
         values_s = step.tokens * values / _between(rates, rows)
         return fixed_s + step.calls * self._products(rows, weights) + values_s + self._core(step)
@@ -208,7 +209,7 @@ def _far_s_per_byte(far_bytes_per_s: Table, weights_bytes: float) -> float:
 
 
 def _between(table: Table, at: float) -> float:
-    """The rate at `at`: straight lines between logarithms, flat beyond the ends."""
+    """The rate, or the seconds, at `at`: straight lines between logarithms, flat beyond the ends."""
     places, rates = _logarithms(table)
     return float(np.exp(np.interp(math.log(max(at, 1e-9)), places, rates)))
 

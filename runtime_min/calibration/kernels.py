@@ -94,6 +94,7 @@ class Kernels:
     """Figures of one number of threads and one dtype, under the names of the machine file.
 
     attention_s              one attention call beside what its size costs, its four products included
+    decode_s                 by sequences: an attention call of decode likewise
     route_s                  one routing likewise, with one product
     expert_s                 one call of an expert likewise, with three products
     row_s                    one row of the schedule
@@ -111,6 +112,7 @@ class Kernels:
     """
 
     attention_s: float
+    decode_s: Table
     route_s: float
     expert_s: float
     row_s: float
@@ -236,10 +238,11 @@ class _Bench:
         flops = {prompt: self._prompt_flops_per_s(prompt) for prompt in s.prompts}
         self._score_values_per_s = _SCORE_ROWS * _VOCABULARIES * s.large.vocab / self._median("scores")[0]
         self._head_s, self._kv_bytes_per_s = self._decode()
-        attention_s, route_s, attending, decoding, routing = self._values(flops)
+        decode_s, route_s, attending, decoding, routing = self._values(flops)
         row_s, pass_s, sequence_s = self._passes()
         return Kernels(
-            attention_s=attention_s,
+            attention_s=decode_s[min(decode_s)],
+            decode_s=decode_s,
             route_s=route_s,
             expert_s=expert_s,
             row_s=row_s,
@@ -326,26 +329,30 @@ class _Bench:
             for n, shape in enumerate((self._sizes.small, self._sizes.large))
         )
 
-    def _values(self, scores: Table) -> tuple[float, float, Table, Table, Table]:
-        """Seconds of an attention call and of a routing; by tokens, the rates of what else they do in prefill
-        and decode, and in routing.
+    def _values(self, scores: Table) -> tuple[Table, float, Table, Table, Table]:
+        """Seconds of an attention call by sequences of decode, and of a routing; by tokens, the rates of what
+        else they do in prefill and decode, and in routing.
 
-        With one token t = call + values · v, products taken off: two models, two unknowns. With more tokens
-        the call is known, and both models together give v.
+        In decode t = call + values · v, products taken off: two models, two unknowns. In prefill, and in
+        routing of more than one token, the call of one is known, and both models together give v.
         """
         attending: Table = {}
         decoding: Table = {}
         routing: Table = {}
+        decode_s: Table = {}
         calls = [0.0, 0.0]
         for sequences, prompt in self._batches:
             tokens = sequences * prompt
             left = [self._layer_s(model, sequences, prompt, scores) for model in (0, 1)]
             if tokens == 1:
                 calls = [_line(self._widths(op), [s[op] for s in left])[0] for op in (0, 1)]
-            for op, table in enumerate((decoding if prompt == 1 else attending, routing)):
+            if prompt == 1:
+                decode_s[tokens], value_s = _line(self._widths(0), [s[0] for s in left])
+                decoding[tokens] = tokens / value_s
+            for op, table in ((1, routing),) if prompt == 1 else ((0, attending), (1, routing)):
                 spent = sum(_left(seconds[op], calls[op]) for seconds in left)
                 table[tokens] = tokens * sum(self._widths(op)) / spent
-        return calls[0], calls[1], attending, decoding, routing
+        return decode_s, calls[1], attending, decoding, routing
 
     def _widths(self, op: int) -> tuple[int, int]:
         """Values that one token has in attention (0) or routing (1) of the small and of the large model."""

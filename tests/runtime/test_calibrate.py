@@ -138,6 +138,22 @@ def test_experts_are_solved_exactly(monkeypatch):
         assert values[rows] == pytest.approx(1 / value_s)
 
 
+def test_decode_calls_are_solved_exactly(monkeypatch):
+    """From made-up times t = call(sequences) + values · v(sequences), calls and v come back."""
+    bench = object.__new__(kernels._Bench)
+    bench._sizes = SIZES
+    call_s, value_s = {1: 2e-4, 4: 5e-4}, {1: 3e-8, 4: 8e-8}
+
+    def layer_s(model, sequences, prompt, scores):
+        values = (SIZES.small, SIZES.large)[model].attention_values
+        return call_s.get(sequences, 1e-4) + values * value_s.get(sequences, 1e-7), 1e-4 * (1 + model)
+
+    monkeypatch.setattr(bench, "_layer_s", layer_s, raising=False)
+    decode_s, _, _, decoding, _ = bench._values({})
+    assert decode_s == pytest.approx(call_s)
+    assert decoding == pytest.approx({n: n / v for n, v in value_s.items()})
+
+
 def test_the_planner_counts_what_the_probe_executes(tmp_path):
     """Weights of attention and experts as the planner has them for the same shape."""
     config = {
