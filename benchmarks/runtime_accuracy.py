@@ -8,22 +8,15 @@ written under build/bench/accuracy once. Rounds go over all rows in turn, so tha
 treats all alike; a row's figure is the median of its rounds. Each round warms up with a batch, then measures
 one; if other processes had more than a tenth of a core meanwhile, one more. The disk's rate is the one seen:
 bytes read over the time of all passes.
-
-A machine that others share changes its speed between its calibration and a run minutes later. Reference work
-is timed around the calibration and around each run: decode passes of two small models, and for decode of
-streamed rows direct reads of a file. The column `slower` tells how much longer it took then than around the
-calibration; the second summary multiplies each measured rate by that.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,13 +24,9 @@ from moeplan.runtime_min.cpu import cap_onednn
 
 cap_onednn()
 
-import torch  # noqa: E402
 from checkpoints import BUILD, Shape, write_checkpoint  # noqa: E402
 from plans import calibrated, compiled  # noqa: E402
 
-from moeplan.runtime_min.calibration import _readers, physical_cores  # noqa: E402
-from moeplan.runtime_min.calibration.kernels import Sizes  # noqa: E402
-from moeplan.runtime_min.calibration.probe import Probe  # noqa: E402
 from moeplan.runtime_min.engine import Generation  # noqa: E402
 from moeplan.runtime_min.plan_file import RuntimePlan, load  # noqa: E402
 from moeplan.runtime_min.sampling import Sampling  # noqa: E402
@@ -46,9 +35,6 @@ from moeplan.runtime_min.stream import Engine  # noqa: E402
 HOME = BUILD / "accuracy"
 ROUNDS = 3
 OTHERS = 0.1  # of a core
-REFERENCE_BYTES = 128 << 20
-DISK = "disk", 0
-Reference = tuple[str, int]  # dtype and threads, or DISK
 
 
 def shape(hidden: int, inner: int, layers: int, experts: int, top: int = 2) -> Shape:
@@ -77,14 +63,6 @@ class Row:
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     read: list[float] = field(default_factory=list)
-    drift: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "decode": []})
-
-    def reference(self, phase: str) -> Reference:
-        """The work that tells how the machine's speed for this row changes."""
-        assert self.plan is not None
-        pages = self.plan.pages
-        streams = pages.resident_pages < pages.pages_per_layer
-        return DISK if streams and phase == "decode" else (self.dtype, self.plan.threads)
 
 
 ROWS = [
@@ -123,21 +101,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round")
     options = parser.parse_args()
     start = time.perf_counter()
-    write_checkpoint(BIG)
-    usual, begun = [references()], time.perf_counter()
     machine = options.machine or calibrated(HOME / "machine.yaml")
-    print(f"calibrated in {time.perf_counter() - begun:.0f} s, load {os.getloadavg()[0]:.1f}")
-    usual.append(references())
+    print(f"calibrated in {time.perf_counter() - start:.0f} s, load {os.getloadavg()[0]:.1f}")
     for number, row in enumerate(ROWS):
         write_checkpoint(row.model)
         compile_row(row, machine, HOME / f"row{number}")
     for _ in range(1 if options.quick else ROUNDS):
         for row in ROWS:
-            run(row, usual)
+            run(row)
     print(table(ROWS))
     print(summary(ROWS))
-    print("the machine's drift taken out:")
-    print(summary(ROWS, drift=True))
     print(f"{time.perf_counter() - start:.0f} s in all, load {os.getloadavg()[0]:.1f}")
 
 
@@ -148,48 +121,8 @@ def compile_row(row: Row, machine: Path, home: Path) -> None:
     row.plan = load(row.folder)
 
 
-def references() -> dict[Reference, float]:
-    """Seconds of each reference work now."""
-    kinds = [(dtype, threads) for dtype in ("bf16", "float32") for threads in {1, physical_cores()}]
-    return {kind: reference_s(kind) for kind in [*kinds, DISK]}
-
-
-def reference_s(kind: Reference) -> float:
-    """The median of five times."""
-    if kind == DISK:
-        path = min(BIG.folder.glob("*.safetensors"))
-        with _readers(path, REFERENCE_BYTES) as read:
-            return statistics.median(taken_s(read) for _ in range(5))
-    torch.set_num_threads(kind[1])
-    models = probes(kind[0])
-    return statistics.median(taken_s(lambda: [m.decode(8, 16) for m in models]) for _ in range(5))
-
-
-@functools.cache
-def probes(dtype: str) -> list[Probe]:
-    sizes = Sizes()
-    return [Probe(model, dtype, 8, 128, 32) for model in (sizes.small, sizes.large)]
-
-
-def taken_s(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    with torch.inference_mode():
-        work()
-    return time.perf_counter() - start
-
-
-def run(row: Row, usual: Sequence[dict[Reference, float]]) -> None:
-    """One round of a row, and how much slower than `usual` the machine is around it."""
-    kinds = {phase: row.reference(phase) for phase in row.drift}
-    before = {kind: reference_s(kind) for kind in set(kinds.values())}
-    measure(row)
-    for phase, kind in kinds.items():
-        now_s = (before[kind] + reference_s(kind)) / 2
-        row.drift[phase].append(now_s / statistics.mean(times[kind] for times in usual))
-
-
-def measure(row: Row) -> None:
-    """Load, warm up, measure; measure again if others were busy."""
+def run(row: Row) -> None:
+    """One round of a row: load, warm up, measure; measure again if others were busy."""
     assert row.plan is not None
     with Engine(row.folder, row.plan, row.model.folder) as engine:
         batch(engine, row)
@@ -233,8 +166,8 @@ def others_s() -> float:
 def table(rows: list[Row]) -> str:
     lines = [
         "hidden inner layers experts dtype    N  prompt  thr  weights   prefill tok/s           decode tok/s"
-        "     slower  disk",
-        " " * 52 + "in RAM      plan  measured  error     plan  measured  error  than then",
+        "            disk",
+        " " * 52 + "in RAM      plan  measured  error     plan  measured  error  plan's rate seen",
     ]
     for row in rows:
         assert row.plan is not None
@@ -246,7 +179,6 @@ def table(rows: list[Row]) -> str:
             f"{row.prompt:7}{row.plan.threads:5}{share:9.0%}  "
             f"{figures(predicted.prefill_tokens_per_s.value, row.prefill)}"
             f"{figures(predicted.decode_tokens_per_s.value, row.decode)}"
-            + f"{statistics.median(row.drift['decode']):8.2f}"
             + (f"{statistics.median(row.read) / 1e9:10.2f} GB/s" if row.read[0] else "")
         )
     return "\n".join(lines)
@@ -257,7 +189,7 @@ def figures(plan: float, taken: list[float]) -> str:
     return f"{plan:9,.0f}{middle:10,.0f}{plan / middle - 1:+7.0%}"
 
 
-def summary(rows: list[Row], drift: bool = False) -> str:
+def summary(rows: list[Row]) -> str:
     """Errors of the plan relative to what was measured, and how often the interval held it."""
     lines = []
     for phase in ("prefill", "decode"):
@@ -265,10 +197,7 @@ def summary(rows: list[Row], drift: bool = False) -> str:
         for row in rows:
             assert row.plan is not None
             plan = getattr(row.plan.predicted, f"{phase}_tokens_per_s")
-            rates = getattr(row, phase)
-            if drift:
-                rates = [rate * slower for rate, slower in zip(rates, row.drift[phase], strict=True)]
-            middle = statistics.median(rates)
+            middle = statistics.median(getattr(row, phase))
             errors.append(abs(plan.value / middle - 1))
             inside += plan.low <= middle <= plan.high
         lines.append(
