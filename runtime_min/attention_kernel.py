@@ -28,6 +28,7 @@ from moeplan.runtime_min.kernel_parts import (
     pointer_at,
     splat,
     transposed_sum,
+    widened_pairs,
 )
 
 # AVX-512 has 32 registers of 16 floats, other CPUs 16 of eight. LANES of them hold scores of SCORING heads
@@ -54,16 +55,11 @@ def _line(builder: Any, pointer: Any, width: int) -> list[Any]:
     if width == INT8:
         start = builder.ptrtoint(pointer, I64)
         parts = [
-            builder.load(
-                pointer_at(builder, start, I64(at)), typ=ir.VectorType(ir.IntType(8), LANES), align=1
-            )
+            builder.load(pointer_at(builder, start, I64(at)), typ=_BYTES, align=1)
             for at in range(0, LINE, LANES)
         ]
         return [builder.sitofp(builder.sext(part, INTS), FLOATS) for part in parts]
-    pairs = builder.load(pointer, typ=INTS, align=2)
-    even = builder.shl(pairs, ir.Constant(INTS, [16] * LANES))
-    odd = builder.and_(pairs, ir.Constant(INTS, [-65536] * LANES))
-    return [builder.bitcast(even, FLOATS), builder.bitcast(odd, FLOATS)]
+    return widened_pairs(builder, builder.load(pointer, typ=INTS, align=2))
 
 
 def _each_width(builder: Any, width: Any, emit: Any) -> None:

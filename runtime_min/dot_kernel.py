@@ -14,7 +14,17 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils
 
-from moeplan.runtime_min.kernel_parts import F32, I32, I64, emits, fetch, fma, pointer_at, transposed_sum
+from moeplan.runtime_min.kernel_parts import (
+    F32,
+    I32,
+    I64,
+    emits,
+    fetch,
+    fma,
+    pointer_at,
+    transposed_sum,
+    widened_pairs,
+)
 
 LANES = 8
 STEP = 2 * LANES  # values of a row at a time
@@ -22,12 +32,9 @@ LINE = 64  # bytes that are fetched at once
 _FLOATS, _INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
 
-def _widened(builder: Any, row: Any) -> tuple[Any, Any]:
+def _widened(builder: Any, row: Any) -> list[Any]:
     """The even and the odd ones of STEP bf16 at `row`."""
-    pairs = builder.load(pointer_at(builder, row), typ=_INTS, align=2)
-    even = builder.shl(pairs, ir.Constant(_INTS, [16] * LANES))
-    odd = builder.and_(pairs, ir.Constant(_INTS, [-65536] * LANES))
-    return builder.bitcast(even, _FLOATS), builder.bitcast(odd, _FLOATS)
+    return widened_pairs(builder, builder.load(pointer_at(builder, row), typ=_INTS, align=2))
 
 
 @emits()

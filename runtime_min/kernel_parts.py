@@ -52,6 +52,14 @@ def pointer_at(builder: Any, base: Any, offset: Any = None) -> Any:
     return builder.inttoptr(address, POINTER)
 
 
+def widened_pairs(builder: Any, pairs: Any) -> list[Any]:
+    """The even and the odd ones of bf16 neighbours, of which a vector of int32 holds pairs, as float32."""
+    lanes = pairs.type.count
+    even = builder.shl(pairs, ir.Constant(pairs.type, [16] * lanes))
+    odd = builder.and_(pairs, ir.Constant(pairs.type, [-65536] * lanes))
+    return [builder.bitcast(half, ir.VectorType(F32, lanes)) for half in (even, odd)]
+
+
 def fetch(builder: Any, address: Any) -> None:
     """Ask for the line at `address`, for what lies where no hardware foresees it."""
     kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
