@@ -42,7 +42,7 @@ _CONFIG = ctypes.create_string_buffer(
 
 def linear(x: Tensor, weight: Matrix) -> Tensor | None:
     """x [T, in] times weight [out, in] as bf16 [T, out], or None where torch is to do it."""
-    if not _fits(x, weight) or x.shape[0] > _most_rows() or not usable():
+    if x.dtype != torch.bfloat16 or not usable() or x.shape[0] > _most_rows() or not _fits(x, weight):
         return None
     return product(x, weight)
 

@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Matrix) -> Tensor | None:
 
     None where torch is to do it. A token's result does not depend on the others.
     """
-    if not _fits(x, weight) or not usable():
+    if x.dtype != torch.bfloat16 or not usable() or not _fits(x, weight):
         return None
     return _compiled(x, weight)
 
