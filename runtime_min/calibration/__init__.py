@@ -160,12 +160,12 @@ def _reading(folder: Path, sizes: Sizes) -> Iterator[ReadFile]:
         file.flush()
         os.fsync(file.fileno())
         with _readers(Path(file.name), file_bytes) as read_file:
-            yield lambda: file_bytes / _timed(read_file)
+            yield read_file
 
 
 @contextmanager
-def _readers(path: Path, nbytes: int) -> Iterator[Callable[[], object]]:
-    """A function that reads the file once, in the disk lane's pattern: blocks, some at a time, into slots."""
+def _readers(path: Path, nbytes: int) -> Iterator[ReadFile]:
+    """A function that reads the file, in the disk lane's pattern: blocks, some at a time, into slots."""
     shard = Shard(path)
     buffer = mmap.mmap(-1, SLOTS_BYTES)
 
@@ -175,7 +175,7 @@ def _readers(path: Path, nbytes: int) -> Iterator[Callable[[], object]]:
 
     try:
         with ThreadPoolExecutor(READERS) as readers:
-            yield lambda: list(readers.map(read, range(0, nbytes, BLOCK_BYTES)))
+            yield lambda: nbytes / _timed(lambda: list(readers.map(read, range(0, nbytes, BLOCK_BYTES))))
     finally:
         shard.close()
 

@@ -340,19 +340,25 @@ class _Bench:
         decoding: Table = {}
         routing: Table = {}
         decode_s: Table = {}
-        calls = [0.0, 0.0]
-        for sequences, prompt in self._batches:
+        route_s = 0.0
+        for sequences, prompt in self._batches:  # decode of one sequence comes first
             tokens = sequences * prompt
-            left = [self._layer_s(model, sequences, prompt, scores) for model in (0, 1)]
+            attended, routed = zip(
+                *(self._layer_s(model, sequences, prompt, scores) for model in (0, 1)), strict=True
+            )
             if tokens == 1:
-                calls = [_line(self._widths(op), [s[op] for s in left])[0] for op in (0, 1)]
+                route_s, _ = _line(self._widths(1), routed)
             if prompt == 1:
-                decode_s[tokens], value_s = _line(self._widths(0), [s[0] for s in left])
+                decode_s[tokens], value_s = _line(self._widths(0), attended)
                 decoding[tokens] = tokens / value_s
-            for op, table in ((1, routing),) if prompt == 1 else ((0, attending), (1, routing)):
-                spent = sum(_left(seconds[op], calls[op]) for seconds in left)
-                table[tokens] = tokens * sum(self._widths(op)) / spent
-        return decode_s, calls[1], attending, decoding, routing
+            else:
+                attending[tokens] = tokens * self._values_per_s(0, attended, decode_s[1])
+            routing[tokens] = tokens * self._values_per_s(1, routed, route_s)
+        return decode_s, route_s, attending, decoding, routing
+
+    def _values_per_s(self, op: int, taken: Sequence[float], call_s: float) -> float:
+        """Of one token in both models, where an operation took them so long and a call is known."""
+        return sum(self._widths(op)) / sum(_left(seconds, call_s) for seconds in taken)
 
     def _widths(self, op: int) -> tuple[int, int]:
         """Values that one token has in attention (0) or routing (1) of the small and of the large model."""
