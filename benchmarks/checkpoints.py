@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +135,17 @@ def write_checkpoint(shape: Shape) -> Path:
     (shape.folder / "model.safetensors.index.json").write_text(json.dumps(table))
     (shape.folder / "config.json").write_text(json.dumps(shape.config()))  # last: the weights are whole
     return shape.folder
+
+
+def packed_checkpoint(shape: Shape, name: str) -> Path:
+    """The checkpoint in a format of `runtime_min quantize`, packed now where it is not there; or in bf16."""
+    if name == "bf16":
+        return shape.folder
+    folder = shape.folder.with_name(f"{shape.name}-{name}")
+    if not (folder / "config.json").exists():
+        command = [sys.executable, "-m", "moeplan.runtime_min", "quantize", str(shape.folder), str(folder)]
+        subprocess.run([*command, "--to", name], check=True, stdout=subprocess.DEVNULL)
+    return folder
 
 
 def _random(size: tuple[int, ...], numbers: torch.Generator) -> torch.Tensor:

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoints import BUILD, SHAPES, Shape, weights_bytes
+from checkpoints import BUILD, SHAPES, packed_checkpoint, weights_bytes
 from plans import calibrated, compiled
 from roof import PROMPT, TOKENS, Row, _batch, _read_rate
 from tables import show
@@ -43,7 +43,7 @@ def main() -> None:
     script = str(Path(__file__).parent / "checkpoints.py")
     subprocess.run([sys.executable, script, shape.name], check=True, stdout=subprocess.DEVNULL)
     machine = options.machine or calibrated(BUILD / "machine.yaml")
-    checkpoints = {name: _checkpoint(shape, name) for name in FORMATS}
+    checkpoints = {name: packed_checkpoint(shape, name) for name in FORMATS}
     rows = []
     for batch in map(int, options.batches.split(",")):
         plans = {}
@@ -62,15 +62,6 @@ def main() -> None:
         "planned",
     ]
     show(heads, rows)
-
-
-def _checkpoint(shape: Shape, name: str) -> Path:
-    """The checkpoint in a format, packed now where it is not there."""
-    folder = shape.folder.with_name(f"{shape.name}-{name}") if name != "bf16" else shape.folder
-    if not (folder / "config.json").exists():
-        command = [sys.executable, "-m", "moeplan.runtime_min", "quantize", str(shape.folder), str(folder)]
-        subprocess.run([*command, "--to", name], check=True, stdout=subprocess.DEVNULL)
-    return folder
 
 
 def _plan(name: str, checkpoint: Path, batch: int, machine: Path, weights: float) -> Path:

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from checkpoints import BUILD, SHAPES, Shape, weights_bytes
+from checkpoints import BUILD, SHAPES, Shape, packed_checkpoint, weights_bytes
 from plans import calibrated, compiled
 from tables import show
 
@@ -238,7 +238,7 @@ def _ours(system: str, machine: Path) -> Measure:
     """`runtime_min bench` of a plan for this setting; its report, not its text, is read."""
 
     def measure_one(setting: Setting, batch: int) -> Result:
-        checkpoint = setting.shape.folder if system == OURS else _packed(setting.shape)
+        checkpoint = packed_checkpoint(setting.shape, "bf16" if system == OURS else "bf12")
         folder, sequences = _compile(setting, checkpoint, batch, machine)
         code = (
             "import json, sys; from pathlib import Path; from dataclasses import asdict\n"
@@ -259,15 +259,6 @@ def _ours(system: str, machine: Path) -> Measure:
         return _result(system, setting, sequences, figures, ended, ["runtime_min", "bench", *command[3:]])
 
     return lambda setting, batches: (measure_one(setting, batch) for batch in batches)
-
-
-def _packed(shape: Shape) -> Path:
-    """The checkpoint with experts in 12 bits, written where it is not there."""
-    to = shape.folder.with_name(f"{shape.name}-bf12")
-    if not (to / "config.json").exists():
-        command = [sys.executable, "-m", "moeplan.runtime_min", "quantize", str(shape.folder), str(to)]
-        subprocess.run([*command, "--to", "bf12"], check=True, stdout=subprocess.DEVNULL)
-    return to
 
 
 def _compile(setting: Setting, checkpoint: Path, batch: int, machine: Path) -> tuple[Path, int]:
